@@ -75,12 +75,6 @@ def worker_env() -> dict[str, str]:
     return env | _inherited(CACHE_VARIABLE)
 
 
-def _remote_env() -> dict[str, str]:
-    """The part of `worker_env` that holds on other machines, and the user's folder."""
-    env = {key: v for key, v in worker_env().items() if key not in ("PATH", "TORCH_EXTENSIONS_DIR")}
-    return env | _inherited(IMPORTS)
-
-
 def _inherited(name: str) -> dict[str, str]:
     return {name: os.environ[name]} if name in os.environ else {}
 
@@ -127,10 +121,13 @@ def _connect(address: str) -> None:
         setup.logger.setLevel(logging.ERROR)
         setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     job_config: Any = compat.job_config_of_command_line() if IMPORTS in os.environ else None
+    env = worker_env() | _inherited(IMPORTS)
+    for local in ("PATH", "TORCH_EXTENSIONS_DIR"):
+        del env[local]
     try:
         ray.init(
             address=address,
-            runtime_env={"env_vars": _remote_env()},
+            runtime_env={"env_vars": env},
             job_config=job_config,
             log_to_driver=True,
             logging_level=logging.WARNING,

@@ -88,11 +88,11 @@ def _map_boxes(
 ) -> Any:
     """The value with `change(box, array, name)` in place of the array of each Box of numbers."""
     if isinstance(space, spaces.Dict) and isinstance(value, Mapping):
-        parts = [(key, child) for key, child in children(space) if key in value]
-        return {
-            **value,
-            **{key: _map_boxes(child, value[key], f"{name}.{key}", change) for key, child in parts},
-        }
+        parts = dict(value)
+        for key, child in children(space):
+            if key in value:
+                parts[key] = _map_boxes(child, value[key], f"{name}.{key}", change)
+        return parts
     if isinstance(space, spaces.Tuple) and isinstance(value, Sequence):
         items = zip(children(space), value, strict=False)
         return tuple(_map_boxes(child, it, f"{name}.{i}", change) for (i, child), it in items)

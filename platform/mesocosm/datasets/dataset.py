@@ -61,13 +61,12 @@ class Dataset:
     """The episodes of `paths` in order, numbered 0..E-1: folders of datasets, or artifacts of which
     only the units in use are fetched and verified.
 
-    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and their users
-    (`episodes`, `chunks`, `unique`, ...) load all episodes, some 60 bytes each; training reads them
-    shard by shard (`records`).
+    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and their users load
+    all episodes, some 60 bytes each; training reads them shard by shard (`records`).
 
     Raises:
-        ArtifactError: a folder is no dataset or is damaged.
-        UsageError: two datasets are of different environments or spaces.
+        ArtifactError: A folder is no dataset or is damaged.
+        UsageError: Two datasets are of different environments or spaces.
     """
 
     def __init__(self, paths: Sequence[str | Path | Partial]):
@@ -106,8 +105,6 @@ class Dataset:
         """The folder and the mapped arrays of each shard that is held."""
         self._pinned: set[int] = set()
 
-    # -- shards
-
     def _unit(self, shard: int) -> tuple[Files, str]:
         return self._files[int(self.shard_part[shard])], f"shards/{self.shards[shard]}"
 
@@ -134,8 +131,7 @@ class Dataset:
             self._fetch(shard for shard in np.unique(shards).tolist() if shard not in self._open)
 
     def _fetch(self, shards: Iterable[int]) -> None:
-        for shard in shards:
-            files, unit = self._unit(shard)
+        for files, unit in map(self._unit, shards):
             files.ahead([unit])
 
     def _release(self, shards: Iterable[int]) -> None:
@@ -181,8 +177,6 @@ class Dataset:
                 out[name][here] = values
         return out
 
-    # -- episodes, as records
-
     def records(self, shard: int) -> Array:
         """A shard's [n] `manifest.EPISODES`, in order; use any field but `shard`."""
         if self._table is not None:
@@ -221,22 +215,15 @@ class Dataset:
         """[E] which of `paths` an episode is from."""
         return np.repeat(self.shard_part, self._ends - self._starts)
 
-    @property
+    @cached_property
     def option_numbers(self) -> Array:
         """[E, k] the numbers among the reset options."""
-        return self._all_options[0]
-
-    @property
-    def option_values(self) -> Array:
-        """[E, k] positions in `ResetOption.values`."""
-        return self._all_options[1]
+        return np.concatenate([self.shard_options(shard)[0] for shard in range(len(self.shards))])
 
     @cached_property
-    def _all_options(self) -> tuple[Array, Array]:
-        numbers, values = zip(*map(self.shard_options, range(len(self.shards))), strict=True)
-        return np.concatenate(numbers), np.concatenate(values)
-
-    # -- counts
+    def option_values(self) -> Array:
+        """[E, k] positions in `ResetOption.values`."""
+        return np.concatenate([self.shard_options(shard)[1] for shard in range(len(self.shards))])
 
     @property
     def ids(self) -> list[str]:
@@ -244,7 +231,6 @@ class Dataset:
 
     @property
     def transitions(self) -> int:
-        """Transitions of both splits."""
         return self.count()
 
     def episodes(self, split: Split | None = None) -> Array:
@@ -287,8 +273,6 @@ class Dataset:
         view = copy(self)
         view._table, view.lengths = table, lengths_of(table)
         return view
-
-    # -- whole episodes
 
     def chunks(self, split: Split | None = None) -> Iterator[Chunk]:
         """The split's whole episodes in order, about 64k rows at a time."""

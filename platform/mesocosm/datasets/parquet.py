@@ -43,9 +43,7 @@ def episodes_table(
     behaviours: Sequence[str],
     tasks: Sequence[dict[str, Any]],
 ) -> pa.Table:
-    """The table of a shard: its `manifest.ARRAYS`, its E `manifest.EPISODES`, the behaviours that
-    they count, and their reset options.
-    """
+    """The table of a shard, of its `manifest.ARRAYS`, `manifest.EPISODES` and reset options."""
     observation, action = codecs
     repeats = records["length"] + 1
     last = np.zeros(len(arrays["step"]), bool)

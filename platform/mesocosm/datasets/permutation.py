@@ -17,9 +17,7 @@ S30, S27, S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def mix(values: NDArray[Any]) -> U64:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014) over an integer array: a bijection of
-    64-bit integers with full avalanche.
-    """
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): a bijection with full avalanche."""
     z = values.astype(np.uint64)
     z += GOLDEN
     z ^= z >> S30
@@ -31,9 +29,7 @@ def mix(values: NDArray[Any]) -> U64:
 
 
 def key(*parts: NDArray[Any] | int) -> U64:
-    """Fold integers, and integer arrays broadcast against each other, into 64-bit keys of at least
-    one dimension.
-    """
+    """Fold integers and integer arrays, broadcast, into 64-bit keys of at least one dimension."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         array = np.array([part & MASK], np.uint64) if isinstance(part, int) else part

@@ -49,10 +49,8 @@ class Leaf:
     numbers: slice
     categories: slice
     cardinalities: tuple[int, ...] = ()
-    start: Array | None = None
-    """[m] int64: the raw value of category 0"""
-    characters: Array | None = None
-    """Text: sorted code points, uint32"""
+    start: Array | None = None  # [m] int64: the raw value of category 0
+    characters: Array | None = None  # Text: sorted code points, uint32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +95,6 @@ class SpaceCodec:
         ]
 
     def labels(self) -> list[str]:
-        """The name of each number column: `observation.pose[2]`."""
         return [label for leaf in self.leaves for label in leaf.labels()]
 
     def matching(self, name: str) -> list[Leaf]:
@@ -313,6 +310,5 @@ def _decode_text(leaf: Leaf, characters: Array, codes: Array) -> tuple[str, ...]
 
 
 def unsupported(space: Space, name: str) -> UsageError:
-    """The error for a space that a world cannot hold."""
     fix = "use Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict and Tuple"
     return UsageError(f"{name}: the space {space} ({type(space).__name__}) is not supported; {fix}")

@@ -69,9 +69,6 @@ class DatasetWriter:
     The split is by a hash of (seed, episode index, behaviour): each episode is held out with the
     probability `valid_fraction`. At least one of ENOUGH episodes is held out unless the fraction is
     0, and never the last one to train on. `add` may give each episode's split instead.
-
-    Raises:
-        UsageError: a space is not supported.
     """
 
     def __init__(
@@ -113,12 +110,11 @@ class DatasetWriter:
         """Add an episode.
 
         Args:
-            rows: what `encode_episode` returns, where the episode is encoded already; its
-                observations and actions are then not read.
-            split: of `SPLITS`, given for every episode or for none.
+            rows: What `encode_episode` returns, where the episode is encoded already.
+            split: One of `SPLITS`, given for every episode or for none.
 
         Raises:
-            MesocosmError: a value is not finite or not of its space; names episode and step.
+            MesocosmError: A value is not finite or not of its space.
         """
         if len(episode) == 0:
             self._empty += 1
@@ -153,7 +149,6 @@ class DatasetWriter:
 
     @property
     def transitions(self) -> int:
-        """Transitions of the episodes that were added."""
         return sum(behaviour.transitions for behaviour in self._behaviours.values())
 
     @property
@@ -201,9 +196,7 @@ class DatasetWriter:
         self._rows = 0
 
     def close(self, *, dropped: int = 0) -> Manifest:
-        """Write the last shard, the tables and the manifest, which counts the `dropped` episodes.
-        Raises MesocosmError where no episode has a transition.
-        """
+        """Write the rest. Raises MesocosmError where no episode has a transition."""
         if not self._table:
             counts = f"{dropped} dropped, {self._empty} empty"
             raise MesocosmError(f"no episode has a single transition ({counts}); nothing to write")
@@ -251,9 +244,7 @@ class DatasetWriter:
         return valid.astype(np.uint8)
 
     def _write_options(self) -> list[ResetOption]:
-        """An option with a float is a number (integers beside floats too); any other option is a
-        category over the values seen.
-        """
+        """An option with a float is a number, any other a category over the values seen."""
         options = []
         numbers = np.zeros((len(self._tasks), len(self._options)))
         values = np.zeros((len(self._tasks), len(self._options)), np.int32)
@@ -289,9 +280,7 @@ class DatasetWriter:
 def encode_episode(
     episode: Episode, observation: SpaceCodec, action: SpaceCodec
 ) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError, naming episode and step,
-    where a value is not finite or not of its space.
-    """
+    """The rows of `manifest.ARRAYS`. Raises MesocosmError where a value is not of its space."""
     where, length = _where(episode), len(episode)
     counts = len(episode.observations), len(episode.actions)
     if counts != (length + 1, length):

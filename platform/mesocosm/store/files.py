@@ -18,7 +18,7 @@ CACHE_VARIABLE = "MESOCOSM_CACHE"
 
 
 def files_of(folder: Path) -> list[str]:
-    """The sorted paths of all files in a folder and its subfolders, relative to it."""
+    """The sorted paths of all files below a folder, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -101,12 +101,11 @@ def cache_folder() -> Path:
         os.makedirs(parent, exist_ok=True)
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
-        facts = os.lstat(folder)
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             fix = "set storage.cache to a folder in which only you may write"
             raise UsageError(f"the cache {str(folder)!r} must be a folder of this user; {fix}")
-        if stat.S_IMODE(facts.st_mode) & 0o077:
-            os.chmod(folder, 0o700)
+        os.chmod(folder, 0o700)
     except OSError as error:
         problem = f"the cache {str(folder)!r} cannot be created ({error.strerror})"
         fix = "set storage.cache to a folder in which you may write"

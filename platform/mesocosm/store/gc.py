@@ -33,8 +33,10 @@ CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
 """Folders in the temporary folder: a rank's part of a checkpoint before its upload, and a
 checkpoint that is being converted for another number of workers."""
 
+Remove = Callable[[], bool | None]
 Entry = tuple[int, float]
 """A file's size in bytes, and its time of change in seconds since the epoch."""
+Entries = dict[str, Entry]
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,18 @@ class Garbage:
     age_s: int
     """Since the newest of the files changed."""
     why: str
-    remove: Callable[[], bool | None] = field(repr=False, compare=False)
+    remove: Remove = field(repr=False, compare=False)
     """Returns False, and removes nothing, where the files are in use by now."""
 
     @staticmethod
     def of(
-        category: str,
-        path: str | Path,
-        entries: Iterable[Entry],
-        why: str,
-        remove: Callable[[], bool | None],
+        category: str, path: str | Path, entries: Iterable[Entry], why: str, remove: Remove
     ) -> Garbage:
         sizes, times = zip(*entries, strict=True)
         return Garbage(category, str(path), sum(sizes), int(time.time() - max(times)), why, remove)
 
     @staticmethod
-    def on_disk(
-        category: str, path: Path, why: str, remove: Callable[[], bool | None] | None = None
-    ) -> Garbage:
+    def on_disk(category: str, path: Path, why: str, remove: Remove | None = None) -> Garbage:
         """A file or folder of this machine. It is removed whole unless `remove` is given."""
         stat = path.lstat()
         entries = [(0 if path.is_dir() else stat.st_size, stat.st_mtime)]
@@ -104,7 +100,7 @@ def _local_artifacts(storage: Storage) -> Iterator[Garbage]:
 
 
 def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterator[Garbage]:
-    uploads: dict[str, Entry] = {}
+    uploads: Entries = {}
     try:
         uploads = storage.uploads()
     except (StorageError, OSError, NotImplementedError) as error:
@@ -112,7 +108,7 @@ def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterat
         fix = "see the bucket's lifecycle rules"
         remark(f"unfinished uploads are not listed by {storage.root!r} ({text}); {fix}")
     for kind in KINDS:
-        artifacts: dict[str, dict[str, Entry]] = defaultdict(dict)
+        artifacts: dict[str, Entries] = defaultdict(dict)
         for path, entry in storage.files(kind).items():
             artifacts[path.split("/")[1]][path] = entry
         finished: dict[str, str] = {}
@@ -142,11 +138,7 @@ def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterat
 
 
 def _unnamed_folders(
-    storage: Storage,
-    artifact: str,
-    named: str | None,
-    files: dict[str, Entry],
-    uploads: dict[str, Entry],
+    storage: Storage, artifact: str, named: str | None, files: Entries, uploads: Entries
 ) -> Iterator[Garbage]:
     """Folders in `kind/id` that COMMIT.json does not name. `named` is the folder that it names."""
     folders: dict[str, list[Entry]] = defaultdict(list)
