@@ -98,7 +98,7 @@ class Job(ABC, Generic[C, P]):
         self.report(artifact, plan, run, made=existing is None)
         return artifact
 
-    def commit(self, plan: P, run: Run, fill: Callable[[Path], None], **meta: Any) -> Artifact:
+    def commit(self, plan: P, run: Run, fill: Callable[[Path], object], **meta: Any) -> Artifact:
         """Write the artifact with `fill(folder)`. `meta` is stored in its COMMIT.json."""
         common = {"inputs": plan.inputs, "config": plan.facts, "job": self.name, "run": run.id}
         force = plan.config.force

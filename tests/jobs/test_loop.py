@@ -288,8 +288,8 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
         "evaluate.adversary=2",
         "evaluate.policies=[{kind: random}]",
     )
-    asked: list[Any] = []
-    monkeypatch.setattr("mesocosm.jobs.evaluate.JOB.run", lambda config, run: asked.append(config))
+    configs: list[Any] = []
+    monkeypatch.setattr(_Loop, "_stage", lambda self, job, config, round: configs.append(config))
     with tracking.start("loop", cfg, quiet=True) as started:
         loop = _Loop(JOB, _plan(cfg), started)
         for data, agent in (
@@ -298,11 +298,11 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
             (["random", "explored"], "kept"),
         ):
             loop.inputs["datasets"] = data
-            loop._evaluate(
+            loop.evaluate(
                 0, storage.artifact("datasets", "random"), storage.artifact("agents", agent)
             )
     compared = [
-        (config.agent, bool(config.policies), config.graded, config.adversary) for config in asked
+        (config.agent, bool(config.policies), config.graded, config.adversary) for config in configs
     ]
     assert compared == [("first", True, 5, 2), ("second", True, 5, 2), ("kept", False, 0, 0)]
     assert "collected some of this world's data" in (started.folder / "log.txt").read_text()

@@ -253,23 +253,17 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     cfg = loop(root, "baselines=[{}]", "evaluate.graded=1")
     asked: dict[str, Any] = {}
 
-    def evaluation(config: Any, run: Any) -> None:
-        asked["evaluate"] = config.reality.horizon
-        asked["graded"] = [*asked.get("graded", []), config.graded]
-        if config.graded:
-            raise TooFewPolicies("2 policies cannot be compared")
+    def stage(self: _Loop, job: Any, config: Any, round: int = 0, name: str = "") -> None:
+        asked[job.name] = config.horizon if job.name == "train-agent" else config.reality.horizon
+        if job.name == "evaluate":
+            asked["graded"] = [*asked.get("graded", []), config.graded]
+            if config.graded:
+                raise TooFewPolicies("2 policies cannot be compared")
+        if job.name == "baseline":
+            raise KeyboardInterrupt
 
-    def training(config: Any, run: Any) -> None:
-        asked["agent"] = config.horizon
-
-    def baseline(config: Any, run: Any) -> None:
-        asked["baseline"] = config.reality.horizon
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mesocosm.jobs.evaluate.JOB.run", evaluation)
-    monkeypatch.setattr("mesocosm.evaluate.policy_set.collected", lambda *given: None)
-    monkeypatch.setattr("mesocosm.jobs.train_agent.JOB.run", training)
-    monkeypatch.setattr("mesocosm.jobs.baseline.JOB.run", baseline)
+    monkeypatch.setattr(_Loop, "_stage", stage)
+    monkeypatch.setattr("mesocosm.evaluate.policy_set.collected", lambda *arguments: None)
     with tracking.start("loop", cfg, quiet=True) as run:
         cases = (("cut", False, None), ("ends", False, 1000), ("ends", True, None))
         for name, timed, horizon in cases:
@@ -277,14 +271,13 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
             dataset = run.storage.artifact("datasets", name)
             facts = EnvFacts(Discrete(2), Discrete(2), "version", 100 if timed else None)
             ready = Ready([dataset], facts, None)
-            planned = LoopPlan(config=cfg, inputs={}, facts={}, id="id", ready=ready)
-            stages = _Loop(JOB, planned, run)
+            stages = _Loop(JOB, LoopPlan(config=cfg, inputs={}, facts={}, id="", ready=ready), run)
             stages.served = True
-            stages._train(0, dataset, None)
-            stages._evaluate(0, dataset, dataset)
+            stages.train_agent(0, dataset, None)
+            stages.evaluate(0, dataset, dataset)
             with pytest.raises(KeyboardInterrupt):
-                stages._baseline(0, cfg.baselines[0])
-            horizons = dict.fromkeys(("agent", "evaluate", "baseline"), horizon)
+                stages.baseline(0, cfg.baselines[0])
+            horizons = dict.fromkeys(("train-agent", "evaluate", "baseline"), horizon)
             assert asked == horizons | {"graded": [1, 0]}
     assert "policies are not compared" in (run.folder / "log.txt").read_text()
 

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
-from mesocosm.config import fingerprint, identity
+from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import UNKNOWN, logged_horizon
 from mesocosm.envs import config as reality_config
@@ -91,7 +88,7 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
             ray_session.preflight(key=key, cpus=cpus, gpus=gpus)
         if ready.warning is not None:
             run.say(f"warning: {ready.warning}")
-        return _Loop(self, plan, run).go()
+        return _Loop(self, plan, run).run_all()
 
     def report(self, artifact: Artifact, plan: LoopPlan, run: Run, *, made: bool) -> None:
         if not made:
@@ -134,140 +131,120 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _experiment(cfg: LoopConfig) -> dict[str, Any]:
-    """The facts that identify the ledger. A larger budget, more rounds or more workers keep it, so
-    a loop that is run again has still spent its steps.
-    """
-    return identity(
-        cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"]
-    )
-
-
 class _Loop:
     """The stages of one loop, and their artifacts so far."""
 
     def __init__(self, job: LoopJob, plan: LoopPlan, run: Run):
         self.job, self.plan, self.run = job, plan, run
         self.cfg = cfg = plan.config
-        facts = plan.ready.facts
-        self.timed = facts.max_episode_steps is not None
-        self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), facts.version)}"
+        # A larger budget, more rounds or more workers keep the ledger, so a loop that is run again
+        # has still spent its steps.
+        free = [*FREE, *reality_config.PAID, "collect.workers", "explore.workers"]
+        experiment = identity(cfg, without=free), plan.ready.facts.version
+        self.ledger_id = f"loop-{fingerprint('ledger', *experiment)}"
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
         self.stages: list[report.Stage] = []
         self.lineage: list[tuple[str, str]] = []
-        self.inputs: dict[str, list[str]] = {
-            "datasets": [],
-            "worlds": [],
-            "agents": [],
-            "evaluations": [],
-        }
-        self.steps: list[int] = []
+        kinds = ("datasets", "worlds", "agents", "evaluations")
+        self.inputs: dict[str, list[str]] = {kind: [] for kind in kinds}
+        self.steps = 0
+        """Real steps behind the datasets."""
         self.app, self.served = f"loop-{run.id}", False  # unique among loops that share a Ray
-        for artifact in plan.ready.given:
-            self.lineage.append(("given", artifact.name))
-            self._counted(artifact)
-            self.inputs["datasets"].append(artifact.id)
+        for dataset in plan.ready.given:
+            self._add("given", dataset)
 
-    def go(self) -> Artifact:
+    def run_all(self) -> Artifact:
+        """Run all rounds and the baselines, and write the report."""
         cfg, run = self.cfg, self.run
         points: list[report.Point] = []
         judged: list[dict[str, Any]] = []
         agent: Artifact | None = None
-        ray_session.ensure(cfg.ray)
         try:
             for round in range(cfg.rounds):
-                run.say(
-                    f"[bold]round {round + 1} of {cfg.rounds}[/]"
-                    if not run.quiet
-                    else f"round {round + 1} of {cfg.rounds}"
-                )
+                title = f"round {round + 1} of {cfg.rounds}"
+                run.say(title if run.quiet else f"[bold]{title}[/]")
                 if round or not cfg.datasets:
-                    self._stage("collect", round, "datasets", partial(self._collect, round, agent))
-                world = self._stage("pretrain", round, "worlds", partial(self._pretrain, round))
-                agent = self._stage(
-                    "train-agent", round, "agents", partial(self._train, round, world, agent)
-                )
+                    self.collect(round, agent)
+                world = self.pretrain(round)
+                agent = self.train_agent(round, world, agent)
                 spent = self._spent(round)
-                evaluated = self._stage(
-                    "evaluate", round, "evaluations", partial(self._evaluate, round, world, agent)
-                )
+                evaluated = self.evaluate(round, world, agent)
                 judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
                 returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
-                points.append(
-                    report.Point.of(
-                        spent,
-                        returns,
-                        round=round + 1,
-                        wall_seconds=sum(s.seconds for s in self.stages),
-                    )
-                )
-                run.log({"loop/real_steps": spent, "loop/return": points[-1].mean}, step=round)
-                run.say(f"  after {spent} real steps: mean return {points[-1].mean:.1f} in reality")
-                if cfg.stop_at_target and cfg.target is not None and points[-1].mean >= cfg.target:
+                seconds = sum(stage.seconds for stage in self.stages)
+                point = report.Point.of(spent, returns, round=round + 1, wall_seconds=seconds)
+                points.append(point)
+                run.log({"loop/real_steps": spent, "loop/return": point.mean}, step=round)
+                run.say(f"  after {spent} real steps: mean return {point.mean:.1f} in reality")
+                if cfg.stop_at_target and cfg.target is not None and point.mean >= cfg.target:
                     break
         finally:
             if self.served:
                 undeploy(self.app)
-        curves = [self._baseline(i, b) for i, b in enumerate(cfg.baselines)]
+        curves = [self.baseline(i, block) for i, block in enumerate(cfg.baselines)]
         return self._report(points, judged, curves)
 
-    # -- stages
-
-    def _collect(self, round: int, agent: Artifact | None) -> Artifact:
+    def collect(self, round: int, agent: Artifact | None) -> Artifact:
         block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
         config = replace(fill(block, self.cfg, round), ledger=self.ledger_id)
-        with self.run.child("collect", config) as child:
-            artifact = collecting.JOB.run(config, child)
-        self._counted(artifact)
-        return artifact
+        return self._stage(collecting.JOB, config, round)
 
-    def _counted(self, dataset: Artifact) -> None:
-        counts = dataset.meta.get("counts", {})
-        self.steps.append(
-            int(counts["steps"] if "steps" in counts else Dataset([dataset.path]).transitions)
-        )
-
-    def _pretrain(self, round: int) -> Artifact:
+    def pretrain(self, round: int) -> Artifact:
         config = fill(self.cfg.pretrain, self.cfg, round)
-        config = replace(config, data=replace(config.data, datasets=list(self.inputs["datasets"])))
-        with self.run.child("pretrain", config) as child:
-            return pretraining.JOB.run(config, child)
+        data = replace(config.data, datasets=list(self.inputs["datasets"]))
+        return self._stage(pretraining.JOB, replace(config, data=data), round)
 
-    def _train(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
-        if not self.served and self.cfg.agent.backend == "serve":
-            deploy(replace(fill(self.cfg.serve, self.cfg, round), world=world.id, name=self.app))
+    def train_agent(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
+        cfg = self.cfg
+        if not self.served and cfg.agent.backend == "serve":
+            deploy(replace(fill(cfg.serve, cfg, round), world=world.id, name=self.app))
             self.served = True
-        init = former.name if former is not None and self.cfg.warm_start else self.cfg.agent.init
-        config = replace(
-            fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init
-        )
-        config = replace(config, horizon=config.horizon or self._reality().horizon)
-        with self.run.child("train-agent", config) as child:
-            return agents.JOB.run(config, child)
+        config = replace(fill(cfg.agent, cfg, round), world=world.id, app=self.app)
+        if former is not None and cfg.warm_start:
+            config.init = former.name
+        config.horizon = config.horizon or self._reality().horizon
+        return self._stage(agents.JOB, config, round)
 
-    def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
-        block, data = (
-            self.cfg.evaluate,
-            [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]],
+    def evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
+        cfg, storage = self.cfg, self.run.storage
+        config = replace(
+            fill(cfg.evaluate, cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id
         )
-        if block.compares and policy_set.collected(agent.name, self.run.storage, data) is not None:
+        config.reality = self._reality()
+        alone = replace(config, policies=[], graded=0, adversary=0)
+        data = [storage.artifact("datasets", id) for id in self.inputs["datasets"]]
+        if config.compares and policy_set.collected(agent.name, storage, data) is not None:
             self.run.say(
                 f"  {agent.name}, which was kept, collected some of this world's data: it is"
                 " judged, and no policies are compared with it"
             )
-            block = replace(block, policies=[], graded=0, adversary=0)
-        config = replace(
-            fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id
-        )
-        config = replace(config, reality=self._reality())
+            config = alone
         try:
-            with self.run.child("evaluate", config) as child:
-                return evaluation.JOB.run(config, child)
+            return self._stage(evaluation.JOB, config, round)
         except suite.TooFewPolicies as error:  # the agent was paid for, so judge it
             self.run.say(f"  policies are not compared: {error}")
-        config = replace(config, policies=[], graded=0, adversary=0)
-        with self.run.child("evaluate", config) as child:
-            return evaluation.JOB.run(config, child)
+        return self._stage(evaluation.JOB, alone, round)
+
+    def baseline(self, index: int, block: BaselineConfig) -> report.Curve:
+        config = fill(block, self.cfg, index)
+        # The same ledger, under another purpose. Without selection the curve is the cost of
+        # training alone.
+        config = replace(config, ledger=self.ledger_id, select_episodes=0)
+        config.target = self.cfg.target if config.target is None else config.target
+        config.reality = self._reality()
+        artifact = self._stage(model_free.JOB, config, name=f"baseline {config.algo}")
+        curve = json.loads((artifact.path / "curve.json").read_text())
+        # Greedy episodes, as the world's agent is judged by; the mean of training lags behind.
+        kind = "judge" if config.judge_every else "train"
+        points = [_point(point) for point in curve["points"] if point["kind"] == kind]
+        return report.Curve(
+            f"model-free {config.algo}",
+            points,
+            censored=config.target is not None and curve["reached"] is None,
+            steps=curve["steps"],
+            wall_seconds=points[-1].wall_seconds if points else None,
+            settings=", ".join(f"{key} {value}" for key, value in config.params.items()),
+        )
 
     def _reality(self) -> RealityConfig:
         """`reality` for stages that have a horizon.
@@ -275,68 +252,44 @@ class _Loop:
         It is `UNKNOWN` if neither the environment nor the data so far shows one.
         """
         reality = self.cfg.reality
-        if self.timed or logged_horizon(self.run.storage, self.inputs["datasets"]) is not None:
+        timed = self.plan.ready.facts.max_episode_steps is not None
+        if timed or logged_horizon(self.run.storage, self.inputs["datasets"]) is not None:
             return reality
         return replace(reality, horizon=UNKNOWN)
 
-    def _baseline(self, index: int, block: BaselineConfig) -> report.Curve:
-        config = fill(block, self.cfg, index)
-        # The same ledger, under another purpose. Without selection the curve is the cost of
-        # training alone.
-        config = replace(
-            config,
-            target=config.target if config.target is not None else self.cfg.target,
-            ledger=self.ledger_id,
-            select_episodes=0,
-        )
-        config = replace(config, reality=self._reality())
-
-        def train() -> Artifact:
-            with self.run.child("baseline", config) as child:
-                return model_free.JOB.run(config, child)
-
-        artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
-        curve = json.loads((artifact.path / "curve.json").read_text())
-        kind = (
-            "judge" if config.judge_every else "train"
-        )  # greedy episodes, as the world's agent is judged by; the training mean lags
-        points = [_point(p) for p in curve["points"] if p["kind"] == kind]
-        seconds = points[-1].wall_seconds if points else None
-        settings = ", ".join(f"{key} {value}" for key, value in config.params.items())
-        return report.Curve(
-            f"model-free {config.algo}",
-            points,
-            censored=config.target is not None and curve["reached"] is None,
-            steps=curve["steps"],
-            wall_seconds=seconds,
-            settings=settings,
-        )
-
     def _stage(
-        self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]
+        self, job: Job[Any, Any], config: JobConfig, round: int | None = None, name: str = ""
     ) -> Artifact:
-        """Make or find an artifact, and record the time that making it took."""
-        began = time.monotonic()
+        """Run a job as a child of this run, and record the time that making its artifact took."""
+        name, began = name or job.name, time.monotonic()
         try:
-            artifact = make()
+            with self.run.child(job.name, config) as child:
+                artifact = job.run(config, child)
+        except suite.TooFewPolicies:
+            raise
         except UsageError as error:  # a failure: real steps have been spent
             raise MesocosmError(f"{name}: {error}") if self.stages else error from error
-        seconds = self._once(
-            f"{kind}-{artifact.id}-{artifact.meta['run']}", time.monotonic() - began, "seconds"
-        )
-        self.stages.append(report.Stage(name, seconds, None if round is None else round + 1))
-        self.lineage.append(
-            (name if round is None else f"{name}, round {round + 1}", artifact.name)
-        )
-        self.inputs[kind].append(artifact.id)
+        seconds = time.monotonic() - began
+        key = f"{artifact.kind}-{artifact.id}-{artifact.meta['run']}"
+        number = None if round is None else round + 1
+        self.stages.append(report.Stage(name, self._once(key, seconds, "seconds"), number))
+        self._add(name if round is None else f"{name}, round {number}", artifact)
         return artifact
+
+    def _add(self, origin: str, artifact: Artifact) -> None:
+        """Add an artifact to the lineage, and the real steps of a dataset to the sum."""
+        self.lineage.append((origin, artifact.name))
+        self.inputs[artifact.kind].append(artifact.id)
+        if artifact.kind == "datasets":
+            steps = artifact.meta.get("counts", {}).get("steps")
+            self.steps += Dataset([artifact.path]).transitions if steps is None else int(steps)
 
     def _spent(self, round: int) -> int:
         """Real steps behind this round's agent: those of all datasets so far, or the ledger's if it
         has more (steps that a crash lost are spent too).
         """
         spent = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
-        return max(spent, sum(self.steps))
+        return max(spent, self.steps)
 
     def _once(self, name: str, value: float, folder: str) -> float:
         """The value of the first call. A resumed loop does not measure it again."""
@@ -345,8 +298,6 @@ class _Loop:
         raw = self.run.storage.read(path)
         assert raw is not None
         return float(json.loads(raw))
-
-    # -- the report
 
     def _report(
         self, points: list[report.Point], judged: list[dict[str, Any]], curves: list[report.Curve]
@@ -360,6 +311,9 @@ class _Loop:
             wall_seconds=sum(s.seconds for s in self.stages if s.round is not None),
             settings=f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.agent.algo}",
         )
+        reused = self.steps - totals.purposes["collect"].steps
+        note = f"{reused} real steps were collected and paid for by an earlier run: their datasets"
+        notes = [f"{note} were found"] if reused > 0 else []
         given = report.ReportInput(
             title=f"From reality to a better agent: {cfg.reality.env}",
             environment=cfg.reality.env,
@@ -377,25 +331,14 @@ class _Loop:
             stages=self.stages,
             wall_seconds=sum(s.seconds for s in self.stages),
             lineage=self.lineage,
-            notes=self._notes(totals.purposes["collect"].steps),
+            notes=notes,
             suite=judged[-1]["suite"],
         )
 
-        def fill(folder: Path) -> None:
-            report.write(given, folder)
-
         made = replace(self.plan, inputs=self.inputs)
-        return self.job.commit(made, self.run, fill, ledger=totals.to_json())
-
-    def _notes(self, collected: int) -> list[str]:
-        reused = sum(self.steps) - collected
-        return (
-            [
-                f"{reused} real steps were collected and paid for by an earlier run: their datasets"
-                " were found"
-            ]
-            if reused > 0
-            else []
+        ledger = totals.to_json()
+        return self.job.commit(
+            made, self.run, lambda folder: report.write(given, folder), ledger=ledger
         )
 
 

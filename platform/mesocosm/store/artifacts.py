@@ -228,7 +228,7 @@ class Storage(Root):
         kind: str,
         id: str,
         meta: Mapping[str, Any],
-        fill: Callable[[Path], None],
+        fill: Callable[[Path], object],
         *,
         force: bool = False,
     ) -> Artifact:
