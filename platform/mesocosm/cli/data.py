@@ -116,14 +116,14 @@ def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool)
         output.write_json(facts | {"page": str(page), "summary": str(summary_file)})
         return
     summary = json.loads(summary_file.read_text())
-    lines = coverage_page.verdict(summary)
+    lines = ["\ncoverage", *coverage_page.verdict(summary)]
     for row in summary["behaviours"]:
         low, median, high = row["returns"]
         lines.append(
             f"{row['name']}: {row['episodes']} episodes, {row['transitions']:,} transitions,"
             f" returns {low:g} to {high:g}, median {median:g}"
         )
-    print("\n  ".join(["\ncoverage", *lines, f"page: {page}"]))
+    print("\n  ".join([*lines, f"page: {page}"]))
 
 
 @data.command(params=[_dataset("a"), _dataset("b"), *PARAMS])
@@ -143,17 +143,11 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     if ids[0] == ids[1]:
         raise UsageError(f"{a} and {b} are the same dataset, {ids[0]}; give two")
     first, second = (Dataset([artifact.path]) for artifact in artifacts)
-    comparable = (first.observation_space, first.action_space) == (
-        second.observation_space,
-        second.action_space,
-    )
     left, right = _facts(first, artifacts[0]), _facts(second, artifacts[1])
-    differ = {
-        name: [left.get(name), right.get(name)]
-        for name in {**left, **right}
-        if left.get(name) != right.get(name)
-    }
+    pairs = {name: [left.get(name), right.get(name)] for name in left | right}
+    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     shared = _shared_episodes(first, second)
+    comparable = not {"observation", "action"} & set(differ)
     coverage = compare(first, second) if comparable else None
     if as_json:
         facts = {"differ": differ, "episodes": shared, "coverage": coverage}
@@ -185,11 +179,7 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
 
 
 def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
-    """A row of `data list`; None for an unfinished dataset.
-
-    Raises:
-        ArtifactError: Its COMMIT.json or its manifest is damaged.
-    """
+    """A row of `data list`; None for an unfinished dataset. A damaged one is an ArtifactError."""
     from pydantic import ValidationError
 
     from mesocosm.datasets.manifest import MANIFEST, Manifest
@@ -276,22 +266,20 @@ def _call(values: dict[str, Any], name: str) -> str:
 
 
 def _print_facts(facts: Mapping[str, Any]) -> None:
-    episodes, transitions = facts["episodes"], facts["transitions"]
     outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items() if count)
-    task = f", task {', '.join(facts['task'])}" if facts["task"] else ""
     shards = f"{facts['shards']} shard{'s' * (facts['shards'] != 1)}"
     lines = {
+        "dataset": facts["id"],
         "where": f"{facts['where']}, {output.size(facts['bytes'])} in {shards}",
         "made": f"by {facts['job']} at {_minute(facts['created'])}",
-        "environment": f"{facts['environment']}{task}",
-        "episodes": f"{_splits(episodes)}; {outcomes}",
-        "transitions": _splits(transitions),
+        "environment": facts["environment"],
+        "task": facts["task"],
+        "episodes": f"{_splits(facts['episodes'])}; {outcomes}",
+        "transitions": _splits(facts["transitions"]),
         "observation": facts["observation_space"],
         "action": facts["action_space"],
     }
-    print(f"datasets/{facts['id']}")
-    for name, text in lines.items():
-        print(f"  {name:<12} {text}")
+    output.facts(lines, as_json=False)
     print("\nlineage")
     for row in facts["lineage"]:
         parents = f" of {', '.join(row['from'])}" if row["from"] else ""

@@ -66,14 +66,9 @@ EXTRAS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line `argv`, and return the exit status.
 
-    Args:
-        argv: The words of the command line. Defaults to those of this process, which is then
-            assumed to end with the command.
-
-    Returns:
-        The exit status.
+    Without `argv` the words are those of this process, which is assumed to end with the command.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # Gymnasium's advice to authors of environments.
@@ -84,53 +79,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             as_json = "--json" in words and not {"-h", "--help"} & {*words}
             with output.results_only(for_good=argv is None) if as_json else nullcontext():
                 try:
-                    return _run(words)
+                    complete(commands)
+                    with commands.make_context("mesocosm", words) as context:
+                        return commands.invoke(context) or 0
                 finally:
                     ray_session.shutdown()
                     if sys.stdout is not None:
                         sys.stdout.flush()  # a closed pipe raises here, not at exit
-        except click.exceptions.NoArgsIsHelpError as error:
-            print(error.format_message())
-            return 2
-        except click.UsageError as error:
-            message = " ".join(error.format_message().split())
-            command = error.ctx.command_path if error.ctx else "mesocosm"
-            print(f"mesocosm: {message} See {command} --help.", file=sys.stderr)
-            return 2
-        except MesocosmError as error:
-            print(f"mesocosm: {error}", file=sys.stderr)
-            return error.exit_code
-        except KeyboardInterrupt:
-            print("mesocosm: interrupted; run the same command again to go on", file=sys.stderr)
-            return 130
+        except click.exceptions.Exit as end:  # --help, --version
+            return end.exit_code
         except BrokenPipeError:  # `mesocosm data list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
-        except Exception as error:
-            if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-                print(
-                    f"mesocosm: the package {error.name} is not installed; run"
-                    f" pip install 'mesocosm[{EXTRAS[error.name]}]'",
-                    file=sys.stderr,
-                )
-                return 2
-            print(f"mesocosm: {describe_error(error)}{_write_traceback()}", file=sys.stderr)
-            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            status, message = _explain(error)
+            print(message, file=sys.stderr)
+            return status
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status and the message of an error."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return 2, error.format_message()
+    if isinstance(error, click.UsageError):
+        message = " ".join(error.format_message().split())
+        command = error.ctx.command_path if error.ctx else "mesocosm"
+        return 2, f"mesocosm: {message} See {command} --help."
+    if isinstance(error, MesocosmError):
+        return error.exit_code, f"mesocosm: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "mesocosm: interrupted; run the same command again to go on"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        fix = f"run pip install 'mesocosm[{EXTRAS[error.name]}]'"
+        return 2, f"mesocosm: the package {error.name} is not installed; {fix}"
+    return 1, f"mesocosm: {describe_error(error)}{_write_traceback(error)}"
 
 
 def job(name: str) -> NoReturn:
     """The entry point of `jobs/NAME.py`."""
     sys.argv.insert(1, name)
     sys.exit(main())
-
-
-def _run(words: list[str]) -> int:
-    complete(commands)
-    try:
-        with commands.make_context("mesocosm", words) as context:
-            return commands.invoke(context) or 0
-    except click.exceptions.Exit as end:  # --help, --version
-        return end.exit_code
 
 
 @contextmanager
@@ -153,12 +141,12 @@ def _import_from_here() -> Iterator[None]:
             os.environ[ray_session.IMPORTS] = before
 
 
-def _write_traceback() -> str:
-    """Write the current exception's traceback to a file; returns the end of the message."""
+def _write_traceback(error: BaseException) -> str:
+    """Write an error's traceback to a file; returns the end of the message."""
     try:
         handle, path = tempfile.mkstemp(prefix="mesocosm-traceback-", suffix=".txt")
         with os.fdopen(handle, "w") as file:
-            traceback.print_exc(file=file)
+            traceback.print_exception(error, file=file)
     except OSError:
         return ""
     return f"; the traceback is in {path}"

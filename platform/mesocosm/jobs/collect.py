@@ -110,7 +110,7 @@ class Collect(Job[CollectConfig, Collection]):
             imports=os.getcwd(),
         )
         segments = task.segments()
-        attempts = _collect(cfg, task, ledger, run)
+        attempts, tally = _collect(cfg, task, ledger, run)
         dropped = [
             {"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason}
             for a in attempts
@@ -129,9 +129,7 @@ class Collect(Job[CollectConfig, Collection]):
         for a in episodes:
             metrics = {"collect/return": a.total_reward, "collect/length": a.length or 0}
             run.log(metrics, step=a.index)
-        tally, totals, short = Tally(), ledger.totals().to_json(), None
-        tally.add(attempts)
-        counts = tally.counts()
+        counts, totals, short = _counts(attempts), ledger.totals().to_json(), None
         # The ledger may now have the steps that it refused to an earlier run.
         if refusals and counts["steps"] < cfg.steps:
             short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
@@ -156,7 +154,7 @@ class Collect(Job[CollectConfig, Collection]):
         segments.remove()
         run.record(ledger=totals, counts=counts)
         run.say(
-            f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps,"
+            f"{artifact.name}: {tally}; ledger {ledger.id!r}: {totals['spent']} steps,"
             f" price {totals['price']:g} {totals['currency']}"
         )
         return artifact
@@ -227,8 +225,10 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
         )
 
 
-def _collect(cfg: CollectConfig, task: CollectTask, ledger: Ledger, run: Run) -> list[Attempt]:
-    """The attempts of earlier runs and of this one, by index."""
+def _collect(
+    cfg: CollectConfig, task: CollectTask, ledger: Ledger, run: Run
+) -> tuple[list[Attempt], Tally]:
+    """The attempts of earlier runs and of this one, by index, and their tally."""
     lanes, segments = split(cfg.steps, cfg.lanes), task.segments()
     attempts, tally = list[Attempt](), Tally()
     for lane in lanes:
@@ -240,10 +240,7 @@ def _collect(cfg: CollectConfig, task: CollectTask, ledger: Ledger, run: Run) ->
     tally.add(attempts)
     used = sum(lane.used for lane in lanes)
     if attempts:
-        run.say(
-            f"an earlier run paid {used} real steps and stored {tally.sentence()}; going on after"
-            " them"
-        )
+        run.say(f"an earlier run paid {used} real steps and stored {tally}; going on after them")
     _check_budget(cfg, ledger, used, run)
     if cfg.workers > cfg.lanes:
         run.say(f"workers={cfg.workers}: only lanes={cfg.lanes} can work at once")
@@ -252,11 +249,11 @@ def _collect(cfg: CollectConfig, task: CollectTask, ledger: Ledger, run: Run) ->
         def report(new: Sequence[Attempt], steps: int) -> None:
             attempts.extend(new)
             tally.add(new)
-            update(steps, f"{steps}/{cfg.steps} real steps, {tally.sentence()}")
+            update(steps, f"{steps}/{cfg.steps} real steps, {tally}")
 
         _run_lanes(cfg, task, lanes, report)
         report([], sum(lane.used for lane in lanes))
-    return sorted(attempts, key=lambda attempt: attempt.index)
+    return sorted(attempts, key=lambda attempt: attempt.index), tally
 
 
 def _run_lanes(cfg: CollectConfig, task: CollectTask, lanes: list[Lane], report: Report) -> None:
@@ -269,58 +266,54 @@ def _run_lanes(cfg: CollectConfig, task: CollectTask, lanes: list[Lane], report:
     run_on_ray(task, lanes, workers, report)
 
 
+@dataclass
 class Tally:
-    """Running counts of attempts."""
+    """Running counts of attempts, for the line of progress."""
 
-    def __init__(self) -> None:
-        self._sums: Counter[str] = Counter()
-        self._outcomes: Counter[str] = Counter()
-        self._behaviours: Counter[str] = Counter()
-        self._returns: list[float] = []
-        self._successes: list[bool] = []
-        self._return = 0.0
+    episodes: int = 0
+    transitions: int = 0
+    dropped: int = 0
+    ended: int = 0
+    total_return: float = 0.0
 
     def add(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
-            self._sums["steps"] += attempt.steps
-            if attempt.reason is not None:
-                self._sums["dropped"] += 1
-                self._sums["dropped_steps"] += attempt.steps
-            if attempt.length is None:
-                continue
-            self._sums["episodes"] += 1
-            self._sums["transitions"] += attempt.length
-            self._outcomes[attempt.outcome] += 1
-            self._behaviours[attempt.behaviour] += 1
-            if attempt.outcome != "unfinished":
-                self._returns.append(attempt.total_reward)
-                self._return += attempt.total_reward
-                if attempt.success is not None:
-                    self._successes.append(attempt.success)
+            self.dropped += attempt.reason is not None
+            if attempt.length is not None:
+                self.episodes += 1
+                self.transitions += attempt.length
+                if attempt.outcome != "unfinished":
+                    self.ended += 1
+                    self.total_return += attempt.total_reward
 
-    def counts(self) -> dict[str, Any]:
-        """The counts, with `mean_return` and `success_rate` over finished episodes (None if none).
+    def __str__(self) -> str:
+        mean = f", mean return {self.total_return / self.ended:.4g}" if self.ended else ""
+        dropped = f", {self.dropped} dropped" if self.dropped else ""
+        plural = "" if self.episodes == 1 else "s"
+        return f"{self.episodes} episode{plural} of {self.transitions} transitions{dropped}{mean}"
 
-        An episode that the budget cut (`unfinished`) has no return.
-        """
-        keys = ("steps", "transitions", "episodes", "dropped", "dropped_steps")
-        outcomes = ("terminated", "truncated", "unfinished")
-        return {
-            **{key: self._sums[key] for key in keys},
-            "outcomes": {outcome: self._outcomes[outcome] for outcome in outcomes},
-            "behaviours": dict(sorted(self._behaviours.items())),
-            "mean_return": float(np.mean(self._returns)) if self._returns else None,
-            "success_rate": float(np.mean(self._successes)) if self._successes else None,
-        }
 
-    def sentence(self) -> str:
-        """One line of progress, in constant time."""
-        ended = len(self._returns)
-        mean = f", mean return {self._return / ended:.4g}" if ended else ""
-        dropped = f", {self._sums['dropped']} dropped" if self._sums["dropped"] else ""
-        episodes, transitions = self._sums["episodes"], self._sums["transitions"]
-        plural = "" if episodes == 1 else "s"
-        return f"{episodes} episode{plural} of {transitions} transitions{dropped}{mean}"
+def _counts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """The counts, with `mean_return` and `success_rate` over finished episodes (None if none).
+
+    An episode that the budget cut (`unfinished`) has no return.
+    """
+    dropped = [a for a in attempts if a.reason is not None]
+    episodes = [a for a in attempts if a.length is not None]
+    finished = [a for a in episodes if a.outcome != "unfinished"]
+    successes = [a.success for a in finished if a.success is not None]
+    outcomes = Counter(a.outcome for a in episodes)
+    return {
+        "steps": sum(a.steps for a in attempts),
+        "transitions": sum(a.length or 0 for a in episodes),
+        "episodes": len(episodes),
+        "dropped": len(dropped),
+        "dropped_steps": sum(a.steps for a in dropped),
+        "outcomes": {name: outcomes[name] for name in ("terminated", "truncated", "unfinished")},
+        "behaviours": dict(sorted(Counter(a.behaviour for a in episodes).items())),
+        "mean_return": float(np.mean([a.total_reward for a in finished])) if finished else None,
+        "success_rate": float(np.mean(successes)) if successes else None,
+    }
 
 
 JOB = Collect()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from mesocosm.agents import training as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
@@ -78,11 +78,10 @@ def check(cfg: LoopConfig) -> None:
     if cfg.stop_at_target and cfg.target is None:
         raise UsageError("stop_at_target=true needs a target; set target to a mean return")
     reality_config.check(cfg.reality)
-    blocks = [
-        (name, getattr(cfg, name))
-        for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
-    ]
-    for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
+    names = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
+    blocks: dict[str, JobConfig] = {name: getattr(cfg, name) for name in names}
+    blocks |= {f"baselines[{i}]": block for i, block in enumerate(cfg.baselines)}
+    for name, block in blocks.items():
         default = type(block)()
         for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
@@ -90,32 +89,40 @@ def check(cfg: LoopConfig) -> None:
                 raise UsageError(f"{name}.{key} is set by the loop; {fix}")
     if cfg.pretrain.data.datasets:
         raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")
-    budget, needed = cfg.reality.budget.steps, real_steps(cfg)
+    budget = cfg.reality.budget.steps
+    needed = (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
     if budget is not None and needed > budget:
         raise UsageError(
             f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds;"
             " raise it, or lower rounds or explore.steps"
         )
     # "?" stands for artifacts that the loop will make.
-    stages: list[tuple[str, Callable[[], None]]] = [
-        ("collect", lambda: collecting.check(fill(cfg.collect, cfg, 0))),
-        ("explore", lambda: collecting.check(fill(acting(cfg.explore, "?"), cfg, 1))),
-        ("pretrain", lambda: _check_pretrain(cfg)),
-        ("serve", lambda: serving.check(cfg.serve)),
-        ("agent", lambda: agents.check(cfg.agent)),
-        ("evaluate", lambda: replace(cfg.evaluate, world="?", agent="?").validate()),
-        *(
-            (f"baselines[{i}]", partial(model_free.check, fill(b, cfg, i)))
-            for i, b in enumerate(cfg.baselines)
-        ),
-    ]
-    for name, look in stages:
-        try:
-            look()
-        except UsageError as error:
-            raise UsageError(
-                str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}"
-            ) from error
+    with stage("collect"):
+        collecting.check(fill(cfg.collect, cfg, 0))
+    with stage("explore"):
+        collecting.check(fill(acting(cfg.explore, "?"), cfg, 1))
+    with stage("pretrain"):
+        _check_pretrain(cfg)
+    with stage("serve"):
+        serving.check(cfg.serve)
+    with stage("agent"):
+        agents.check(cfg.agent)
+    with stage("evaluate"):
+        replace(cfg.evaluate, world="?", agent="?").validate()
+    for i, block in enumerate(cfg.baselines):
+        with stage(f"baselines[{i}]"):
+            model_free.check(fill(block, cfg, i))
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name the stage in the message of a UsageError."""
+    try:
+        yield
+    except UsageError as error:
+        if str(error).startswith(f"{name}."):
+            raise
+        raise UsageError(f"{name}: {error}") from error
 
 
 def _check_pretrain(cfg: LoopConfig) -> None:
@@ -131,19 +138,10 @@ def _check_pretrain(cfg: LoopConfig) -> None:
         replace(cfg.pretrain, data=data).validate()
 
 
-def real_steps(cfg: LoopConfig) -> int:
-    """Real steps that will be collected."""
-    return (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
-
-
-def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
+def acting(block: CollectConfig, policy: str) -> CollectConfig:
     """Give `policy` to behaviours that need a policy and name none."""
     named = [
-        (
-            b
-            if b.kind == "random" or b.function or b.policy or policy is None
-            else replace(b, policy=policy)
-        )
+        b if b.kind == "random" or b.function or b.policy else replace(b, policy=policy)
         for b in block.behaviours
     ]
     return replace(block, behaviours=named)
@@ -151,7 +149,5 @@ def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
     """A stage's config with the loop's shared keys. Each round has another seed."""
-    shared: dict[str, Any] = {
-        key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))
-    }
+    shared = {key: getattr(cfg, key) for key in SHARED if hasattr(block, key)}
     return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))

@@ -20,11 +20,9 @@ from mesocosm.evaluate.judge import check_spaces
 from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
-from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill
+from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
-
-__all__ = ["Ready", "preflight", "stage_resources"]
 
 
 @dataclass(frozen=True)
@@ -73,55 +71,37 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     _check_agent(cfg, storage, facts)
     _check_evaluation(cfg, storage, ready)
     for i, block in enumerate(cfg.baselines):
-        with _stage(f"baselines[{i}]"):
+        with stage(f"baselines[{i}]"):
             model_free.check_spaces(block, facts.spaces)
     return ready
 
 
 def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
     """(CPUs, GPUs) that each stage needs, by key."""
-    served = cfg.agent.backend == "serve"
-    replicas = cfg.serve.replicas if served else 0
-    train = cfg.pretrain.train
-    cpus = replicas * cfg.serve.cpus + cfg.agent.runners
+    train, agent = cfg.pretrain.train, cfg.agent
+    replicas = cfg.serve.replicas if agent.backend == "serve" else 0
+    cpus = replicas * cfg.serve.cpus + agent.runners
+    gpus = replicas if cfg.serve.device == "cuda" else 0
     resources: dict[str, tuple[float, float]] = {
-        f"collect.workers={cfg.collect.workers}": (min(cfg.collect.workers, cfg.collect.lanes), 0),
         f"pretrain.train.workers={train.workers}": (
             train.workers,
             train.workers * (train.gpus_per_worker or 0),
         ),
-        f"serve.replicas with agent.runners={cpus:g}": (
-            cpus,
-            replicas if cfg.serve.device == "cuda" else 0,
-        ),
+        f"serve.replicas with agent.runners={cpus:g}": (cpus, gpus),
     }
-    if cfg.rounds > 1:
-        explore = cfg.explore
-        resources[f"explore.workers={explore.workers}"] = (min(explore.workers, explore.lanes), 0)
+    collections = {"collect": cfg.collect} | ({"explore": cfg.explore} if cfg.rounds > 1 else {})
+    for name, block in collections.items():
+        resources[f"{name}.workers={block.workers}"] = (min(block.workers, block.lanes), 0)
     return resources
-
-
-class _stage:
-    """Names the stage in the message of a UsageError."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UsageError) and not str(error).startswith(self.name):
-            raise UsageError(f"{self.name}: {error}") from error
 
 
 def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
     """The environment, its spaces, and every behaviour that does not wait for an agent."""
-    with _stage("collect"):
+    with stage("collect"):
         facts = collect.JOB.resolve(fill(cfg.collect, cfg, 0), storage).environment
     if cfg.rounds > 1:
         named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
-        with _stage("explore"):
+        with stage("explore"):
             for behaviour in named:
                 behaviours.build(policy_set.full(behaviour, storage), *facts.spaces, storage)
     return facts
@@ -183,15 +163,19 @@ def _check_pretraining(cfg: LoopConfig, given: list[Artifact]) -> None:
         raise UsageError(f"{message}; lower it, or collect more")
 
 
+def _check_spaces_of(datasets: list[str], storage: Storage, facts: EnvFacts) -> None:
+    for name in datasets:
+        data = Dataset([storage.artifact("datasets", name).path])
+        if (data.observation_space, data.action_space) != facts.spaces:
+            raise UsageError(f"datasets: {name} has other spaces than reality.env")
+
+
 def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
     block = cfg.agent
     former = None if block.init is None else storage.artifact("agents", block.init)
-    with _stage("agent"):
+    with stage("agent"):
         agents.check_spaces(block, facts.spaces, former)
-        for name in block.datasets:
-            data = Dataset([storage.artifact("datasets", name).path])
-            if (data.observation_space, data.action_space) != facts.spaces:
-                raise UsageError(f"datasets: {name} has other spaces than reality.env")
+        _check_spaces_of(block.datasets, storage, facts)
     needs = {
         "agent.max_disagreement": block.max_disagreement is not None,
         "agent.objective": block.objective != "return",
@@ -206,11 +190,8 @@ def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
 
 def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
     block, facts = cfg.evaluate, ready.facts
-    with _stage("evaluate"):
-        for name in block.datasets:
-            data = Dataset([storage.artifact("datasets", name).path])
-            if (data.observation_space, data.action_space) != facts.spaces:
-                raise UsageError(f"datasets: {name} has other spaces than reality.env")
+    with stage("evaluate"):
+        _check_spaces_of(block.datasets, storage, facts)
         policies = [policy_set.full(policy, storage) for policy in block.policies]
         for policy in policies:
             check_spaces(
