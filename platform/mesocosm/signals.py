@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,8 @@ def end_like_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP act as Ctrl-C while the block runs. Repeated ones are ignored.
 
     `timeout` sends SIGTERM twice, to its child and to its process group, and the second must not
-    cut the clean-up short. A signal that is ignored (`nohup`) stays ignored. Outside of the main
-    thread, which alone may set handlers, nothing changes.
+    cut the clean-up short.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     ending = False
 
     def interrupt(number: int, frame: Any) -> None:
@@ -34,15 +30,11 @@ def end_like_interrupt() -> Iterator[None]:
             raise KeyboardInterrupt
         on_interrupt(signal.SIGINT, frame)
 
-    before = {number: signal.getsignal(number) for number in ENDING}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        ending = True
-        _restore(before)
+    with _handled(ENDING, interrupt):
+        try:
+            yield
+        finally:
+            ending = True
 
 
 @contextmanager
@@ -54,23 +46,14 @@ def held_back() -> Iterator[list[int]]:
         The list of the signals that arrived: the caller decides what they do.
     """
     held: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield held
-        return
 
     def hold(number: int, frame: Any) -> None:
         if number == signal.SIGINT and number in held:
             raise KeyboardInterrupt
         held.append(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, hold)
-    try:
+    with _handled((signal.SIGINT, *ENDING), hold):
         yield held
-    finally:
-        _restore(before)
 
 
 @contextmanager
@@ -85,6 +68,24 @@ def delayed() -> Iterator[None]:
             signal.raise_signal(number)
 
 
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C code
+@contextmanager
+def _handled(
+    numbers: tuple[signal.Signals, ...], handler: Callable[[int, Any], None]
+) -> Iterator[None]:
+    """Handle signals while the block runs. A signal that is ignored (`nohup`) stays ignored.
+
+    Outside of the main thread, which alone may set handlers, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, former in before.items():
+        if former is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            # None: it was set by C code.
+            signal.signal(number, signal.SIG_DFL if former is None else former)

@@ -333,9 +333,8 @@ def test_a_tracking_uri_that_cannot_be_used_is_refused(
     "uri", ["postgresql://a:1,b:2/mlflow", "mysql+pymysql://me@h/m", "databricks", "sqlite://"]
 )
 def test_a_tracking_database_is_left_to_mlflow(uri: str, root: str) -> None:
-    assert (
-        preflight.check(load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])) == []
-    )
+    config = load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])
+    assert preflight.check(config) is None
 
 
 def test_hard_links_are_asked_of_the_root_alone(
@@ -348,8 +347,7 @@ def test_hard_links_are_asked_of_the_root_alone(
     assert main([*DRY, f"storage.root={root}"]) == 2
     message = capsys.readouterr().err
     assert "storage.root" in message and "without hard links" in message
-    config = load(JobConfig, [], [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
-    assert preflight._check_tracking(config.tracking) == []
+    assert preflight._check_tracking(f"sqlite:///{tmp_path}/mlflow.db") is None
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:port", "127.0.0.1:99999", "ray://[::1"])
@@ -371,13 +369,13 @@ def test_a_tracking_server_that_is_away_is_a_warning(
     assert "does not answer" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", port)):
         config = load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])
-        assert preflight.check(config) == []
+        assert preflight.check(config) is None
 
 
 @pytest.mark.slow
 def test_a_remote_root_must_create_exclusively(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(JobConfig, [], [f"storage.root={s3}"])
-    assert preflight.check(config) == []
+    assert preflight.check(config) is None
     assert Storage(s3).list("runs") == []
     monkeypatch.setattr(Storage, "create", lambda self, path, data: True)  # ignores If-None-Match
     with pytest.raises(UsageError, match="ignores If-None-Match"):

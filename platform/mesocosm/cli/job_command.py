@@ -93,9 +93,8 @@ def _run_job(
     use_cache(loaded.storage.cache)
     loaded.force |= force
     loaded.wait |= wait
-    if cluster is None:
-        for warning in preflight.check(loaded):
-            tracking.console.print(f"warning: {warning}")
+    if cluster is None and (warning := preflight.check(loaded)):
+        tracking.console.print(f"warning: {warning}")
     if cluster is not None and not dry_run:
         from mesocosm.cluster.submit import submit
 

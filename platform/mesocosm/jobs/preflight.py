@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mesocosm.cluster import ray_session
-from mesocosm.config import JobConfig, TrackingConfig
+from mesocosm.config import JobConfig
 from mesocosm.errors import UsageError
 from mesocosm.job import Resources
 from mesocosm.runs.mlflow_mirror import redact
@@ -25,11 +25,8 @@ ANSWER_S = 3.0
 """Seconds to wait for a tracking server to accept a connection."""
 
 
-def check(config: JobConfig) -> list[str]:
-    """Check that the results can be stored and the run tracked.
-
-    Returns:
-        Warnings, one sentence each.
+def check(config: JobConfig) -> str | None:
+    """Check that the results can be stored and the run tracked. Returns a warning, if any.
 
     Raises:
         UsageError: nothing can be committed to `storage.root`, or `tracking.uri` cannot be used.
@@ -40,7 +37,7 @@ def check(config: JobConfig) -> list[str]:
         _check_folder(storage.local_path("runs"), f"the copy of storage.root {storage.root!r}")
     else:
         _check_folder(Path(storage.root), f"storage.root {storage.root!r}", links=True)
-    return _check_tracking(config.tracking)
+    return None if config.tracking.uri is None else _check_tracking(config.tracking.uri)
 
 
 def check_resources(config: JobConfig, resources: Resources) -> None:
@@ -65,46 +62,41 @@ def _check_folder(folder: Path, name: str, *, links: bool = False) -> None:
         links: Whether it must allow hard links, which `Storage.create` needs on a local root.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    probe: Path | None = None
     try:
-        handle, created = tempfile.mkstemp(prefix=".mesocosm-", suffix=".tmp", dir=existing)
-        os.close(handle)
-        probe = Path(created)
-        if links:
-            _check_links(probe, name)
+        with tempfile.TemporaryDirectory(prefix=".mesocosm-", dir=existing) as probe:
+            file = Path(probe, "file")
+            file.touch()
+            if links:
+                _check_links(file, name)
     except OSError as error:
         reason = f"{error.strerror}: {str(existing)!r}"
         raise UsageError(f"{name} cannot be written ({reason}); {WRITABLE}") from error
-    finally:
-        if probe is not None:
-            probe.unlink(missing_ok=True)
 
 
-def _check_links(probe: Path, name: str) -> None:
-    link = probe.with_suffix(".link.tmp")
+def _check_links(file: Path, name: str) -> None:
     try:
-        os.link(probe, link)
+        os.link(file, file.with_name("link"))
     except OSError as error:
         message = f"{name} is on a filesystem without hard links ({error.strerror})"
         raise UsageError(f"{message}; name a folder of another filesystem, or a bucket") from error
-    link.unlink()
 
 
-def _check_tracking(tracking: TrackingConfig) -> list[str]:
-    if tracking.uri is None:
-        return []
-    scheme = tracking.uri.partition("://")[0].lower()
+def _check_tracking(uri: str) -> str | None:
+    scheme = uri.partition("://")[0].lower()
     dialect = scheme.partition("+")[0]
     if dialect == "sqlite":
-        _check_folder(Path(tracking.uri.partition(":///")[2]).parent, "the folder of tracking.uri")
+        _check_folder(Path(uri.partition(":///")[2]).parent, "the folder of tracking.uri")
     elif scheme in SERVERS:
-        host, port = _place(tracking.uri, "tracking.uri")
-        return _check_server(host, port or SERVERS[scheme])
+        host, port = _place(uri, "tracking.uri")
+        port = port or SERVERS[scheme]
+        if reason := _no_answer(host, port):
+            message = f"tracking.uri at {host}:{port} does not answer ({reason})"
+            return f"{message}; metrics are kept under storage.root and sent by a later run"
     elif dialect not in (*DATABASES, "databricks"):
         fix = "leave it out for a file under storage.root"
         message = "tracking.uri must be http://HOST, https://HOST or sqlite:///FILE"
-        raise UsageError(f"{message}, got {redact(tracking.uri)!r}; {fix}")
-    return []
+        raise UsageError(f"{message}, got {redact(uri)!r}; {fix}")
+    return None
 
 
 def _place(url: str, key: str) -> tuple[str, int | None]:
@@ -129,12 +121,3 @@ def _no_answer(host: str, port: int) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def _check_server(host: str, port: int) -> list[str]:
-    """A tracking server may be away: metrics are kept in the run's folder and sent later."""
-    reason = _no_answer(host, port)
-    if reason is None:
-        return []
-    message = f"tracking.uri at {host}:{port} does not answer ({reason})"
-    return [f"{message}; metrics are kept under storage.root and sent by a later run"]
