@@ -148,9 +148,8 @@ def _check_form(overrides: Sequence[str], known: Sequence[str]) -> None:
             if word not in words.split() and override.strip("=") in word:
                 key = word.partition("=")[0]
                 raise UsageError(f"override {key!r} has spaces around its =; write {word}")
-        raise UsageError(
-            f"override {override!r} is not of the form key=value{nearest(override, known)}"
-        )
+        problem = f"override {override!r} is not of the form key=value"
+        raise UsageError(f"{problem}{nearest(override, known)}")
 
 
 def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:

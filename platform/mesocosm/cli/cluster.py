@@ -72,17 +72,13 @@ def render(name: str, kind: str | None, run: str | None, as_json: bool) -> None:
     elif cluster.where == "launcher":
         for flag, value in (("kind", kind), ("run", run)):
             if value is not None:
-                raise UsageError(
-                    f"--{flag} {value!r} is for KubeRay, and clusters/{name}.yaml has"
-                    " where='launcher'; leave it out"
-                )
+                problem = f"--{flag} {value!r} is for KubeRay, and clusters/{name}.yaml has"
+                raise UsageError(f"{problem} where='launcher'; leave it out")
         result = launcher_config(name, cluster)
         documents = [result]
     else:
-        raise UsageError(
-            f"clusters/{name}.yaml must have where=launcher or kuberay to be rendered, got"
-            f" where={cluster.where!r}"
-        )
+        problem = f"clusters/{name}.yaml must have where=launcher or kuberay to be rendered"
+        raise UsageError(f"{problem}, got where={cluster.where!r}")
     if as_json:
         output.write_json(result)
     else:
@@ -97,26 +93,21 @@ def check_run(kind: str, run: str | None) -> tuple[list[str], str]:
     """
     if kind == "RayCluster":
         if run is not None:
-            raise UsageError(
-                f"--run {run!r} is for --kind RayJob or RayService; a RayCluster waits for jobs"
-            )
+            fix = "a RayCluster waits for jobs"
+            raise UsageError(f"--run {run!r} is for --kind RayJob or RayService; {fix}")
         return [], ""
     words = shlex.split(DEFAULT_RUN[kind] if run is None else run)
     if kind == "RayService":
         if words[:1] != ["serve"] or any("=" not in w or w.startswith("-") for w in words[1:]):
-            raise UsageError(
-                f"--run {shlex.join(words)!r} cannot be a RayService; use `serve` and key=value,"
-                " e.g. --run 'serve world=ID replicas=2'"
-            )
+            fix = "use `serve` and key=value, e.g. --run 'serve world=ID replicas=2'"
+            raise UsageError(f"--run {shlex.join(words)!r} cannot be a RayService; {fix}")
         loaded = config.load(serve_config.ServeConfig, overrides=words[1:])
         serve_config.check(loaded)
         return words, loaded.name
     first, known = words[0] if words else "", [*JOBS, "doctor"]
     if first not in known:
-        raise UsageError(
-            f"--run {shlex.join(words)!r} must begin with a job, got {first!r}; use one of"
-            f" {', '.join(known)}{nearest(first, known)}"
-        )
+        problem = f"--run {shlex.join(words)!r} must begin with a job, got {first!r}"
+        raise UsageError(f"{problem}; use one of {', '.join(known)}{nearest(first, known)}")
     return words, ""
 
 
@@ -140,7 +131,7 @@ def up(name: str, dry_run: bool, yes: bool, as_json: bool) -> None:
     path = _launch("up", name, cluster, dry_run, yes, as_json)
     if not dry_run and not as_json:
         print(
-            f"{cluster.address} is its dashboard, and takes jobs, while this runs in another"
+            f"Its dashboard is {cluster.address}, which takes jobs while this runs in another"
             f" terminal:\n  ray dashboard {shlex.quote(str(path))}"
         )
 
@@ -166,10 +157,8 @@ def _launcher_cluster(name: str, kubectl: str) -> spec.ClusterConfig:
         "address": "start and end it where it is managed",
     }
     if cluster.where in fixes:
-        raise UsageError(
-            f"clusters/{name}.yaml must have where=launcher, got where={cluster.where!r};"
-            f" {fixes[cluster.where]}"
-        )
+        problem = f"clusters/{name}.yaml must have where=launcher, got where={cluster.where!r}"
+        raise UsageError(f"{problem}; {fixes[cluster.where]}")
     return cluster
 
 
@@ -184,12 +173,8 @@ def _launch(
     facts: dict[str, Any] = {
         "cluster": launcher["cluster_name"],
         "command": shlex.join(command),
-        "nodes": {
-            group.name: f"{group.min_nodes} to {group.count} {group.instance}"
-            for group in cluster.nodes
-        },
-        "price_per_hour": cluster.price_per_hour,
-        "idle_price_per_hour": cluster.idle_price_per_hour,
+        "nodes": {g.name: f"{g.min_nodes} to {g.count} {g.instance}" for g in cluster.nodes},
+        **{key: getattr(cluster, key) for key in ("price_per_hour", "idle_price_per_hour")},
         "currency": cluster.currency,
     }
     price = (
@@ -203,29 +188,23 @@ def _launch(
             output.write(f"# {facts['command']}\n# {price}\n{text}", end="")
         return path
     if placeholder := next(_placeholders(cluster), None):
-        raise UsageError(
-            f"clusters/{name}.yaml: {placeholder} is the shipped placeholder; put your own there"
-        )
+        problem = f"clusters/{name}.yaml: {placeholder} is the shipped placeholder"
+        raise UsageError(f"{problem}; put your own there")
     ray = shutil.which("ray") or shutil.which("ray", path=str(Path(sys.executable).parent))
     if ray is None:
         raise UsageError("there is no `ray` on PATH; run `make install`")
     if importlib.util.find_spec("boto3") is None:
-        raise UsageError(
-            "Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3"
-        )
+        fix = "run: pip install -c constraints.txt boto3"
+        raise UsageError(f"Ray's launcher needs boto3 to speak to EC2; {fix}")
     print(f"{facts['command']}\n{price}", flush=True)
     output.confirm(f"{'start' if action == 'up' else 'end'} {facts['cluster']}?", yes=yes)
     if action == "up" and spec.make_token(cluster.token_path):
         print(f"a new token is in {cluster.token_path}", flush=True)
     spec.write_private(path, text, os.O_TRUNC)
-    status = subprocess.run(
-        [ray, *command[1:]], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    ).returncode
-    if status:
-        raise MesocosmError(
-            f"`{facts['command']}` failed with status {status}; correct what it reports above, run"
-            " the same again, and see what runs in EC2's console"
-        )
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    if status := subprocess.run([ray, *command[1:]], env=env).returncode:
+        fix = "correct what it reports above, run the same again, and look at EC2's console"
+        raise MesocosmError(f"`{facts['command']}` failed with status {status}; {fix}")
     if as_json:
         output.write_json(facts)
     return path

@@ -147,8 +147,8 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     pairs = {name: [left.get(name), right.get(name)] for name in left | right}
     differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     shared = _shared_episodes(first, second)
-    comparable = not {"observation", "action"} & set(differ)
-    coverage = compare(first, second) if comparable else None
+    spaces = [(data.observation_space, data.action_space) for data in (first, second)]
+    coverage = compare(first, second) if spaces[0] == spaces[1] else None
     if as_json:
         facts = {"differ": differ, "episodes": shared, "coverage": coverage}
         output.write_json({"a": ids[0], "b": ids[1]} | facts)
