@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,55 +15,57 @@ from mesocosm.cli.main import main
 from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+Command = Callable[..., str]
 
 
-def test_an_unknown_command_is_answered_with_the_nearest(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["pretrian"]) == 2
-    assert "Did you mean 'pretrain'?" in capsys.readouterr().err
+@pytest.fixture
+def command(root: str, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`command(*words)` runs words on the root `root`: the standard output, or the one line of
+    standard error where the exit status is 2.
+    """
+
+    def run(*words: str, status: int = 0) -> str:
+        capsys.readouterr()
+        assert main([*words, f"storage.root={root}"]) == status, capsys.readouterr().err
+        out, err = capsys.readouterr()
+        if status != 2:
+            return out
+        (line,) = err.splitlines()
+        return line
+
+    return run
+
+
+def test_an_unknown_command_or_option_gets_the_nearest(command: Command) -> None:
+    assert "Did you mean 'pretrain'?" in command("pretrian", status=2)
+    message = command("collect", "--dry-rum", status=2)
+    assert "No such option '--dry-rum'. Did you mean '--dry-run'?" in message
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_shows_an_example_and_the_keys(job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([job, "--help"]) == 0
-    out = capsys.readouterr().out
+def test_help_shows_an_example_and_the_keys(job: str, command: Command) -> None:
+    out = command(job, "--help")
     assert f"Example:\n  mesocosm {job} " in out
     sections = re.findall(r"^([a-z -]+):$", out, re.MULTILINE)
     assert (sections[0], sections[-1]) == (job, "every job") and len({*sections}) == len(sections)
     assert "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
 
 
-def test_help_is_on_standard_output_with_json_too(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["collect", "--json", "--help"]) == 0
-    assert "every job:" in capfd.readouterr().out
+def test_help_is_on_standard_output_with_json_too(command: Command) -> None:
+    assert "every job:" in command("collect", "--json", "--help")
 
 
-def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["loop", "--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "  explore.steps = 500" in lines, "the loop's own default, not collect's"
-    assert not [
-        line
-        for line in lines
-        if line.startswith(
-            ("  collect.storage", "  collect.seed", "  evaluate.reality", "  agent.force")
-        )
-    ]
+def test_help_of_the_loop_omits_the_keys_that_its_stages_share(command: Command) -> None:
+    out = command("loop", "--help")
+    assert "\n  explore.steps = 500\n" in out, "the loop's own default, not collect's"
+    assert not re.search(r"^  (collect\.(storage|seed)|evaluate\.reality|agent\.force)", out, re.M)
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_wrong_key_is_status_2_and_one_sentence(
-    job: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([job, "storage.rot=/tmp/x"]) == 2
-    err = capsys.readouterr().err
-    assert "storage.rot" in err and "storage.root" in err and len(err.strip().splitlines()) == 1
-
-
-SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+def test_a_wrong_key_is_status_2_and_one_sentence(job: str, command: Command) -> None:
+    message = command(job, "storage.rot=/tmp/x", status=2)
+    assert "storage.rot" in message and "storage.root" in message
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -70,7 +73,7 @@ def test_every_shipped_config_can_be_planned(
     path: Path, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = {"agent": "train-agent"}.get(path.parent.name, path.parent.name)
-    wanted = {
+    needs = {
         "curate": ["data.datasets=[d0]"],
         "pretrain": ["data.datasets=[d0]"],
         "sweep": ["data.datasets=[d0]"],
@@ -79,65 +82,28 @@ def test_every_shipped_config_can_be_planned(
         "evaluate": ["world=w0", "agent=a0"],
         "loop/logs": ["datasets=[d0]", "reality.env=CartPole-v1"],
     }.get(f"{job}/{path.stem}" if path.stem == "logs" else job, [])
-    status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *wanted])
+    status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *needs])
     error = capsys.readouterr().err
-    # Only what earlier jobs would have made may be missing.
-    assert (
-        status == 0
-        if not wanted
-        else status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error)
-    ), error
+    if needs:  # only artifacts of earlier jobs may be missing
+        assert status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error), error
+    else:
+        assert status == 0, error
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"],
-            "did you mean 'pretrain.train.steps'",
-        ),
-        (["pretrain", "data.datasets=abc"], "try 'data.datasets=[abc]'"),
-        (
-            ["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"],
-            "write steps=100",
-        ),
-        (["import", "logs.csv", "seed", "=", "3"], "write key=value"),
-        (
-            ["train-agent", "-c", "configs/agent/pendulum-ppo.yaml"],
-            "world is not set; give the world to train in, as in world=worlds/",
-        ),
+        ("loop -c quickstart train.steps=10", "did you mean 'pretrain.train.steps'"),
+        ("pretrain data.datasets=abc", "try 'data.datasets=[abc]'"),
+        ("collect -c pendulum steps = 100", "write steps=100"),
+        ("import logs.csv seed = 3", "write key=value"),
+        ("train-agent -c pendulum-ppo", "world is not set; give the world to train in"),
+        ("pretrain -c sweep/quickstart", "looks like a config of 'sweep', not of 'pretrain'"),
+        ("loop -c collect/pendulum", "looks like a config of 'collect'"),
     ],
 )
-def test_a_newcomers_mistake_is_answered(
-    words: list[str],
-    message: str,
-    root: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    assert main([*words, f"storage.root={root}", "--dry-run"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
-
-
-def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "collect",
-                "steps=7",
-                "--dry-run",
-                f"storage.root={root}",
-                "--json",
-                "reality.env=CartPole-v1",
-            ]
-        )
-        == 0
-    )
-    assert json.loads(capsys.readouterr().out)["real steps"] == 7
-    assert main(["collect", "--dry-rum", "reality.env=CartPole-v1"]) == 2
-    assert "No such option '--dry-rum'. Did you mean '--dry-run'?" in capsys.readouterr().err
+def test_a_mistake_of_a_newcomer_gets_a_hint(words: str, message: str, command: Command) -> None:
+    assert message in command(*words.split(), "--dry-run", status=2)
 
 
 @pytest.mark.parametrize(
@@ -156,30 +122,34 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_a_loop_is_checked_whole_before_it_starts(
-    override: str, message: str, root: str, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, command: Command
 ) -> None:
-    assert (
-        main(
-            [
-                "loop",
-                "-c",
-                str(REPOSITORY / "configs/loop/quickstart.yaml"),
-                f"storage.root={root}",
-                "--dry-run",
-                override,
-            ]
-        )
-        == 2
-    )
-    err = capsys.readouterr().err
-    assert re.search(message, err) and len(err.strip().splitlines()) == 1, err
+    error = command("loop", "-c", "quickstart", "--dry-run", override, status=2)
+    assert re.search(message, error), error
 
 
-def test_a_dry_run_of_a_loop_prices_each_stage(
-    root: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "words",
+    [
+        "collect reality.env=CartPole-v1 steps=0",
+        "collect reality.env=CartPol-v1 workers=0",
+        "collect reality.env=CartPole-v1 behaviours=[{kind:nosy}]",
+        "collect reality.env=CartPole-v1 steps=10 reality.budget.steps=5",
+        "pretrain data.datasets=[none]",
+        "loop -c quickstart evaluate.episodes=0",
+        "serve world=none",
+        "evaluate -c pendulum world=none",
+    ],
+)
+def test_a_wrong_value_is_reported_before_a_run_begins(
+    words: str, root: str, command: Command
 ) -> None:
-    assert main(["loop", "-c", "quickstart", f"storage.root={root}", "--dry-run", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["stages"]
+    command(*words.split(), status=2)
+    assert not Path(root).exists()
+
+
+def test_a_dry_run_of_a_loop_prices_each_stage(command: Command) -> None:
+    rows = json.loads(command("loop", "-c", "quickstart", "--dry-run", "--json"))["stages"]
     assert [(row["stage"], row["real steps"], row["price"]) for row in rows] == [
         ("collect", 500, "5.00 USD"),
         ("explore", 250, "2.50 USD"),
@@ -193,81 +163,22 @@ def test_a_dry_run_of_a_loop_prices_each_stage(
     ]
 
 
-def test_a_dry_run_prints_words(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["collect", "-c", "pendulum", "behaviours=[{kind: random},{kind: random, weight: 2}]"]
-    assert main([*words, f"storage.root={root}", "--dry-run"]) == 0
-    assert re.search(r"^behaviours +random, random", capsys.readouterr().out, re.MULTILINE)
+def test_a_dry_run_prints_words(command: Command) -> None:
+    mix = "behaviours=[{kind: random},{kind: random, weight: 2}]"
+    out = command("collect", "-c", "pendulum", mix, "--dry-run")
+    assert re.search(r"^behaviours +random, random$", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["collect", "reality.env=CartPole-v1", "steps=0"],
-        ["collect", "reality.env=CartPole-v1", "behaviours=[{kind: nosy}]"],
-        ["collect", "reality.env=CartPole-v1", "steps=10", "reality.budget.steps=5"],
-        ["pretrain", "data.datasets=[none]"],
-        ["loop", "-c", "quickstart", "evaluate.episodes=0"],
-        ["serve", "world=none"],
-        ["evaluate", "-c", "pendulum", "world=none"],
-    ],
-)
-def test_a_wrong_value_is_reported_before_a_run_begins(
-    words: list[str], root: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*words, f"storage.root={root}"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not Path(root).exists()
-
-
-@pytest.mark.parametrize(
-    ("job", "name", "other"),
-    [("pretrain", "sweep/quickstart", "sweep"), ("loop", "collect/pendulum", "collect")],
-)
-def test_a_config_of_another_job_is_recognized(
-    job: str, name: str, other: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([job, "-c", name]) == 2
-    message = capsys.readouterr().err
-    assert f"looks like a config of '{other}'" in message and f"mesocosm {other} -c" in message
-
-
-def test_a_dry_run_says_size_and_price_and_does_nothing(
-    root: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [
-        "collect",
-        f"storage.root={root}",
-        "reality.env=CartPole-v1",
-        "steps=500",
-        "reality.price.per_step=0.5",
-        "--dry-run",
-        "--json",
-    ]
-    assert main(arguments) == 0
-    plan = json.loads(capsys.readouterr().out)
+def test_a_dry_run_gives_size_and_price_and_does_nothing(root: str, command: Command) -> None:
+    """Overrides may stand anywhere."""
+    words = "collect steps=500 --dry-run reality.env=CartPole-v1 --json reality.price.per_step=0.5"
+    plan = json.loads(command(*words.split()))
     assert plan["real steps"] == 500 and plan["price"] == "250 USD"
     assert not Path(root).exists()
 
 
-def test_no_such_environment_is_status_2(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["collect", f"storage.root={root}", "reality.env=CartPol-v1", "workers=0"]) == 2
-    err = capsys.readouterr().err
-    assert "CartPol-v1" in err and "CartPole-v1" in err
-
-
-def test_collect_by_the_command_line(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "collect",
-        f"storage.root={root}",
-        "reality.env=CartPole-v1",
-        "steps=60",
-        "workers=0",
-        "--json",
-    ]
-    assert main(arguments) == 0
-    first = json.loads(capsys.readouterr().out)
+def test_collect_by_the_command_line(command: Command) -> None:
+    words = ["collect", "reality.env=CartPole-v1", "steps=60", "workers=0", "--json"]
+    first = json.loads(command(*words))
     assert first["artifact"].startswith("datasets/") and first["ledger"]["spent"] == 60
-    assert main(arguments) == 0
-    assert json.loads(capsys.readouterr().out)["artifact"] == first["artifact"]
-    assert main(["pretrain", f"storage.root={root}", "data.datasets=[nonesuch]", "--json"]) == 2
-    assert "nonesuch" in capsys.readouterr().err
+    assert json.loads(command(*words))["artifact"] == first["artifact"]
