@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_a_loop_is_checked_whole_before_it_starts(
     [
         "collect reality.env=CartPole-v1 steps=0",
         "collect reality.env=CartPol-v1 workers=0",
-        "collect reality.env=CartPole-v1 behaviours=[{kind:nosy}]",
+        "collect reality.env=CartPole-v1 'behaviours=[{kind: nosy}]'",
         "collect reality.env=CartPole-v1 steps=10 reality.budget.steps=5",
         "pretrain data.datasets=[none]",
         "loop -c quickstart evaluate.episodes=0",
@@ -144,7 +145,7 @@ def test_a_loop_is_checked_whole_before_it_starts(
 def test_a_wrong_value_is_reported_before_a_run_begins(
     words: str, root: str, command: Command
 ) -> None:
-    command(*words.split(), status=2)
+    command(*shlex.split(words), status=2)
     assert not Path(root).exists()
 
 
