@@ -209,36 +209,35 @@ HOLE = "…"
 
 
 @functools.cache
-def _sentences() -> list[str]:
-    """Every text in the package's source, its holes shown as HOLE."""
-    found = []
+def _texts() -> list[list[str]]:
+    """The texts of each module, the holes of an f-string shown as HOLE."""
+    modules = []
     for path in PACKAGE.rglob("*.py"):
+        texts = []
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append(
-                    "".join(
-                        str(part.value) if isinstance(part, ast.Constant) else HOLE
-                        for part in node.values
-                    )
-                )
+                parts = [
+                    str(part.value) if isinstance(part, ast.Constant) else HOLE
+                    for part in node.values
+                ]
+                texts.append("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+                texts.append(node.value)
+        modules.append(texts)
+    return modules
 
 
 def said_by_the_package(message: str) -> bool:
-    """Whether the pieces of `message` between its holes stand in one text of the source, in this
-    order.
-    """
-    pieces = [piece.strip() for piece in message.split(HOLE) if piece.strip()]
-    pattern = re.compile(".*".join(re.escape(piece) for piece in pieces), re.DOTALL)
-    return any(pattern.search(text) for text in _sentences())
+    """Whether one module's texts contain all pieces of `message` between holes and semicolons."""
+    pieces = [piece.strip(" :") for piece in re.split(f"{HOLE}|;", message)]
+    wanted = [piece for piece in pieces if len(piece) > 2]
+    return any(all(any(piece in text for text in texts) for piece in wanted) for texts in _texts())
 
 
 def quoted() -> list[str]:
     """The messages of docs/troubleshooting.md: the first column of its tables."""
     rows = re.findall(
-        r"^\| (`.+?`) \|", (REPOSITORY / "docs/troubleshooting.md").read_text(), re.MULTILINE
+        r"^- (`.+?`): ", (REPOSITORY / "docs/troubleshooting.md").read_text(), re.MULTILINE
     )
     return [row.strip("`") for row in rows]
 
