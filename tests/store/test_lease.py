@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -51,11 +52,9 @@ def leases(root: str) -> list[str]:
     return Storage(root).list("leases")
 
 
-def take(
-    storage: Storage | str, say: Callable[[str], None] = print
-) -> AbstractContextManager[None]:
+def take(root: Storage | str, say: Callable[[str], None] = print) -> AbstractContextManager[None]:
     """Hold the lease of worlds/abc."""
-    return hold(Storage(storage) if isinstance(storage, str) else storage, "worlds/abc", "x", say)
+    return hold(Storage(root) if isinstance(root, str) else root, "worlds/abc", "x", say)
 
 
 def test_the_second_process_gets_an_error_that_names_the_holder(root: str) -> None:
@@ -104,11 +103,9 @@ def test_of_many_that_follow_a_dead_holder_one_gets_it(root: str) -> None:
             inside.release()
         done.append(True)
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(6):
+            pool.submit(work)
     assert len(done) == 6 and leases(root) == []
 
 
@@ -184,9 +181,7 @@ class Paused(Storage):
 
 
 def test_a_number_that_is_used_again_does_not_make_two_holders(root: str) -> None:
-    """A process lists a lease, which is released, and taken anew before that process claims the
-    next number.
-    """
+    """A process lists a lease, which is released and taken anew before its own claim."""
     slow, errors = Paused(root), list[Exception]()
 
     def claim() -> None:
@@ -301,7 +296,7 @@ def test_a_lost_lease_is_not_released_for_its_new_holder(root: str) -> None:
         assert leases(root) == ["worlds.abc.00000000.json"]
 
 
-def test_a_torn_lease_holds_nothing_up(root: str) -> None:
+def test_a_torn_lease_is_taken_over(root: str) -> None:
     Storage(root).write("leases/worlds.abc.00000000.json", b"{")
     with take(root):
         pass

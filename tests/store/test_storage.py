@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -142,19 +140,3 @@ def test_create_is_exclusive(root: str) -> None:
     content = storage.read("ledgers/l/0.json")
     assert content is not None and wins[int(content)]
     assert storage.list("ledgers/l") == ["0.json"]
-
-
-def test_two_makers_at_once_one_wins_whole(root: str) -> None:
-    storage = Storage(root)
-
-    def make(i: int) -> str:
-        fill = fill_with(**dict.fromkeys("abc", str(i)))
-        artifact = storage.make("laws", "l", {"maker": i}, fill)
-        assert len({(artifact.path / name).read_text() for name in "abc"}) == 1
-        return (artifact.path / "a").read_text()
-
-    with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(make, range(4)))) == 1
-    commit = json.loads((Path(root) / "laws" / "l" / "COMMIT.json").read_text())
-    assert str(commit["meta"]["maker"]) == (Path(root) / "laws" / "l" / "a").read_text()
-    assert not os.listdir(Path(root) / "scratch")

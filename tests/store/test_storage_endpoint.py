@@ -151,6 +151,7 @@ print(Storage({root!r}).make("laws", "l", {{"maker": {me!r}}}, fill).meta["maker
     files = [path for path in storage.files("laws/l") if not path.endswith("COMMIT.json")]
     contents = [storage.read(path) for path in files]
     assert contents == [winner.encode() * 1000] * 3, "whole, and nothing of the other's"
+    assert not list(storage.local_path("scratch").iterdir())
 
 
 MIB = 1 << 20
