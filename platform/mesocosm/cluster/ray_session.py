@@ -230,19 +230,6 @@ def most() -> dict[str, float]:
     return have | {name: max(have.get(name, 0.0), amount) for name, amount in full.items()}
 
 
-def expected(config: RayConfig) -> dict[str, float]:
-    """The resources that a job will have. Starts no Ray; connects to `ray.address`."""
-    import ray
-
-    if config.address is not None:
-        ensure(config)
-    if ray.is_initialized():
-        return most()
-    import torch
-
-    return {"CPU": float(local_cpus(config)), "GPU": float(torch.cuda.device_count())}
-
-
 def local_cpus(config: RayConfig) -> int:
     """Logical CPUs of a local Ray."""
     return config.cpus or max(4, os.cpu_count() or 1)
@@ -254,7 +241,16 @@ def preflight(
     """Raise UsageError where the cluster can never grant the resources that `key` asks for. With
     `config`, check the Ray that it would start or connect to, instead of the running one.
     """
-    have = most() if config is None else expected(config)
+    import ray
+
+    if config is not None and config.address is not None:
+        ensure(config)
+    if config is None or ray.is_initialized():
+        have = most()
+    else:
+        import torch
+
+        have = {"CPU": float(local_cpus(config)), "GPU": float(torch.cuda.device_count())}
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             problem = f"{key} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}"
