@@ -120,8 +120,7 @@ class RewardHead(nn.Module):
 class TerminationHead(nn.Module):
     """P(terminated | o, a, o', history) for K members: logit = f(o, a, task, o') + g(history).
 
-    f learns from events, in which terminals are oversampled and weighted back; g learns from the
-    windows, with f held fixed.
+    f learns from events (terminals oversampled and weighted back), g from the windows, f held.
     """
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int):

@@ -46,8 +46,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     replica.
 
     infos: "disagreement" [B] float32 (1 is what a tenth of held-out transitions exceed);
-    "diverged" [B] bool, where the episode was truncated because the next observation was not
-    finite; "duration" [B] where the world has durations; each with its `_` mask.
+    "diverged" [B] bool (truncated because the next observation was not finite); "duration" [B]
+    where the world has durations; each with its `_` mask.
 
     Args:
         num_envs: Number of environments B.
@@ -55,8 +55,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             "local"). "" is the application's default. It is pinned at `reset`;
             `reset(options={"world": id})` pins another one.
         root: Storage root in which "local" looks up the world.
-        backend: "serve" (Ray Serve application `app`, on this process's Ray or on the one at
-            `address`) or "local" (in this process).
+        backend: "serve" (on Ray Serve) or "local" (in this process).
         app: Name of the Serve application.
         address: Address of Ray. Defaults to this process's Ray.
         horizon: Steps after which an episode is truncated; None for never.
@@ -68,8 +67,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         autoreset_mode: NEXT_STEP (the step after an episode's end resets) or SAME_STEP (an ended
             environment resets at once; infos["final_obs"] has the last observation).
         penalty: The reward becomes reward - size * min(penalty * disagreement, 1); size is the root
-            mean square of the data's rewards. infos["raw_reward"] has the world's reward. Where
-            each step has a reward, an unbounded penalty taught agents to end episodes at once.
+            mean square of the data's rewards. infos["raw_reward"] has the world's reward. An
+            unbounded penalty taught agents to end episodes at once.
         max_disagreement: Truncate an episode after a step with more, which infos["uncertain"]
             (bool, B) marks. None for never.
         adversary: The reward becomes log(1 + disagreement); infos["raw_reward"] has the world's.
@@ -281,13 +280,12 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         for i, value in enumerate(iterate(self.observation_space, last)):
             if restarted[i]:
                 final[i] = value
-        current: dict[str, Any] = {}
+        current: dict[str, Any] = {"final_obs": final, "_final_obs": restarted}
         ended: dict[str, Any] = {}
         for name in [name for name in infos if not name.startswith("_")]:
             zero = np.zeros(1, infos[name].dtype)
             current |= {name: np.where(restarted, zero, infos[name]), f"_{name}": ~restarted}
             ended |= {name: np.where(restarted, infos[name], zero), f"_{name}": restarted}
-        current |= {"final_obs": final, "_final_obs": restarted}
         return current | {"final_info": ended, "_final_info": restarted}
 
     def state(self) -> dict[str, Any]:

@@ -91,8 +91,7 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
         The application's name.
 
     Raises:
-        UsageError: A value is wrong, or an application of that name already runs on this Ray.
-            Nothing was started.
+        UsageError: A value is wrong, or an application of that name already runs.
         MesocosmError: The replicas cannot start.
     """
     check(config)

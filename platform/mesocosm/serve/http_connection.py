@@ -1,8 +1,7 @@
 """HTTP connections with a time limit: uvicorn 0.54 waits forever for a request's head.
 
-A connection is waiting until it has a request with the token, and again after that request's reply.
-It may wait `HEAD_S` seconds. When `CONNECTIONS` are open, a new one replaces the one that has
-waited longest. A slow client without the token therefore never holds a place for long.
+A connection waits while it has no request with the token, for at most `HEAD_S` seconds. When
+`CONNECTIONS` are open, a new one replaces the one that has waited longest.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Slot(Generic[T]):
 
 
 class PoolFull(MesocosmError):
-    """The limits are reached, and every slot is in use."""
+    """Every slot is in use."""
 
 
 class Pool(Generic[T]):
@@ -140,8 +140,7 @@ class HttpSessions:
     """The operations of the routes, for world `world` of the application `app` on this process's
     Ray. Safe to call from several threads.
 
-    They raise UsageError for a wrong request, UnknownSession, and MesocosmError where no replica
-    answers in DEADLINE_S.
+    They raise UsageError, UnknownSession, and MesocosmError where no replica answers.
     """
 
     def __init__(self, app: str, world: str):

@@ -55,9 +55,7 @@ BODY_S = 60.0
 class Guard:
     """ASGI middleware for the token and the limits.
 
-    It answers 401 without the token, 413 to a large body, 408 to a slow one and 503 to too many
-    requests. A body without a length is counted while it is read, and never stored beyond its
-    limit.
+    A body without a length is counted while it is read, and never stored beyond its limit.
     """
 
     def __init__(self, app: ASGIApp, token: bytes):

@@ -100,9 +100,7 @@ class LineServer:
         threading.Thread(target=self._accept, name="line", daemon=True).start()
 
     def _accept(self) -> None:
-        """Accept clients. Without a free file descriptor or thread, wait; clients then call through
-        Serve.
-        """
+        """Accept clients; without a free file descriptor or thread they call through Serve."""
         while True:
             line: socket.socket | None = None
             try:

@@ -54,13 +54,13 @@ class WorldVecEnv(VecEnv):
         done = terminated | truncated
         names = [n for n in infos if not n.startswith("_") and n not in ("final_obs", "final_info")]
         env_infos: list[dict[str, Any]] = []
-        for i in range(self.num_envs):
-            source = infos["final_info"] if done[i] else infos
-            info = {name: source[name][i] for name in names}
-            if done[i]:
-                info["terminal_observation"] = infos["final_obs"][i]
-                info["TimeLimit.truncated"] = bool(truncated[i])
-            env_infos.append(info)
+        for i, ended in enumerate(done):
+            source = infos["final_info"] if ended else infos
+            env_infos.append({name: source[name][i] for name in names})
+            if ended:
+                cut = bool(truncated[i])
+                final = {"terminal_observation": infos["final_obs"][i]}
+                env_infos[i] |= final | {"TimeLimit.truncated": cut}
         return observation, reward.astype(np.float32), done, env_infos
 
     def close(self) -> None:
