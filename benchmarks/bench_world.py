@@ -19,6 +19,7 @@ over +-3), episodes of at most 100 steps.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -93,17 +94,15 @@ recorded): the rows to be no worse than.
 
 def cartpole(observation: Any, rng: np.random.Generator) -> Any:
     """Push towards where the pole falls."""
-    return int(
-        observation[2] + 0.5 * observation[3] + 0.05 * observation[0] + 0.1 * observation[1] > 0
-    )
+    x, speed, angle, spin = observation
+    return int(angle + 0.5 * spin + 0.05 * x + 0.1 * speed > 0)
 
 
 def pendulum(observation: Any, rng: np.random.Generator) -> Any:
     """A linear controller that balances InvertedPendulum-v5, near the middle of the rail."""
     x, angle, speed, spin = observation
-    return np.clip([2.0 * x + 25.0 * angle + 2.5 * speed + 4.0 * spin], -3.0, 3.0).astype(
-        np.float32
-    )
+    force = 2.0 * x + 25.0 * angle + 2.5 * speed + 4.0 * spin
+    return np.clip([force], -3.0, 3.0).astype(np.float32)
 
 
 BEHAVIOURS = {
@@ -167,12 +166,9 @@ def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
         objective.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), options.clip)
         optimizer.step()
-    ended = time.process_time()
-    return World(net, base, codec.to_json()), {
-        "base": fitted - began,
-        "network": ended - fitted,
-        "step": (ended - fitted) / steps,
-    }
+    network = time.process_time() - fitted
+    seconds = {"base": fitted - began, "network": network, "step": network / steps}
+    return World(net, base, codec.to_json()), seconds
 
 
 def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS) -> dict[str, Any]:
@@ -181,63 +177,40 @@ def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS
     world, seconds = train(data, cfg)
     began = time.process_time()
     table = open_loop(world, test, horizons=horizons, starts=256, samples=8, seed=cfg.seed)
-    one = one_step(world, test)
-    return {
-        "open_loop": asdict(table),
-        "valid": losses(world, test)[0],
-        "one_step": asdict(one),
-        "seconds": seconds | {"evaluate": time.process_time() - began},
-    }
+    result = {"open_loop": asdict(table), "one_step": asdict(one_step(world, test))}
+    result["valid"] = losses(world, test)[0]
+    return result | {"seconds": seconds | {"evaluate": time.process_time() - began}}
 
 
-def show(env: str, family: str, result: dict[str, Any]) -> None:
+def show(family: str, result: dict[str, Any]) -> None:
     rows = {row["horizon"]: row for row in result["open_loop"]["rows"]}
-    for which, name in (
-        ("ratio", "mean of 8 rollouts"),
-        ("single", "single rollout"),
-        ("typical", "ratio of the medians"),
-    ):
-        print(
-            f"  {f'{family}, {name}':<56}"
-            + "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS)
-        )
-    print("    90% " + "  ".join(span(rows[str(h)]["interval"], ratio) for h in HORIZONS), end="; ")
-    one, took = result["one_step"], result["seconds"]
-    ends = (
-        f"termination {_two(one['precision'])}/{_two(one['recall'])}"
-        f" ({one['expected_terminals']:.0f} expected, {one['terminals']} true)"
+    names = {"ratio": "mean of 8 rollouts", "single": "single rollout"}
+    for key, name in (names | {"typical": "ratio of the medians"}).items():
+        values = "".join(f"{ratio(rows[str(h)][key]):>9}" for h in HORIZONS)
+        print(f"  {f'{family}, {name}':<56}{values}")
+    intervals = "  ".join(span(rows[str(h)]["interval"], ratio) for h in HORIZONS)
+    one, spent = result["one_step"], result["seconds"]
+    correct, precision, recall = (
+        "-" if one[name] is None else f"{one[name]:.2f}"
+        for name in ("reward_accuracy", "precision", "recall")
     )
-    text = (
-        f"reward right {_two(one['reward_accuracy'])}, {ends}, {result['valid']['dynamics']:.2f}"
-        " nats"
-    )
-    print(
-        f"{text}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation"
-        f" {took['evaluate']:.0f}",
-        flush=True,
-    )
+    ends = f"{one['expected_terminals']:.0f} expected, {one['terminals']} true"
+    text = f"reward right {correct}, termination {precision}/{recall} ({ends})"
+    seconds = f"base {spent['base']:.0f}, network {spent['network']:.0f}"
+    seconds += f", evaluation {spent['evaluate']:.0f}"
+    nats = result["valid"]["dynamics"]
+    print(f"    90% {intervals}; {text}, {nats:.2f} nats; CPU seconds: {seconds}", flush=True)
 
 
-def _two(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout
 
 
 def commit() -> str:
-    head = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "--", "platform"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    return head + ("+" if dirty else "")
+    """The commit, with "+" where the working tree's platform/ differs."""
+    changed = git("status", "--porcelain", "--", ":/platform").strip()
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
 def main() -> None:
@@ -254,45 +227,28 @@ def main() -> None:
     os.chdir(HERE.parent)
     torch.set_num_threads(1)
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    families = [args.family] if args.family else FAMILIES
+    seeds = [args.seed] if args.seed is not None else SEEDS
     for env in [args.env] if args.env else ENVIRONMENTS:
-        print(
-            f"{env}, {TRANSITIONS} transitions: RMSE / persistence's,"
-            f" {' / '.join(map(str, HORIZONS))} steps ahead"
-        )
+        horizons = f"{' / '.join(map(str, HORIZONS))} steps ahead"
+        print(f"{env}, {TRANSITIONS} transitions: RMSE / persistence's, {horizons}")
         for name, row in BEST[env].items():
             print(f"  {'before the design: ' + name:<56}{''.join(f'{ratio(v):>9}' for v in row)}")
-        for family in [args.family] if args.family else FAMILIES:
-            for seed in [args.seed] if args.seed is not None else SEEDS:
-                cfg = load(
-                    PretrainConfig,
-                    overrides=[
-                        *SETTINGS,
-                        f"model.family={family}",
-                        f"seed={seed}",
-                        *args.overrides,
-                    ],
-                )
-                settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
-                name = f"{env}/{family}/{seed}" + (f"/{args.keep}" if args.keep else "")
-                result = stored.get(name)
-                if (
-                    result is None
-                    or args.force
-                    or args.overrides
-                    or result["settings"] != fingerprint(settings)
-                ):
-                    result = cell(env, cfg)
-                    result |= {
-                        "settings": fingerprint(settings),
-                        "config": settings,
-                        "commit": commit(),
-                        "command": " ".join(["python", *sys.argv]),
-                    }
-                    if not args.overrides or args.keep:
-                        stored[name] = result
-                        RESULTS.parent.mkdir(exist_ok=True)
-                        RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
-                show(env, family, result)
+        for family, seed in itertools.product(families, seeds):
+            keys = [f"model.family={family}", f"seed={seed}"]
+            cfg = load(PretrainConfig, overrides=[*SETTINGS, *keys, *args.overrides])
+            settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
+            name = f"{env}/{family}/{seed}" + (f"/{args.keep}" if args.keep else "")
+            result = stored.get(name, {})
+            changed = result.get("settings") != fingerprint(settings)
+            if changed or args.force or args.overrides:
+                result = cell(env, cfg) | {"settings": fingerprint(settings), "config": settings}
+                result |= {"commit": commit(), "command": " ".join(["python", *sys.argv])}
+                if not args.overrides or args.keep:
+                    stored[name] = result
+                    RESULTS.parent.mkdir(exist_ok=True)
+                    RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
+            show(family, result)
 
 
 if __name__ == "__main__":
