@@ -81,9 +81,9 @@ def test_attention_counts_the_full_square() -> None:
 
 def test_a_planner_can_count_7b_quickly() -> None:
     config = ModelConfig(size="7b", members=4)
-    began = time.perf_counter()
+    began = time.process_time()
     counts, flops = params(PLAIN, config), flops_per_batch(PLAIN, config, 1, 16) / 16
-    assert time.perf_counter() - began < 60
+    assert time.process_time() - began < 60
     assert counts.n == pytest.approx(7e9, rel=0.15)
     # 6 N for the backbone, and the decoders' on every slot.
     assert flops > 6 * 0.97 * (counts.n - 4 * counts.embeddings)
