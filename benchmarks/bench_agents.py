@@ -45,7 +45,6 @@ from matplotlib.ticker import NullFormatter
 from mesocosm import config
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
-from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.jobs import baseline, loop
 from mesocosm.runs import tracking
@@ -69,14 +68,8 @@ SMALL = ["collect.steps=500", "explore.steps=250"]
 ADAM = "params.actor_lr={0} params.critic_lr={0} params.alpha_lr={0}"
 # RL Baselines3 Zoo: its PPO for CartPole-v1, its SAC for PyBullet's continuous tasks, its DQN for
 # CartPole-v1 (REAL["DQN"]).
-ZOO_PPO = [
-    "num_envs=8",
-    "rollout=32",
-    "gamma=0.98",
-    "params.lambda_=0.8",
-    "params.num_epochs=20",
-    "params.minibatch_size=256",
-]
+ZOO_PPO = ["num_envs=8", "rollout=32", "gamma=0.98", "params.lambda_=0.8"]
+ZOO_PPO += ["params.num_epochs=20", "params.minibatch_size=256"]
 ZOO_SAC = [*ADAM.format("7.3e-4").split(), "params.tau=0.02", "gamma=0.98"]
 
 
@@ -143,28 +136,19 @@ TASKS = {
 
 def world(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     task = TASKS[name]
-    settings = [
-        f"seed={seed}",
-        f"target={task.target}",
-        "stop_at_target=true",
-        "baselines=[]",
-        *task.world,
-    ]
-    cfg = config.load(
-        loop.LoopConfig, [CONFIGS / task.config], [f"storage.root={ROOT}", *settings, *overrides]
-    )
+    settings = [f"storage.root={ROOT}", f"seed={seed}", f"target={task.target}"]
+    settings += ["stop_at_target=true", "baselines=[]", *task.world, *overrides]
+    cfg = config.load(loop.LoopConfig, [CONFIGS / task.config], settings)
     with tracking.start("loop", cfg) as run:
         artifact = loop.JOB.run(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     curve = summary["curves"]["world"][0]
     spent = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
-    points = [(p["real_steps"], p["mean"]) for p in curve["points"]]
-    price = spent["collect"]["price"]
     return {
         "reached": curve["steps_to_target"],
         "judged": spent["judge"]["steps"],
-        "price": price,
-        "points": points,
+        "price": spent["collect"]["price"],
+        "points": [(p["real_steps"], p["mean"]) for p in curve["points"]],
         "seconds": curve["wall_seconds"],
     }
 
@@ -173,34 +157,24 @@ def model_free(name: str, algo: str, seed: int, overrides: list[str]) -> dict[st
     task = TASKS[name]
     reality = config.load(loop.LoopConfig, [CONFIGS / task.config]).reality
     if algo == PEER:
-        ledger = Ledger(
-            Storage(str(ROOT)),
-            f"{name}-{algo}-{seed}-{time.time_ns()}",
-            BudgetConfig(),
-            reality.price,
-        )
+        id = f"{name}-{algo}-{seed}-{time.time_ns()}"
+        ledger = Ledger(Storage(str(ROOT)), id, price=reality.price)
         return peers.sac(reality, ledger, seed, task.caps[algo], task.target, task.every, {})
-    settings = [
-        f"seed={seed}",
-        f"algo={algo}",
-        f"steps={task.caps[algo]}",
-        f"target={task.target}",
-        f"judge_every={task.every}",
-    ]
-    cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", *settings, *overrides])
+    settings = [f"storage.root={ROOT}", f"seed={seed}", f"algo={algo}", f"steps={task.caps[algo]}"]
+    settings += [f"target={task.target}", f"judge_every={task.every}", *overrides]
+    cfg = config.load(BaselineConfig, [], settings)
     cfg.reality = reality
     with tracking.start("baseline", cfg) as run:
         artifact = baseline.JOB.run(cfg, run)
-        ledger = Ledger(run.storage, artifact.meta["ledger"], BudgetConfig(), reality.price)
+        ledger = Ledger(run.storage, artifact.meta["ledger"], price=reality.price)
         price = ledger.totals().purposes["baseline"].price
     curve = json.loads((artifact.path / "curve.json").read_text())
     judged = [p for p in curve["points"] if p["kind"] == "judge"]
-    points = [(p["steps"], p["return"]) for p in judged]
     return {
         "reached": curve["reached"],
         "judged": judged[-1]["judge_steps"],
         "price": price,
-        "points": points,
+        "points": [(p["steps"], p["return"]) for p in judged],
         "seconds": curve["seconds"],
     }
 
@@ -217,13 +191,9 @@ def chosen(results: dict[str, Any], env: str, method: str) -> int | None:
     if len(candidates) == 1:
         return 0
     runs = [results.get(name_of(env, method, TUNING_SEED, i)) for i in range(len(candidates))]
-    if any(run is None for run in runs):
+    if None in runs:
         return None
-    steps = [
-        float("inf") if run["reached"] is None else run["reached"]
-        for run in runs
-        if run is not None
-    ]
+    steps = [run["reached"] or float("inf") for run in runs if run is not None]
     return steps.index(min(steps))
 
 
@@ -234,15 +204,12 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, int, int | None]]
     curves: list[tuple[str, str, int, int | None]] = []
     for env, task in TASKS.items():
         for method, candidates in task.methods.items():
-            if options.task in (None, env) and options.method in (None, method):
-                curves += [
-                    (env, method, TUNING_SEED, i)
-                    for i in range(len(candidates))
-                    if len(candidates) > 1 and options.seed in (None, "tune")
-                ]
-                curves += [
-                    (env, method, seed, None) for seed in SEEDS if options.seed in (None, str(seed))
-                ]
+            if options.task not in (None, env) or options.method not in (None, method):
+                continue
+            if len(candidates) > 1 and options.seed in (None, "tune"):
+                curves += [(env, method, TUNING_SEED, i) for i in range(len(candidates))]
+            seeds = [seed for seed in SEEDS if options.seed in (None, str(seed))]
+            curves += [(env, method, seed, None) for seed in seeds]
     return curves
 
 
@@ -273,20 +240,16 @@ def main() -> int:
             if time.monotonic() - began > options.minutes * 60:
                 break
             print(f"--- {name}: {' '.join(overrides) or 'as shipped'}", flush=True)
-            result = (
-                world(env, seed, overrides)
-                if method == "world"
-                else model_free(env, method, seed, overrides)
-            )
-            which = "tune" if seed == TUNING_SEED else seed
-            command = (
-                f"python benchmarks/bench_agents.py --task {env} --method {method} --seed {which}"
-            )
+            if method == "world":
+                result = world(env, seed, overrides)
+            else:
+                result = model_free(env, method, seed, overrides)
+            which = f"--seed {'tune' if seed == TUNING_SEED else seed}"
+            command = f"python benchmarks/bench_agents.py --task {env} --method {method} {which}"
             cell = {**result, "settings": overrides, "commit": commit(), "command": command}
             RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(
-                json.dumps(dict(sorted({**read(), name: cell}.items())), indent=1) + "\n"
-            )
+            cells_by_name = dict(sorted({**read(), name: cell}.items()))
+            RESULTS.write_text(json.dumps(cells_by_name, indent=1) + "\n")
     finally:
         ray_session.shutdown()
     results = read()
@@ -308,55 +271,37 @@ def table(results: dict[str, Any]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for env, task in TASKS.items():
-        for method, candidates in task.methods.items():
-            runs = runs_of(results, env, method)
-            if not runs:
-                continue
-            tuning = [
-                results[name]
-                for i in range(len(candidates))
-                if (name := name_of(env, method, TUNING_SEED, i)) in results
-            ]
-            spent = (
-                f"{sum(run['points'][-1][0] + run['judged'] for run in tuning):,}"
-                if tuning
-                else "none"
-            )
-            hit = sum(run["reached"] is not None for run in runs)
-            each = ", ".join(shown(run["reached"], run) for run in runs)
-            medians = [
-                median(
-                    [
-                        None if run["reached"] is None else run["reached"] + extra * run["judged"]
-                        for run in runs
-                    ],
-                    runs,
-                )
-                for extra in (0, 1)
-            ]
-            prices = [run.get("price") for run in runs]
-            price = (
-                "-"
-                if None in prices
-                else f"{'> ' if hit * 2 <= len(runs) else ''}{statistics.median(prices):,.0f}"
-            )
-            best = ", ".join(
-                f"{max(y for _, y in run['points']):.{0 if abs(task.target) >= 100 else 1}f}"
-                for run in runs
-            )
-            wall = statistics.median(run["seconds"] for run in runs)
-            row = [
-                f"{env}, {task.target:g}",
-                method,
-                f"{hit} of {len(runs)}",
-                f"{medians[0]} ({each})",
-                medians[1],
-                price,
-                best,
-                spent,
-                f"{wall:.0f}",
-            ]
-            print(f"| {' | '.join(row)} |")
+        for method in task.methods:
+            if runs := runs_of(results, env, method):
+                print(f"| {' | '.join(row(results, env, method, runs))} |")
+
+
+def row(results: dict[str, Any], env: str, method: str, runs: list[dict[str, Any]]) -> list[str]:
+    task = TASKS[env]
+    names = [name_of(env, method, TUNING_SEED, i) for i in range(len(task.methods[method]))]
+    tuning = [results[name] for name in names if name in results]
+    tuned = sum(run["points"][-1][0] + run["judged"] for run in tuning)
+    reached = [run["reached"] for run in runs]
+    strict = [r if r is None else r + run["judged"] for r, run in zip(reached, runs, strict=True)]
+    each = ", ".join(map(shown, reached, runs))
+    hit = sum(steps is not None for steps in reached)
+    prices = [run.get("price") for run in runs]
+    price = "-"
+    if None not in prices:
+        more = "> " if hit * 2 <= len(runs) else ""
+        price = f"{more}{statistics.median(prices):,.0f}"
+    digits = 0 if abs(task.target) >= 100 else 1
+    return [
+        f"{env}, {task.target:g}",
+        method,
+        f"{hit} of {len(runs)}",
+        f"{median(reached, runs)} ({each})",
+        median(strict, runs),
+        price,
+        ", ".join(f"{max(y for _, y in run['points']):.{digits}f}" for run in runs),
+        f"{tuned:,}" if tuning else "none",
+        f"{statistics.median(run['seconds'] for run in runs):.0f}",
+    ]
 
 
 def shown(steps: float | None, run: dict[str, Any]) -> str:
@@ -364,9 +309,8 @@ def shown(steps: float | None, run: dict[str, Any]) -> str:
 
 
 def median(steps: list[float | None], runs: list[dict[str, Any]]) -> str:
-    ordered = sorted(
-        zip(steps, runs, strict=True), key=lambda pair: float("inf") if pair[0] is None else pair[0]
-    )
+    pairs = zip(steps, runs, strict=True)
+    ordered = sorted(pairs, key=lambda pair: float("inf") if pair[0] is None else pair[0])
     return shown(*ordered[len(ordered) // 2])
 
 
@@ -381,21 +325,13 @@ def plot(results: dict[str, Any]) -> None:
         axis.set_axis_off()
     for axis, (env, task) in zip(grid.flat, TASKS.items(), strict=False):
         for colour, method in zip(("#d1495b", "#30638e", "#7a8b99"), task.methods, strict=False):
-            for i, run in enumerate(runs_of(results, env, method)):
+            label = "in the world (PPO)" if method == "world" else f"model-free {method}"
+            for run in runs_of(results, env, method):
                 x, y = zip(*run["points"], strict=True)
-                label = (
-                    {"world": "in the world (PPO)"}.get(method, f"model-free {method}")
-                    if i == 0
-                    else None
-                )
                 axis.plot(x, y, color=colour, linewidth=1.2, alpha=0.8, label=label)
-                axis.plot(
-                    x[-1],
-                    y[-1],
-                    color=colour,
-                    marker="x" if run["reached"] is None else "o",
-                    markersize=7 if run["reached"] is None else 5,
-                )
+                marker, size = ("x", 7) if run["reached"] is None else ("o", 5)
+                axis.plot(x[-1], y[-1], color=colour, marker=marker, markersize=size)
+                label = "_"  # no further entry in the legend
         axis.axhline(task.target, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", title=f"{env}, target {task.target:g}")
         axis.legend(frameon=False, fontsize=8, loc="best")

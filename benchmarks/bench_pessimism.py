@@ -33,12 +33,12 @@ from bench_world import HERE, ROOT, commit
 
 from mesocosm import config
 from mesocosm.cluster import ray_session
-from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.evaluate.judge import judge
 from mesocosm.jobs import collect, loop
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
+from mesocosm.jobs.loop_config import fill
 from mesocosm.policies.policy import policy_of
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
@@ -78,7 +78,7 @@ VARIANTS: dict[str, list[str]] = {
 
 def world_of(cfg: loop.LoopConfig) -> Artifact:
     """The first round's world; found where it was trained before."""
-    first, stage = loop._fill(cfg.collect, cfg, 0), loop._fill(cfg.pretrain, cfg, 0)
+    first, stage = fill(cfg.collect, cfg, 0), fill(cfg.pretrain, cfg, 0)
     with tracking.start("collect", first, quiet=True) as run:
         data = collect.JOB.run(first, run)
     stage.data.datasets = [data.id]
@@ -88,7 +88,7 @@ def world_of(cfg: loop.LoopConfig) -> Artifact:
 
 def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
     """The first round's agent; found where it was trained before."""
-    stage = loop._fill(cfg.agent, cfg, 0)
+    stage = fill(cfg.agent, cfg, 0)
     stage.world, stage.backend = world.id, "local"
     with tracking.start("train-agent", stage) as run:
         return agents.JOB.run(stage, run)
@@ -104,10 +104,9 @@ def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     world = world_of(cfg)
     agent = agent_of(cfg, world)
     storage = Storage(str(ROOT))
-    ledger = Ledger(storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
-    judged = judge(
-        policy_of(storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed
-    )
+    ledger = Ledger(storage, f"pessimism-{agent.id}", price=cfg.reality.price)
+    policy = policy_of(storage, agent.name)
+    judged = judge(policy, cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
     metrics = agent.meta["metrics"]
     return {
         "return": judged.mean,
@@ -128,8 +127,8 @@ def measure(
     results: Path,
     every: list[tuple[str, str, int, Callable[[], dict[str, Any]]]],
 ) -> None:
-    """Measure the cells (name, task, seed, how) that the command line asks for and `results` lacks;
-    each is kept with its commit and command.
+    """Measure the cells (name, task, seed, function) that the command line names and `results`
+    lacks. Each is stored with its commit and command.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,7 +141,7 @@ def measure(
     options = parser.parse_args()
     began = time.monotonic()
     try:
-        for name, env, seed, how in [] if options.table_only else every:
+        for name, env, seed, run_cell in [] if options.table_only else every:
             if (
                 options.env not in (None, env)
                 or options.seed not in (None, str(seed))
@@ -154,14 +153,13 @@ def measure(
                 break
             print(f"--- {name}", flush=True)
             result = {
-                **how(),
+                **run_cell(),
                 "commit": commit(),
                 "command": f"python benchmarks/{script} --env {env} --seed {seed}",
             }
             results.parent.mkdir(exist_ok=True)
-            results.write_text(
-                json.dumps(dict(sorted({**saved(results), name: result}.items())), indent=1) + "\n"
-            )
+            cells_by_name = dict(sorted({**saved(results), name: result}.items()))
+            results.write_text(json.dumps(cells_by_name, indent=1) + "\n")
     finally:
         ray_session.shutdown()
 
@@ -179,17 +177,13 @@ def main() -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| variant | "
-        + " | ".join(f"{env}: seeds {', '.join(map(str, SEEDS))}" for env in FILES)
-        + " |",
-        "|---|" + "---|" * len(FILES),
-    ]
+    heads = [f"{env}: seeds {', '.join(map(str, SEEDS))}" for env in FILES]
+    lines = [f"| variant | {' | '.join(heads)} |", "|---|" + "---|" * len(FILES)]
     for variant in VARIANTS:
         cells = []
         for env in FILES:
-            got = [results.get(f"{env}/{variant}/{seed}") for seed in SEEDS]
-            returns = [None if g is None else g["return"] for g in got]
+            names = [f"{env}/{variant}/{seed}" for seed in SEEDS]
+            returns = [results[name]["return"] if name in results else None for name in names]
             digits = 0 if all(value is None or abs(value) >= 50 for value in returns) else 1
             text = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in returns)
             defined = [value for value in returns if value is not None]

@@ -6,9 +6,8 @@ import pytest
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Run in the folder of a user's own module, `ownenvs`."""
+def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in the folder of a user's module, `ownenvs`."""
     folder = Path(__file__).parents[1] / "sample_envs"
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    return folder

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
@@ -73,18 +73,14 @@ def run_episode(
 
     Args:
         env: A MeteredEnv around `make_env(config)`.
-        act: Chooses actions; a `EpisodeAct`'s `start` is called first. Its generator is a function
-            of (seed, k).
-        max_steps: An episode that has not ended after so many steps is `unfinished`; None runs it
-            to its end.
+        act: Chooses actions; an `EpisodeAct`'s `start` is called first.
+        max_steps: Steps after which the episode is `unfinished`; None runs it to its end.
 
     Raises:
-        EpisodeError: The environment raises, or gives an observation, reward or duration that is
-            not finite, a reward or duration beyond float32, a negative duration, or with
+        EpisodeError: The environment raises or gives an invalid number, or with
             `reality.bounds=drop` an observation outside its space.
         EpisodeCut: The meter has no more steps.
-        MesocosmError: `act` raises, which is not reality's failure, or the environment has gym's
-            old API.
+        MesocosmError: `act` raises, or the environment has gym's old API.
     """
     assert max_steps is None or max_steps >= 1, max_steps
     reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
@@ -92,8 +88,8 @@ def run_episode(
     if isinstance(act, EpisodeAct):
         act.start(k, rng)
     try:
-        reset = partial(take_reset, env, seed=reset_seed, options=task or None)
-        observation, info = _guarded(reset, k, "reset")
+        with _failures(EpisodeError, f"episode {k}: the environment's reset"):
+            observation, info = take_reset(env, seed=reset_seed, options=task or None)
     except BudgetSpent as error:
         raise EpisodeCut(str(error), None) from error
     bounded = env.observation_space if config.bounds == "drop" else None
@@ -103,11 +99,12 @@ def run_episode(
     spent: BudgetSpent | None = None
     while outcome == "unfinished" and (max_steps is None or len(rewards) < max_steps):
         t = len(rewards) + 1
-        action = _choose(act, deepcopy(observations[-1]), rng, behaviour, k)
+        with _failures(MesocosmError, f"episode {k}: behaviour {behaviour!r}"):
+            action = act(deepcopy(observations[-1]), rng)
         chosen = deepcopy(action)  # an environment may clip the action in place
         try:
-            step = partial(take_step, env, action)
-            observation, reward, terminated, truncated, info = _guarded(step, k, f"step {t}")
+            with _failures(EpisodeError, f"episode {k}: the environment's step {t}"):
+                observation, reward, terminated, truncated, info = take_step(env, action)
         except BudgetSpent as error:
             spent = error
             break
@@ -137,56 +134,42 @@ def run_episode(
     return episode
 
 
-def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
+@contextmanager
+def _failures(kind: type[MesocosmError], source: str) -> Iterator[None]:
+    """Raise what the user's code raises as an error of this kind; a MesocosmError passes."""
     try:
-        return call()
+        yield
     except MesocosmError:
         raise
     except (Exception, SystemExit) as error:
-        problem = f"the environment's {where} raised {type(error).__name__}: {one_line(error)}"
-        raise EpisodeError(f"episode {k}: {problem}") from error
-
-
-def _choose(act: Act, observation: Any, rng: np.random.Generator, behaviour: str, k: int) -> Any:
-    try:
-        return act(observation, rng)
-    except MesocosmError:
-        raise
-    except Exception as error:
-        problem = f"{type(error).__name__} in episode {k}: {one_line(error)}"
-        raise MesocosmError(f"behaviour {behaviour!r} raised {problem}; correct it") from error
+        raise kind(f"{source} raised {type(error).__name__}: {one_line(error)}") from error
 
 
 def _number(value: Any, name: str, k: int, t: int) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        problem = f"step {t} gave {name} {value!r}, which is no number"
-        raise EpisodeError(f"episode {k}: {problem}") from error
-    problem = ""
-    if not np.isfinite(number):
-        problem = ", which is not finite"
-    elif abs(number) > FLOAT32:
-        problem = ", and a world computes in float32; rescale it"
-    elif number < 0 and name != "reward":
-        problem = ", which is negative; give seconds"
+    except (TypeError, ValueError):
+        shown, problem = repr(value), "which is no number"
+    else:
+        shown, problem = f"{number:g}", ""
+        if not np.isfinite(number):
+            problem = "which is not finite"
+        elif abs(number) > FLOAT32:
+            problem = "and a world computes in float32; rescale it"
+        elif number < 0 and name != "reward":
+            problem = "which is negative; give seconds"
     if problem:
-        raise EpisodeError(f"episode {k}: step {t} gave {name} {number:g}{problem}")
+        raise EpisodeError(f"episode {k}: step {t} gave {name} {shown}, {problem}")
     return number
 
 
 def _valid(observation: Any, bounded: gymnasium.Space[Any] | None, k: int, t: int) -> Any:
-    """A copy of an observation, which must be finite and inside the space, if one is given.
-
-    It is copied because an environment may return the same buffer at every step.
-    """
-    observation = deepcopy(observation)
+    """A copy of an observation, which must be finite and inside the space, if one is given."""
+    observation = deepcopy(observation)  # an environment may return the same buffer at every step
     if not all_finite(observation):
         raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
-    if bounded is not None:
-        problem = first_outside(bounded, observation, "observation")
-        if problem is not None:
-            raise EpisodeError(f"episode {k}: after step {t}, {problem}; {FIX}")
+    if bounded is not None and (problem := first_outside(bounded, observation, "observation")):
+        raise EpisodeError(f"episode {k}: after step {t}, {problem}; {FIX}")
     return observation
 
 

@@ -137,8 +137,6 @@ class Ledger:
         self._open: dict[int, Reservation] = {}
         self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
 
-    # -- spending ----------------------------------------------------------------------------------
-
     def reserve(
         self,
         purpose: str,
@@ -195,24 +193,23 @@ class Ledger:
                 self._catch_up()
         return None
 
-    # -- totals ------------------------------------------------------------------------------------
-
     def totals(self) -> LedgerTotals:
         """Everything spent so far, by everyone."""
         with self._lock:
             self._catch_up()
             purposes = {}
-            for purpose, done in self._confirmed.items():
+            for purpose, confirmed in self._confirmed.items():
                 waiting = [r for r in self._open.values() if r.purpose == purpose]
                 steps, resets = sum(r.steps for r in waiting), sum(r.resets for r in waiting)
+                price = self._cost(steps, resets)
                 purposes[purpose] = PurposeTotals(
-                    steps=done.steps + steps,
-                    resets=done.resets + resets,
-                    seconds=done.seconds,
-                    price=self._cost(done.steps, done.resets) + self._cost(steps, resets),
+                    confirmed.steps + steps,
+                    confirmed.resets + resets,
+                    confirmed.seconds,
+                    self._cost(confirmed.steps, confirmed.resets) + price,
                     unconfirmed_steps=steps,
                     unconfirmed_resets=resets,
-                    unconfirmed_price=self._cost(steps, resets),
+                    unconfirmed_price=price,
                 )
             spent = sum(purposes[p].steps for p in BUDGETED)
             left = None if self.budget.steps is None else max(0, self.budget.steps - spent)
@@ -225,10 +222,8 @@ class Ledger:
             self._catch_up()
             return self._remaining(purpose, None)
 
-    # -- the journal -------------------------------------------------------------------------------
-
-    def _path(self, number: int) -> str:
-        return f"ledgers/{self.id}/{number:08d}.json"
+    def _path(self, number: int, folder: str = "") -> str:
+        return f"ledgers/{self.id}/{folder}{number:08d}.json"
 
     def _catch_up(self) -> None:
         """Read the records that others have appended since the last call."""
@@ -243,10 +238,7 @@ class Ledger:
                 self._snapshot()
 
     def _open_journal(self) -> None:
-        """Check that no record is missing, and restore the newest snapshot.
-
-        Raises ArtifactError where a record is missing or the newest snapshot is damaged.
-        """
+        """Check that no record is missing, and restore the newest snapshot."""
         folder = f"ledgers/{self.id}"
         snapshots = _numbers(self.storage.list(f"{folder}/snapshots"))
         numbers = _numbers(self.storage.list(folder))
@@ -259,9 +251,6 @@ class Ledger:
             self._restore(snapshots[-1])
         self._opened = True
 
-    def _snapshot_path(self, number: int) -> str:
-        return f"ledgers/{self.id}/snapshots/{number:08d}.json"
-
     def _snapshot(self) -> None:
         """Write the state before record `_next`. Any process writes the same bytes."""
         state = {
@@ -270,10 +259,10 @@ class Ledger:
             "confirmed": {purpose: asdict(total) for purpose, total in self._confirmed.items()},
             "open": [asdict(r) for r in self._open.values()],
         }
-        self.storage.write(self._snapshot_path(self._next), json.dumps(state).encode())
+        self.storage.write(self._path(self._next, "snapshots/"), json.dumps(state).encode())
 
     def _restore(self, number: int) -> None:
-        path = self._snapshot_path(number)
+        path = self._path(number, "snapshots/")
         try:
             state = json.loads(self.storage.read(path) or b"")
             self._confirmed = {p: _Sum(**state["confirmed"][p]) for p in PURPOSES}
@@ -347,8 +336,6 @@ class Ledger:
             done.seconds += confirm["seconds"]
         if reserve is not None:
             self._open[number] = Reservation(number, **reserve)
-
-    # -- the budget --------------------------------------------------------------------------------
 
     def _limits(self, purpose: str) -> list[tuple[str, tuple[str, ...], int]]:
         """(name of the bound, the purposes under it, steps)"""

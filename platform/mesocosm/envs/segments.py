@@ -4,10 +4,9 @@ A lane writes its episodes a segment at a time and confirms their steps in the l
 
     ROOT/runs/episodes/<dataset id>/<lane>-<number of its first episode in the lane>.npz
 
-A segment is created exclusively and whole. It names the ledger's reservation that paid for it, so
-that a process that reads a segment whose confirmation is missing can write it. A collection that
-was killed continues after the last segment of each lane. The folder is removed when the dataset is
-committed.
+A segment is created exclusively and whole. It names the reservation that paid for it, so that its
+reader can write a missing confirmation. A killed collection continues after the last segment of
+each lane. The folder is removed when the dataset is committed.
 """
 
 from __future__ import annotations
@@ -131,9 +130,8 @@ class Segments:
 
         Args:
             rows: Of each attempt that has an episode, in order.
-            ledger: The id of the ledger of `usage`.
-            usage: What the attempts used of their reservation.
-            beyond: (steps, resets) used of it besides, which stay reserved.
+            ledger: The id of the ledger of `usage`, the attempts' part of their reservation.
+            beyond: (steps, resets) used of the reservation besides, which stay reserved.
 
         Returns:
             False where another writer has stored them.
