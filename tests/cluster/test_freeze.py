@@ -79,7 +79,7 @@ def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     assert back.reality.env == "CartPole-v1"
 
 
-def test_the_id_is_of_what_is_sent(folder: Path) -> None:
+def test_the_id_hashes_the_config_and_the_files(folder: Path) -> None:
     first = frozen(folder).id
     assert frozen(folder).id == first and first.startswith("collect-")
     assert frozen(folder, "steps=7").id != first

@@ -180,7 +180,7 @@ def test_storage_credentials_are_named_and_not_held(cluster_of: Reader) -> None:
         assert "serviceAccountName" not in pod["spec"]
 
 
-def test_a_job_runs_its_words_on_a_cluster_of_its_own(cluster_of: Reader) -> None:
+def test_a_job_runs_its_words_on_a_new_cluster(cluster_of: Reader) -> None:
     words = "pretrain -c configs/pretrain/pendulum.yaml 'data.datasets=[d0]'"
     cluster = cluster_of(KUBERAY, "image:", "tracking_uri: http://mlflow:5000\nimage:")
     job, again, other = (rendered("RayJob", w, cluster)[0] for w in (words, words, "doctor"))

@@ -105,7 +105,7 @@ def test_addresses_that_a_token_may_travel_to(cluster_of: Reader, address: str) 
     assert cluster.address == address and cluster.token_path == Path.home() / ".ray" / "auth_token"
 
 
-def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_token_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "ray" / "token"
     with pytest.raises(UsageError, match="cannot be read"):
         clusters.check_token(path)
@@ -212,8 +212,8 @@ def test_ec2_accepts_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         types = {(i["InstanceType"], i.get("InstanceLifecycle")) for i in created}
         assert types == {("m7i.xlarge", None), ("g6.2xlarge", "spot")}
         groups = ec2.describe_security_groups()["SecurityGroups"]
-        made = [group for group in groups if group["GroupName"] != "default"]
-        rules = [rule for group in made for rule in group["IpPermissions"]]
+        created_groups = [group for group in groups if group["GroupName"] != "default"]
+        rules = [rule for group in created_groups for rule in group["IpPermissions"]]
         public = [rule for rule in rules if rule["IpRanges"] or rule["Ipv6Ranges"]]
         assert [(rule["FromPort"], rule["ToPort"]) for rule in public] == [(22, 22)]
 

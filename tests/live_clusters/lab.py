@@ -124,8 +124,8 @@ class Place:
         for process in psutil.process_iter(["cmdline"]):
             program = Path((process.info["cmdline"] or [""])[0]).name
             with suppress(OSError):
-                here = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == namespace
-                if program.startswith(prefix) and here:
+                inside = os.stat(f"/proc/{process.pid}/ns/pid").st_ino == namespace
+                if program.startswith(prefix) and inside:
                     pids.append(process.pid)
         return pids
 

@@ -143,10 +143,10 @@ def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
     """A storage outage is retried, and the end of the run is uploaded last."""
     monkeypatch.setattr("mesocosm.runs.upload.EVERY", 0.05)
     storage = Storage(f"{s3}/shipped")
-    written, away = Storage.write, True
+    written, outage = Storage.write, True
 
     def write(self: Storage, path: str, data: bytes) -> None:
-        if away and path.endswith("log.txt"):
+        if outage and path.endswith("log.txt"):
             raise OSError("no route to host")
         written(self, path, data)
 
@@ -161,7 +161,7 @@ def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
             update(3, "a third")
             wait_until(lambda: b"a third" in uploaded("status.json"))
         assert not uploaded("log.txt")
-        away = False
+        outage = False
         wait_until(
             lambda: b"it begins" in uploaded("log.txt") and b"loss" in uploaded("metrics.jsonl")
         )

@@ -76,8 +76,8 @@ class HttpProxy:
         folder: Path | None = None,
         reword: Callable[[bytes], bytes] | None = None,
     ):
-        there = urlsplit(endpoint)
-        assert there.scheme == "http" and there.hostname, endpoint
+        server = urlsplit(endpoint)
+        assert server.scheme == "http" and server.hostname, endpoint
         self._stopped = stopped = threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
@@ -95,7 +95,7 @@ class HttpProxy:
                     self._answer(status, [("Content-Type", "application/xml")], body)
                     return
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                onward = http.client.HTTPConnection(there.hostname or "", there.port, timeout=60)
+                onward = http.client.HTTPConnection(server.hostname or "", server.port, timeout=60)
                 try:
                     onward.request(self.command, self.path, body=body, headers=headers)
                     reply = onward.getresponse()

@@ -59,7 +59,7 @@ def cached_bytes(storage: Storage) -> int:
             return sum(file.stat().st_size for file in files)
 
 
-def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage) -> None:
+def test_only_units_in_use_are_fetched_and_once_for_all_processes(bucket: Storage) -> None:
     dataset = Dataset([open_partial(bucket, "datasets", "cart")])
     assert len(dataset.shards) > 4 and cached(bucket) == []
     dataset.array(2, "obs_num")
@@ -220,7 +220,7 @@ def test_threads_share_it(bucket: Storage) -> None:
         assert list(pool.map(work, range(4))) == [150] * 4
 
 
-def test_a_release_by_one_thread_leaves_what_another_holds(
+def test_a_release_by_one_thread_leaves_the_hold_of_another(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = open_partial(bucket, "datasets", "cart", 1)  # no shard fits beside another
@@ -262,7 +262,7 @@ print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me
     assert not list(bucket.local_path("cache", "arriving").iterdir())
 
 
-def test_what_others_are_fetching_counts_as_room_in_use(
+def test_fetches_of_other_processes_count_as_room_in_use(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = """

@@ -242,7 +242,7 @@ class Doubting(Storage):
         return super().create(path, data)
 
 
-def test_a_claim_that_was_sent_twice_is_known_again(root: str) -> None:
+def test_a_claim_that_was_sent_twice_is_recognised(root: str) -> None:
     with take(Doubting(root)):
         assert len(leases(root)) == 1
     assert leases(root) == []

@@ -24,10 +24,10 @@ def _fill(folder: Path) -> None:
 
 def test_an_artifact_is_found_again_with_its_lineage(root: str) -> None:
     storage = Storage(root)
-    made = storage.make("datasets", "d1", {"inputs": {"world": "w"}}, _fill)
-    found = storage.artifact("datasets", "datasets/d1")
-    assert found.path == made.path and found.meta == {"inputs": {"world": "w"}}
-    assert (found.path / "deep" / "x.bin").read_bytes() == b"abc" * 1000
+    artifact = storage.make("datasets", "d1", {"inputs": {"world": "w"}}, _fill)
+    again = storage.artifact("datasets", "datasets/d1")
+    assert again.path == artifact.path and again.meta == {"inputs": {"world": "w"}}
+    assert (again.path / "deep" / "x.bin").read_bytes() == b"abc" * 1000
 
     def never(folder: Path) -> None:
         raise AssertionError("made twice")
@@ -41,8 +41,8 @@ def test_an_artifact_is_found_again_with_its_lineage(root: str) -> None:
 def test_force_replaces_it_whole(any_root: str) -> None:
     storage = Storage(any_root)
     storage.make("worlds", "w", {"n": 1}, fill_with(a="old", b="old"))
-    made = storage.make("worlds", "w", {"n": 2}, fill_with(a="new"), force=True)
-    assert made.meta == {"n": 2} and (made.path / "a").read_text() == "new"
+    artifact = storage.make("worlds", "w", {"n": 2}, fill_with(a="new"), force=True)
+    assert artifact.meta == {"n": 2} and (artifact.path / "a").read_text() == "new"
     assert Storage(any_root).artifact("worlds", "w").meta == {"n": 2}
     files = [path for path in storage.files("worlds/w") if not path.endswith("COMMIT.json")]
     assert len(files) == 1, "nothing of the old one is left"
@@ -69,8 +69,8 @@ def test_a_slower_maker_changes_nothing(any_root: str) -> None:
         Storage(any_root).make("worlds", "w", {"maker": "fast"}, fill_with(a="fast"))
         fill_with(a="slow", b="slow")(folder)
 
-    made = storage.make("worlds", "w", {"maker": "slow"}, slow)
-    assert made.meta == {"maker": "fast"} and (made.path / "a").read_text() == "fast"
+    artifact = storage.make("worlds", "w", {"maker": "slow"}, slow)
+    assert artifact.meta == {"maker": "fast"} and (artifact.path / "a").read_text() == "fast"
     shutil.rmtree(storage.local_path("cache"), ignore_errors=True)
     assert (Storage(any_root).artifact("worlds", "w").path / "a").read_text() == "fast"
     assert len(storage.fs.find(storage._path("worlds", "w"))) == 2, "what lost is removed"

@@ -90,14 +90,14 @@ class Proxy:
 @pytest.fixture
 def proxied(s3: str) -> Iterator[Callable[[Watch], Proxy]]:
     """`proxied(watch)`: a proxy before the endpoint of `s3`."""
-    made: list[Proxy] = []
+    proxies: list[Proxy] = []
 
     def make(watch: Watch) -> Proxy:
-        made.append(Proxy(os.environ["AWS_ENDPOINT_URL"], watch))
-        return made[-1]
+        proxies.append(Proxy(os.environ["AWS_ENDPOINT_URL"], watch))
+        return proxies[-1]
 
     yield make
-    for proxy in made:
+    for proxy in proxies:
         proxy.cut()
 
 
@@ -240,8 +240,8 @@ def test_an_outage_is_waited_out(
     storage = Storage(f"{s3}/{tmp_path.name}")
     storage.check_writable()
     content = os.urandom(40 * MIB)
-    made = storage.make("datasets", "d", {}, fill_with(large=content))
-    assert cuts == [1] and (made.path / "large").read_bytes() == content
+    artifact = storage.make("datasets", "d", {}, fill_with(large=content))
+    assert cuts == [1] and (artifact.path / "large").read_bytes() == content
     shutil.rmtree(storage.local_path("cache"))
     threshold[0] = passed[0] + 1500  # the second request or so of the download
     assert (storage.artifact("datasets", "d").path / "large").read_bytes() == content

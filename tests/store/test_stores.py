@@ -26,25 +26,25 @@ Proxied = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MESOCOSM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def proxied(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxied]:
     """`proxied(change, tls=False)`: the root, behind a proxy that changes or rejects requests."""
-    made = []
+    proxies = []
 
     def make(change: object, *, tls: bool = False, reword: object = None) -> str:
         proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], change, tmp_path if tls else None, reword)
-        made.append(proxy)
+        proxies.append(proxy)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         if tls:
             monkeypatch.setenv("AWS_CA_BUNDLE", proxy.ca)
         return f"{s3}/{tmp_path.name}"
 
     yield make
-    for proxy in made:
+    for proxy in proxies:
         proxy.close()
 
 
@@ -68,8 +68,8 @@ def test_a_store_that_rejects_checksum_trailers(
     storage.make("worlds", "w", {}, fill)
     storage.make("worlds", "w", {"n": 2}, fill, force=True)
     shutil.rmtree(storage.local_path("cache"))
-    found = storage.artifact("worlds", "w")
-    assert (found.path / "x").read_bytes() == content and found.meta == {"n": 2}
+    artifact = storage.artifact("worlds", "w")
+    assert (artifact.path / "x").read_bytes() == content and artifact.meta == {"n": 2}
     assert storage.create("ledgers/l/0.json", b"a") and not storage.create("ledgers/l/0.json", b"b")
     storage.remove("ledgers")
     assert storage.list("ledgers") == []

@@ -50,12 +50,12 @@ def list_jobs(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
         if isinstance(remote, str) and cluster:
             raise UsageError(remote)
         jobs = {} if isinstance(remote, str) else {job.submission_id: job for job in remote.list()}
-        known = {record.id: record for record in local if record.cluster == name}
+        records_by_id = {record.id: record for record in local if record.cluster == name}
         if cluster:
             for id, job in jobs.items():
                 if (job.metadata or {}).get("job", "probe") != "probe":
-                    known.setdefault(id, find_job(id, cluster))
-        for id, record in known.items():
+                    records_by_id.setdefault(id, find_job(id, cluster))
+        for id, record in records_by_id.items():
             rows.append(_row(record, jobs.get(id), _read_json(record, "status.json")))
     return sorted(rows, key=lambda row: row["age_s"] or 0.0)
 

@@ -168,13 +168,13 @@ class Dataset:
         self.expect(shards)
         out: dict[str, Array] = {}
         distinct = {id(at): at for at in rows.values()}
-        for shard, here in groups:
-            chosen = {number: at[here] for number, at in distinct.items()}
+        for shard, positions in groups:
+            chosen = {number: at[positions] for number, at in distinct.items()}
             for name, at in rows.items():
                 values = self.array(shard, name).take(chosen[id(at)], axis=0)
                 if name not in out:
                     out[name] = np.empty((*at.shape, *values.shape[at.ndim :]), values.dtype)
-                out[name][here] = values
+                out[name][positions] = values
         return out
 
     def records(self, shard: int) -> Array:
@@ -333,8 +333,8 @@ def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
         yield int(shards[0]), slice(None)
         return
     order = np.argsort(shards, kind="stable")
-    for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-        yield int(shards[here[0]]), here
+    for positions in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+        yield int(shards[positions[0]]), positions
 
 
 def episode_rows(first: Array, lengths: Array) -> tuple[Array, Array]:
