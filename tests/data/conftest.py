@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.jobs import collect as collect_job
 from mesocosm.jobs import curate as curate_job
 from mesocosm.jobs.import_logs import JOB, ImportConfig
 from mesocosm.runs import tracking
@@ -19,6 +21,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 from . import walks
 from .counted import counted_episode, write_counted
 from .logs import configured
+from .reality import SAMPLE_ENVS
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,24 @@ def curate(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         return curate_job.JOB.run(walks.configured(root, *operations, **keys), a_run)
 
     return make
+
+
+@pytest.fixture
+def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in the folder of a user's module, `ownenvs`."""
+    monkeypatch.chdir(SAMPLE_ENVS)
+    monkeypatch.syspath_prepend(str(SAMPLE_ENVS))
+
+
+@pytest.fixture
+def collect(a_run: tracking.Run) -> Callable[[CollectConfig], Artifact]:
+    """`collect(config)` collects into its storage."""
+
+    def run(config: CollectConfig) -> Artifact:
+        a_run.storage = Storage(config.storage.root)
+        return collect_job.JOB.run(config, a_run)
+
+    return run
 
 
 @pytest.fixture

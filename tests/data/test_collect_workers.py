@@ -1,30 +1,72 @@
-"""Workers that are lost at inconvenient moments."""
+"""Workers that hang or are lost at inconvenient moments."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.ray_workers import DEATHS, LostWorkers, run_on_ray
 from mesocosm.data.collecting.workers import CollectTask, LaneRunner, split
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Storage
 
-OWN = Path(__file__).parent.parent / "sample_envs"
+from .reality import SAMPLE_ENVS, a_task
 
 
-@pytest.fixture
-def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(OWN)
-    monkeypatch.syspath_prepend(str(OWN))
+class Attempts:
+    """A report of attempts. The driver has much to do before the first one: it asks its workers
+    after 2 s, and reads the answer after 4.
+    """
+
+    def __init__(self, naps: int = 0) -> None:
+        self.attempts: list[Attempt] = []
+        self.naps = naps
+
+    def __call__(self, attempts: Sequence[Attempt], steps: int) -> None:
+        self.attempts += attempts
+        if not self.attempts and self.naps:
+            self.naps -= 1
+            time.sleep(2.0)
+
+    def outcomes(self) -> list[tuple[int, int, bool]]:
+        return [(a.index, a.steps, a.length is None) for a in self.attempts]
 
 
-def a_plan(root: str, reality: RealityConfig) -> CollectTask:
-    return CollectTask(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+def check_ledger(task: CollectTask, steps: int) -> None:
+    totals = task.open_ledger().totals()
+    assert totals.steps == steps and totals.unconfirmed == ()
+
+
+@pytest.mark.slow
+def test_a_step_that_comes_back_too_late_costs_its_episode(
+    root: str, user_module: None, ray_local: None
+) -> None:
+    """The meter is frozen, and the step returns before the driver has read so."""
+    task, report = a_task(root, {1: "hang"}, nap=3.1), Attempts(naps=2)
+    run_on_ray(task, split(30, 1), 1, report)
+    assert report.outcomes() == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
+    reason = "episode 1: a step took longer than reality.step_timeout_s=0.3"
+    assert report.attempts[1].reason == reason
+    check_ledger(task, 30)
+
+
+@pytest.mark.slow
+def test_a_close_that_hangs_costs_nothing(
+    root: str, user_module: None, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "SILENCE_S", 0.5)
+    task, report = a_task(root, {0: "crash"}, closing=3600.0), Attempts()
+    run_on_ray(task, split(20, 1), 1, report)
+    assert report.outcomes() == [(0, 3, True), (1, 10, False), (2, 7, False)]
+    check_ledger(task, 20)
 
 
 @pytest.mark.slow
@@ -32,35 +74,33 @@ def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(
     root: str, user_module: None, ray_local: None
 ) -> None:
     reality = RealityConfig(env="ownenvs:Stillborn", kwargs={"survivor": os.getpid()})
-    with pytest.raises(
-        MesocosmError,
-        match=rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn",
-    ):
-        run_on_ray(a_plan(root, reality), split(20, 1), 1, lambda attempts, steps: None)
+    behaviours = [BehaviourConfig()]
+    task = CollectTask(reality, behaviours, 0, root, "x", "d", "r", str(SAMPLE_ENVS))
+    message = rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn"
+    with pytest.raises(MesocosmError, match=message):
+        run_on_ray(task, split(20, 1), 1, lambda attempts, steps: None)
 
 
 def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(
     root: str, user_module: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A silent worker writes its episode after the driver has read storage."""
-    plan = a_plan(root, RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0}, horizon=10))
+    task = a_task(root, {})
     (lane,) = split(10, 1)
     lane.careful = True
-    losses = LostWorkers(plan)
-    runner = LaneRunner(plan)
+    lost, runner = LostWorkers(task), LaneRunner(task)
     runner.begin(0, 10)
-    read = losses._segments.attempts
+    read = lost._segments.attempts
 
-    def late(*args: int) -> list[object]:
-        attempts = read(*args)  # type: ignore[arg-type]
+    def write_after_reading(*args: Any) -> list[Attempt]:
+        attempts = read(*args)
         if not Storage(root).list("runs/episodes/d"):
             runner.advance(lane)
-        return attempts  # type: ignore[return-value]
+        return attempts
 
-    monkeypatch.setattr(losses._segments, "attempts", late)
-    losses._tries[0] = (0, DEATHS)
-    (attempt,) = losses.account(lane, "the environment's process did not answer", died=False)
+    monkeypatch.setattr(lost._segments, "attempts", write_after_reading)
+    lost._tries[0] = (0, DEATHS)
+    (attempt,) = lost.account(lane, "the environment's process did not answer", died=False)
     assert attempt.reason is None and attempt.steps == 10
     runner.end()
-    totals = plan.open_ledger().totals()
-    assert totals.steps == 10 and totals.unconfirmed == ()
+    check_ledger(task, 10)
