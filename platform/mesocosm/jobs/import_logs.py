@@ -146,8 +146,11 @@ class ImportLogs(Job[ImportConfig, Import]):
         if tally is not None:
             run.say("an earlier run has checked the logs: goes on from there")
         with run.progress("check the logs") as update:
-            report_rows = partial(_report_done, update, "rows")
-            inspection = _inspect(cfg, files, workers, report_rows, tally)
+
+            def checked(rows: int) -> None:
+                update(rows, f"{rows:,} rows")
+
+            inspection = _inspect(cfg, files, workers, checked, tally)
         progress.save_tally(inspection.tally)
         report = inspection.report()
         for row in report["columns"]:
@@ -167,8 +170,11 @@ class ImportLogs(Job[ImportConfig, Import]):
 
         def fill(folder: Path) -> None:
             with run.progress("write the dataset", total) as update:
-                report_transitions = partial(_report_done, update, f"of {total:,} transitions")
-                _write(progress, plan, inspection, workers, report_transitions)
+
+                def written(done: int) -> None:
+                    update(done, f"{done:,}/{total:,} transitions")
+
+                _write(progress, plan, inspection, workers, written)
             if [_stamp(source) for source in files] != plan.stamps:
                 progress.clear()
                 raise MesocosmError(
@@ -190,10 +196,6 @@ class ImportLogs(Job[ImportConfig, Import]):
         if not made:
             transitions = artifact.meta["counts"]["transitions"]
             run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
-
-
-def _report_done(update: Callable[[float, str], None], unit: str, done: int) -> None:
-    update(done, f"{done:,} {unit}")
 
 
 def _stamp(source: Source) -> tuple[int, tuple[str, ...]]:

@@ -1,8 +1,7 @@
 """Lane l of L collects the episodes l, l + L, l + 2L, ... until its share of the steps is used.
 
-An episode is a function of (config, seed, k) and the share of a lane is fixed, so any number of
-workers, or none, collects the same episodes. Each lane has its own environment and writes its
-episodes to storage as they end (`segments`), where a killed collection goes on after them.
+An episode is a function of (config, seed, k), so any number of workers collects the same episodes.
+A lane writes its episodes to storage as they end; a killed collection goes on after them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The episodes that are kept so far, and the account of every transition that was dropped.
 
-Memory is a few numbers an episode. For every operation: in + put back = dropped + kept, in episodes
-and in transitions.
+For every operation: in + put back = dropped + kept, in episodes and in transitions.
 """
 
 from __future__ import annotations
@@ -152,9 +151,7 @@ class Step:
         self._events.append(Event(self.number, self.op, kind, reason, episodes, transitions, of))
 
     def close(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Enter the events into the table's account, and return the operation's part of the
-        report.
-        """
+        """Add the events to the table's account. Returns the operation's part of the report."""
         self.table.events += self._events
         return {
             "operation": self.number,

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,7 +223,7 @@ class _CheckedRows:
         bad = np.zeros(len(values), bool)
         bad[good] = outside(space, values[good], self._schema.bounds)
         must = f"{name} must be in the environment's {space}"
-        self.mark(bad, OUTSIDE, lambda row: f"{must}, got {_plain(values[row])!r}")
+        self.mark(bad, OUTSIDE, lambda row: f"{must}, got {values[[row]].tolist()[0]!r}")
         return values
 
     def _check_elements(
@@ -252,7 +251,3 @@ def _encode(codec: SpaceCodec, arrays: Sequence[Array], usable: Array) -> tuple[
         numbers[usable], categories[usable] = codec.encode_leaves(values, int(usable.sum()))
     widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
     return numbers, categories.astype(widest)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str) else np.asarray(value).tolist()

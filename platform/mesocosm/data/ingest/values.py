@@ -27,9 +27,6 @@ class RowError(UsageError):
         super().__init__(text)
         self.row, self.text = row, text
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowError, (self.row, self.text)
-
 
 def take(table: pa.Table, leaf: ColumnLeaf) -> tuple[Array, Array, Array]:
     """Read one leaf of B rows from a flattened table.

@@ -1,11 +1,8 @@
 """Locations of samples: sample number -> shard, episode, first transition.
 
-In memory are a few integers a shard, and the episodes of the shards that were used last.
-
-Order. Without blocks an epoch is one keyed permutation of all windows. With blocks of B shards it
-is a keyed permutation of the shards, cut into blocks of B, and a keyed permutation of the windows
-within each block: a sample needs only its block on this machine, and the next block is known. The
-shards of a block differ in every epoch.
+Without blocks an epoch is one keyed permutation of all windows. With blocks of B shards it is a
+keyed permutation of the shards, cut into blocks of B, and one of the windows within each block: a
+sample needs only its block on this machine. The shards of a block differ in every epoch.
 """
 
 from __future__ import annotations
@@ -238,7 +235,7 @@ class Order:
     def draw(self, salt: int, order: Index, samples: Index) -> tuple[Array, Index, Index]:
         """Single transitions, the `order`-th [K] of a walk round and round over terminals
         (TERMINAL) or all transitions (UNIFORM), of all shards or of the block of `samples` [K].
-        Without a terminal there, over its transitions. Also the numbers of both there, [K].
+        A block without a terminal gives its transitions. Also the numbers of both, [K].
         """
         places = np.empty(len(order), self.tables.type)
         terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)

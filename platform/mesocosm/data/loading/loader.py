@@ -1,10 +1,8 @@
-"""The loader is an index, not a stream: step -> windows is a pure function of (dataset, seed,
-step).
+"""The loader is an index, not a stream: windows are a pure function of (dataset, seed, step).
 
 Its position is one integer, whatever the number of workers, so a resume continues the same
-sequence. Global sample number g = step * batch + i; epoch = g // windows; a keyed permutation of
-the epoch's windows gives the window of g (`index`). With weights each dataset has an order and
-epochs of its own, and a fixed pattern gives the dataset of g (`index.Turns`).
+sequence. Sample g = step * batch + i is of epoch g // windows, whose order is a keyed permutation
+(`index`). With weights each dataset has its own epochs, and a fixed pattern gives the dataset of g.
 
 Tiling. An episode of T transitions is cut into n windows of W: window j covers the transitions [jW
 - s, (j+1)W - s) of [0, T), the shift s drawn by (seed, epoch, episode). n is ceil(T/W) or one more,
@@ -186,8 +184,7 @@ class Loader:
                 f"a {name} of {size} does not divide by {world_size} workers; use a multiple of"
                 f" {world_size}"
             )
-        each = size // world_size
-        return rank * each, (rank + 1) * each
+        return rank * size // world_size, (rank + 1) * size // world_size
 
     def _turn(self, step: int, lo: int, hi: int) -> None:
         """Hold the blocks of a slice of the batches read with `step`, and of their events."""
@@ -217,10 +214,9 @@ class Loader:
 
         Every third is a terminal, the others are uniform over all transitions; both walk their own
         permutation, round and round. With q = the share of terminals so drawn and p their natural
-        rate, a transition's probability is the mixture of both ways, so the weights are p / (q + (1
-        - q) p) for a terminal and 1 / (1 - q) for another: they average 1 and restore p. With
-        weights of datasets, a terminal's share of q is that of its dataset among those that have
-        any, and the weighted mixture is restored.
+        rate, weights of p / (q + (1 - q) p) for a terminal and 1 / (1 - q) for another average 1
+        and restore p. With weights of datasets, a terminal's share of q is that of its dataset
+        among those that have any.
         """
         drawn = int(self._oversampled.sum())
         is_drawn = self._oversampled
@@ -280,8 +276,7 @@ class Loader:
         Args:
             batch: windows of a batch, over all workers; None: as in training.
             most: take at most this many windows, evenly spread over the split. With blocks they lie
-                in the same few shards every time: as many as a block has, or as hold `most`
-                windows.
+                in the same few shards every time, at least those of one block.
         """
         size = self.batch_size if batch is None else batch
         lo, hi = self._slice(size, "batch of windows", rank, world_size)

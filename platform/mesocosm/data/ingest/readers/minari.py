@@ -34,9 +34,14 @@ def folder(word: str, fetch: bool) -> str:
     Raises:
         UsageError: The package is missing, or the dataset is neither here nor on the hub.
     """
-    _package(word)
-    from minari.storage.datasets_root_dir import get_dataset_path
-    from minari.storage.remotes import DEFAULT_REMOTE
+    try:
+        from minari.storage.datasets_root_dir import get_dataset_path
+        from minari.storage.remotes import DEFAULT_REMOTE
+    except ImportError as error:
+        raise UsageError(
+            f"{word!r} needs the package minari, which is not installed ({error}); pip install"
+            " 'minari[hdf5,hf]'"
+        ) from error
 
     id, hub = word.removeprefix(PREFIX), os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
     path = Path(get_dataset_path(id)) / "data"
@@ -167,17 +172,6 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
 
 
 def _open(path: str) -> Any:
-    _package(path)
     from minari import MinariDataset
 
     return MinariDataset(path)
-
-
-def _package(name: str) -> None:
-    try:
-        import minari  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"{name!r} needs the package minari, which is not installed ({error}); pip install"
-            " 'minari[hdf5,hf]'"
-        ) from error
