@@ -73,7 +73,7 @@ def test_a_broken_machine(tmp_path: Path) -> None:
     assert (checks["mujoco"]["ok"], checks["mujoco"]["found"], checks["mujoco"]["fix"]) == (
         False,
         "not installed",
-        "run `make install`",
+        "run pip install 'mesocosm[all]'",
     )
     assert (
         not checks["storage"]["ok"]

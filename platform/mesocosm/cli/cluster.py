@@ -192,7 +192,7 @@ def _launch(
         raise UsageError(f"{problem}; put your own there")
     ray = shutil.which("ray") or shutil.which("ray", path=str(Path(sys.executable).parent))
     if ray is None:
-        raise UsageError("there is no `ray` on PATH; run `make install`")
+        raise UsageError("there is no `ray` on PATH; run pip install 'mesocosm[all]'")
     if importlib.util.find_spec("boto3") is None:
         fix = "run: pip install -c constraints.txt boto3"
         raise UsageError(f"Ray's launcher needs boto3 to speak to EC2; {fix}")

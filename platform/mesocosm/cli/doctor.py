@@ -76,12 +76,12 @@ def machine_checks(loaded: JobConfig) -> Iterator[Check]:
     for package in PACKAGES:
         installed = importlib.util.find_spec(package) is not None
         detail = version(package) if installed else "not installed"
-        yield Check(package, installed, detail, "run `make install`")
+        yield Check(package, installed, detail, "run pip install 'mesocosm[all]'")
     # On CPU nothing is compiled (`train.engine.import_deepspeed`).
     cuda = _has_cuda()
     for name, programs, fix in (
         ("compiler", ("c++", "g++", "clang++"), "install g++: DeepSpeed builds CUDA ops with it"),
-        ("ninja", ("ninja",), "run `make install`: ninja is one of its packages"),
+        ("ninja", ("ninja",), "run pip install 'mesocosm[train]'"),
     ):
         path = ray_session.worker_env()["PATH"]
         tool = next(filter(None, (shutil.which(program, path=path) for program in programs)), None)
