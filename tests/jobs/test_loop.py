@@ -80,14 +80,14 @@ def test_round_and_round_through_serve_and_found_again(
         "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2, params:"
         " {minibatch_size: 32}}]"
     )
-    own = [
+    overrides = [
         "reality.env=CartPole-v1",
         "reality.price.per_step=0.5",
         "reality.budget.steps=400",
         "pretrain.model.family=sequence",
         "target=475",
     ]
-    cfg = _load(root, *own, baseline, f"rounds={rounds}")
+    cfg = _load(root, *overrides, baseline, f"rounds={rounds}")
     artifact, summary = _run(cfg)
     points = summary["curves"]["world"][0]["points"]
     assert [p["real_steps"] for p in points] == spent
@@ -169,10 +169,10 @@ def test_a_dict_observation_from_config_alone(
         check(offline)
     offline.datasets = artifact.meta["inputs"]["datasets"]
     offline.evaluate.episodes = 3
-    made, summary = _run(offline)
+    second, summary = _run(offline)
     assert (
-        made.id != artifact.id
-        and made.meta["inputs"]["worlds"] == artifact.meta["inputs"]["worlds"]
+        second.id != artifact.id
+        and second.meta["inputs"]["worlds"] == artifact.meta["inputs"]["worlds"]
     ), "of the same data, the same world"
     spent = {row["purpose"]: row["steps"] for row in summary["real_steps"]["purposes"]}
     assert (
@@ -225,8 +225,8 @@ def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -
         )
         assert len(_marked(mark)) > 3, "Ray's processes are there"
         os.killpg(job.pid, signal.SIGINT)
-        _, said = job.communicate(timeout=600)
-        assert job.returncode == 130 and "run the same command again" in said
+        _, message = job.communicate(timeout=600)
+        assert job.returncode == 130 and "run the same command again" in message
         _wait(lambda: not _marked(mark), 30)
         states = {
             path.parent.parent.name: json.loads(path.read_text())["state"]
@@ -240,15 +240,15 @@ def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -
 
 def _marked(mark: str) -> list[int]:
     """Pids of the processes, without zombies, whose environment holds `mark`."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             if (
                 mark.encode() in path.read_bytes()
                 and (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
             ):
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def _wait(

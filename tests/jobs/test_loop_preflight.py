@@ -80,13 +80,13 @@ def logs(root: str, name: str, outcome: Outcome = "truncated", **facts: Any) -> 
         observations = [CARTPOLE.observation_space.sample() * 0 for _ in range(9)]
         actions = [np.int64(0)] * 8
         episodes.append(Episode(k, k, "random", observations, actions, np.ones(8), outcome))
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         "environment": Environment(id="CartPole-v1", max_episode_steps=500),
         "observation_space": CARTPOLE.observation_space,
         "action_space": CARTPOLE.action_space,
         **facts,
     }
-    fill = partial(write_dataset, episodes=episodes, id=name, seed=0, valid_fraction=0.3, **known)
+    fill = partial(write_dataset, episodes=episodes, id=name, seed=0, valid_fraction=0.3, **values)
     Storage(root).make("datasets", name, {}, lambda folder: fill(folder) and None)
 
 
@@ -232,12 +232,12 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     logs(root, "cut", "truncated")
     logs(root, "ends", "terminated")
     cfg = loop(root, "baselines=[{}]", "evaluate.graded=1")
-    asked: dict[str, Any] = {}
+    horizons: dict[str, Any] = {}
 
     def stage(self: _Loop, job: Any, config: Any, round: int = 0, name: str = "") -> None:
-        asked[job.name] = config.horizon if job.name == "train-agent" else config.reality.horizon
+        horizons[job.name] = config.horizon if job.name == "train-agent" else config.reality.horizon
         if job.name == "evaluate":
-            asked["graded"] = [*asked.get("graded", []), config.graded]
+            horizons["graded"] = [*horizons.get("graded", []), config.graded]
             if config.graded:
                 raise TooFewPolicies("2 policies cannot be compared")
         if job.name == "baseline":
@@ -248,7 +248,7 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     with tracking.start("loop", cfg, quiet=True) as run:
         cases = (("cut", False, None), ("ends", False, 1000), ("ends", True, None))
         for name, timed, horizon in cases:
-            asked.clear()
+            horizons.clear()
             dataset = run.storage.artifact("datasets", name)
             facts = EnvFacts(Discrete(2), Discrete(2), "version", 100 if timed else None)
             ready = Ready([dataset], facts, None)
@@ -258,8 +258,8 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
             stages.evaluate(0, dataset, dataset)
             with pytest.raises(KeyboardInterrupt):
                 stages.baseline(0, cfg.baselines[0])
-            horizons = dict.fromkeys(("train-agent", "evaluate", "baseline"), horizon)
-            assert asked == horizons | {"graded": [1, 0]}
+            expected = dict.fromkeys(("train-agent", "evaluate", "baseline"), horizon)
+            assert horizons == expected | {"graded": [1, 0]}
     assert "policies are not compared" in (run.folder / "log.txt").read_text()
 
 

@@ -52,11 +52,11 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
 
     def resolve(self, config: LoopConfig, storage: Storage) -> LoopPlan:
         ready = preflight(config, storage)
-        config = replace(config, datasets=[artifact.name for artifact in ready.given])
+        config = replace(config, datasets=[artifact.name for artifact in ready.datasets])
         facts = identity(config)
         return LoopPlan(
             config=config,
-            inputs={"datasets": [artifact.id for artifact in ready.given]},
+            inputs={"datasets": [artifact.id for artifact in ready.datasets]},
             facts=facts,
             id=fingerprint("loop", facts, ready.facts.version, VERSIONS, SCHEMA),
             ready=ready,
@@ -150,7 +150,7 @@ class _Loop:
         self.steps = 0
         """Real steps behind the datasets."""
         self.app, self.served = f"loop-{run.id}", False  # unique among loops that share a Ray
-        for dataset in plan.ready.given:
+        for dataset in plan.ready.datasets:
             self._add("given", dataset)
 
     def run_all(self) -> Artifact:
@@ -314,7 +314,7 @@ class _Loop:
         reused = self.steps - totals.purposes["collect"].steps
         note = f"{reused} real steps were collected and paid for by an earlier run: their datasets"
         notes = [f"{note} were found"] if reused > 0 else []
-        given = report.ReportInput(
+        contents = report.ReportInput(
             title=f"From reality to a better agent: {cfg.reality.env}",
             environment=cfg.reality.env,
             target=cfg.target,
@@ -335,10 +335,10 @@ class _Loop:
             suite=judged[-1]["suite"],
         )
 
-        made = replace(self.plan, inputs=self.inputs)
+        plan = replace(self.plan, inputs=self.inputs)
         ledger = totals.to_json()
         return self.job.commit(
-            made, self.run, lambda folder: report.write(given, folder), ledger=ledger
+            plan, self.run, lambda folder: report.write(contents, folder), ledger=ledger
         )
 
 

@@ -29,7 +29,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 class Ready:
     """The results of the checks."""
 
-    given: list[Artifact]
+    datasets: list[Artifact]
     """The datasets that the loop begins with."""
     facts: EnvFacts
     horizon: Horizon | None
@@ -57,17 +57,17 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
         UsageError: a stage would refuse its config, the environment's spaces, or an artifact.
     """
     check(cfg)
-    given = [storage.artifact("datasets", name) for name in cfg.datasets]
+    datasets = [storage.artifact("datasets", name) for name in cfg.datasets]
     facts = _check_collection(cfg, storage)
-    _check_given(cfg, given, facts)
+    _check_datasets(cfg, datasets, facts)
     _check_task(cfg, facts)
     horizon = None
     if facts.max_episode_steps is not None:
         horizon = Horizon(facts.max_episode_steps, "time limit of the environment")
-    elif given:
-        horizon = logged_horizon(storage, [artifact.id for artifact in given])
-    ready = Ready(given, facts, horizon)
-    _check_pretraining(cfg, given)
+    elif datasets:
+        horizon = logged_horizon(storage, [artifact.id for artifact in datasets])
+    ready = Ready(datasets, facts, horizon)
+    _check_pretraining(cfg, datasets)
     _check_agent(cfg, storage, facts)
     _check_evaluation(cfg, storage, ready)
     for i, block in enumerate(cfg.baselines):
@@ -107,15 +107,15 @@ def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
     return facts
 
 
-def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> None:
+def _check_datasets(cfg: LoopConfig, datasets: list[Artifact], facts: EnvFacts) -> None:
     """Check that the datasets are alike, and like the environment if the loop collects more."""
-    if not given:
+    if not datasets:
         return
-    data = Dataset([artifact.path for artifact in given])
+    data, first = Dataset([artifact.path for artifact in datasets]), datasets[0].name
     if (data.observation_space, data.action_space) != facts.spaces:
         spaces = f"{data.observation_space}, {data.action_space}"
         env = f"reality.env={cfg.reality.env!r}"
-        message = f"{given[0].name} has the spaces {spaces}, and {env} others"
+        message = f"{first} has the spaces {spaces}, and {env} others"
         raise UsageError(f"{message}; use data of that environment")
     if cfg.rounds == 1:
         return
@@ -125,19 +125,15 @@ def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> Non
         "kwargs": dict(cfg.reality.kwargs),
         "task": list(cfg.reality.task),
         "max_episode_steps": facts.max_episode_steps,
+        "version": facts.version if logged.version else "",
     }
     for name, value in expected.items():
         if getattr(logged, name) != value:
+            message = f"{first} is of an environment with {name}={getattr(logged, name)!r}"
+            fix = "correct reality, import the logs again, or set rounds=1"
             raise UsageError(
-                f"{given[0].name} is of an environment with {name}={getattr(logged, name)!r}, and"
-                f" rounds={cfg.rounds} would add data with {value!r}; correct reality, import the"
-                " logs again, or set rounds=1"
+                f"{message}, and rounds={cfg.rounds} would add data with {value!r}; {fix}"
             )
-    if logged.version and logged.version != facts.version:
-        raise UsageError(
-            f"{given[0].name} was collected in version {logged.version!r} of the environment, and"
-            f" rounds={cfg.rounds} would add data of {facts.version!r}; set rounds=1"
-        )
 
 
 def _check_task(cfg: LoopConfig, facts: EnvFacts) -> None:
@@ -150,13 +146,13 @@ def _check_task(cfg: LoopConfig, facts: EnvFacts) -> None:
         raise UsageError(f"{message}; leave at least one to predict")
 
 
-def _check_pretraining(cfg: LoopConfig, given: list[Artifact]) -> None:
+def _check_pretraining(cfg: LoopConfig, datasets: list[Artifact]) -> None:
     unique = cfg.pretrain.data.unique
     if unique is None:
         return
     # An estimate: the held-out episodes are not known before the collection.
     collected = round(cfg.collect.steps * (1 - cfg.collect.valid_fraction))
-    first = Dataset([a.path for a in given]).count("train") if given else collected
+    first = Dataset([a.path for a in datasets]).count("train") if datasets else collected
     if unique > first:
         most = f"the {first} training transitions of the first round"
         message = f"pretrain.data.unique must be at most {most}, got {unique}"
@@ -198,13 +194,13 @@ def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
                 policy_set.named(policy, storage, *facts.spaces).policy, facts, cfg.reality
             )
         suite.check_steps(block, 1 + cfg.agent.snapshots, ready.limit)
-        _check_held_out(cfg, storage, ready.given, policies)
+        _check_held_out(cfg, storage, ready.datasets, policies)
 
 
 def _check_held_out(
     cfg: LoopConfig,
     storage: Storage,
-    given: list[Artifact],
+    datasets: list[Artifact],
     policies: list[behaviours.BehaviourConfig],
 ) -> None:
     """Check that policies to compare have episodes that are not in the world's data."""
@@ -212,7 +208,7 @@ def _check_held_out(
     if not block.compares:
         return
     refs = [policy.policy for policy in policies if policy.policy is not None]
-    policy_set.held_out(refs, storage, given)
+    policy_set.held_out(refs, storage, datasets)
     stages = [] if cfg.datasets else [cfg.collect]
     stages += [cfg.explore] if cfg.rounds > 1 else []
     collecting = [policy_set.full(b, storage) for stage in stages for b in stage.behaviours]
@@ -221,7 +217,7 @@ def _check_held_out(
         if ref.partition("@")[0] in acts:
             message = f"policies: {ref} also collects the world's data, so its value is no test"
             raise UsageError(f"{message}; name another agent")
-    logged = {b.name for artifact in given for b in Manifest.read(artifact.path).behaviours}
+    logged = {b.name for artifact in datasets for b in Manifest.read(artifact.path).behaviours}
     logged |= {behaviours.label(b) for b in ([] if cfg.datasets else cfg.collect.behaviours)}
     held_out = sum(behaviours.label(policy) not in logged for policy in policies)
     most = held_out + 1 + cfg.agent.snapshots + block.graded + bool(block.adversary)
