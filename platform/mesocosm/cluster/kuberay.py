@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mesocosm import config
 from mesocosm.cluster.spec import ClusterConfig
@@ -63,7 +62,10 @@ def render(
 
 def fill(template: str, **values: Any) -> list[dict[str, Any]]:
     """The documents of templates/TEMPLATE.yaml.j2."""
-    from importlib.metadata import version  # slow to import
+    # Both are slow to import, and the command line imports this module.
+    from importlib.metadata import version
+
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     loader = PackageLoader("mesocosm.cluster")
