@@ -48,17 +48,12 @@ class JudgeResult:
     episodes: tuple[Episode, ...]
     steps: int
     """Real steps that the ledger was charged, those of dropped episodes included."""
-    resets: int
     dropped: tuple[str, ...]
     """Why episodes were dropped: the environment crashed, hung or gave NaN."""
 
     @property
     def returns(self) -> tuple[float, ...]:
         return tuple(episode.total_reward for episode in self.episodes)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(len(episode) for episode in self.episodes)
 
     @property
     def successes(self) -> int | None:
@@ -74,18 +69,6 @@ class JudgeResult:
     def interval(self) -> stats.Interval | None:
         """90% bootstrap interval of the mean return; None for a single episode."""
         return stats.mean_interval(self.returns)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **stats.describe(self.returns),
-            "returns": list(self.returns),
-            "lengths": list(self.lengths),
-            "successes": self.successes,
-            "steps": self.steps,
-            "resets": self.resets,
-            "dropped": list(self.dropped),
-            "cut": sum(episode.outcome == "unfinished" for episode in self.episodes),
-        }
 
 
 @dataclass(frozen=True)
@@ -181,7 +164,7 @@ def judge(
             f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last:"
             f" {dropped[-1]}"
         )
-    return JudgeResult(done, sum(each.steps for each in judged), len(judged), dropped)
+    return JudgeResult(done, sum(each.steps for each in judged), dropped)
 
 
 def judging(reality: RealityConfig, episodes: int, limit: int | None = None) -> dict[str, Any]:

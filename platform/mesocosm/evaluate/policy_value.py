@@ -149,7 +149,7 @@ def policy_value(
         candidate = waiting.pop(0)
         before = known.get(candidate.name)
         if before is not None and len(before.episodes) >= episodes:
-            result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)
+            result = replace(before, episodes=before.episodes[:episodes], steps=0)
         else:
             # Labels may repeat. The order of judging is the same when an evaluation goes on.
             name, policy = f"{len(judged)}: {candidate.name}", candidate.policy

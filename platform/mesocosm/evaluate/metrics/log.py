@@ -45,22 +45,21 @@ class Log:
         first = table["first_row"].reshape(-1, *(1,) * (step.ndim - 1))
         return self.dataset.gather(name, table["shard"], first + step)
 
+    def _pair(self, part: str, episode: Array, step: Array) -> tuple[Array, Array]:
+        names = (f"{part}_num", f"{part}_cat")
+        numbers, categories = (self._gather(name, episode, step) for name in names)
+        return numbers, categories
+
     def observation(self, episode: Array, step: Array) -> Parts:
-        return self.codec.observation_parts(
-            self._gather("obs_num", episode, step), self._gather("obs_cat", episode, step)
-        )
+        return self.codec.observation_parts(*self._pair("obs", episode, step))
 
     def action(self, episode: Array, step: Array) -> Parts:
-        return self.codec.action_parts(
-            self._gather("act_num", episode, step), self._gather("act_cat", episode, step)
-        )
+        return self.codec.action_parts(*self._pair("act", episode, step))
 
     def task(self, episode: Array) -> Parts:
         zero = np.zeros(len(episode), np.int64)
         options = self._options[self.episodes[episode]]
-        return self.codec.task_parts(
-            self._gather("obs_num", episode, zero), self._gather("obs_cat", episode, zero), options
-        )
+        return self.codec.task_parts(*self._pair("obs", episode, zero), options)
 
     def outcome(self, episode: Array, step: Array) -> tuple[Array, Array]:
         """(raw reward [n], terminated [n]) of transitions."""

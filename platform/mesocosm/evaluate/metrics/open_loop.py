@@ -80,6 +80,7 @@ class OpenLoop:
     split: Split
     samples: int
     warmup: int
+    """True steps of history before a start: half of the world's context"""
     notes: tuple[str, ...]
     nominal: float
     """Coverage of one more draw by the range of `samples` exchangeable ones: 90% for 19."""
@@ -93,7 +94,6 @@ def open_loop(
     starts: int = 128,
     samples: int = 19,
     seed: int = 0,
-    warmup: int | None = None,
     split: Split = "valid",
     linear: Base | None = None,
     progress: Progress = lambda text: None,
@@ -107,7 +107,6 @@ def open_loop(
         starts: Logged states at most, for each horizon.
         samples: Sampled rollouts from each start; their mean is the prediction.
         seed: Of the starts and the rollouts.
-        warmup: True steps of history before a start. Defaults to half of the world's context.
         split: Falls back on "train", with a note, where it holds fewer than two episodes.
         linear: The linear model to compare with. Defaults to `linear_model` of the dataset.
         progress: Called on each imagined step.
@@ -116,7 +115,7 @@ def open_loop(
         UsageError: The dataset is of other spaces.
     """
     codec = codec_of(world)
-    warmup = world.net.memory // 2 if warmup is None else min(warmup, world.net.memory)
+    warmup = world.net.memory // 2
     notes: list[str] = []
     count = len(dataset.episodes("valid"))
     if split == "valid" and count < 2:

@@ -138,21 +138,12 @@ def auc(truth: ArrayLike, score: ArrayLike, group: Array) -> tuple[float | None,
     return area(np.arange(count)), bootstrap(statistic, count, resamples=RESAMPLES // 4)
 
 
-def describe(values: Sequence[float]) -> dict[str, Any]:
-    """count, mean, interval, min, max and standard deviation of at least one value, with a `note`
-    where the interval says nothing.
-    """
-    data, note = np.asarray(values, dtype=np.float64), None
-    if data.size < 2:
-        note = "one value: no interval"
-    elif np.ptp(data) == 0:
-        note = f"all {data.size} values are equal: the interval has no width, which proves nothing"
-    return {
-        "count": int(data.size),
-        "mean": float(data.mean()),
-        "interval": mean_interval(data),
-        "min": float(data.min()),
-        "max": float(data.max()),
-        "std": float(data.std(ddof=1)) if data.size > 1 else None,
-        "note": note,
-    }
+def interval_note(values: Sequence[float]) -> str | None:
+    """Why the interval of the mean says nothing; None where it says something."""
+    if len(values) < 2:
+        return "one value: no interval"
+    if len(set(values)) == 1:
+        return (
+            f"all {len(values)} values are equal: the interval has no width, which proves nothing"
+        )
+    return None

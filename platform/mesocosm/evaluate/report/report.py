@@ -180,7 +180,7 @@ def _curve(curve: Curve, target: float | None) -> dict[str, Any]:
         "name": curve.name,
         "settings": curve.settings,
         "points": [
-            vars(p) | {"note": stats.describe(p.returns)["note"] if p.returns else None}
+            vars(p) | {"note": stats.interval_note(p.returns) if p.returns else None}
             for p in points
         ],
         "steps_to_target": None if reached is None else reached.real_steps,
