@@ -1,21 +1,14 @@
 """Which real steps would teach a world the most: candidates are imagined in it and scored, and a
-budget is shared out over them. Takes no real step.
+budget is shared out over them. docs/buying.md explains the score and compares the shares.
 
-A *candidate* is a behaviour that `collect` can run, with a part of the tasks where these are reset
-options. It is imagined from the logged starts and those that the world draws. The *worth* of an
-imagined transition, what is unknown of it, is
+The worth of an imagined transition is log(1 + disagreement) * log(1 + gap): exploration by
+disagreement (Pathak et al. 2019, arXiv 1906.04161; Sekar et al. 2020, Plan2Explore, arXiv
+2005.05960) times coverage, where `gap` is the distance to the nearest logged transition. A tenth of
+held-out transitions exceed 1 of either. A candidate's worth is the mean over its steps.
 
-    log(1 + disagreement) * log(1 + gap)
-
-The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161;
-Sekar et al. 2020, Plan2Explore, arXiv 2005.05960). The second is coverage: `gap` is the distance to
-the nearest logged transition. A tenth of held-out transitions exceed 1 of either. A candidate's
-worth is the mean over its steps.
-
-A part of the budget is even over the candidates (docs/buying.md compares). The rest is bought in
-BLOCKS equal blocks. Each goes to the candidate whose steps reduce the worth of *all* candidates the
-most, once the earlier blocks have joined the logs: greedy facility location, whose gains only
-diminish (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with the
+A part of the budget is even over the candidates. The rest is bought in BLOCKS equal blocks, each
+from the candidate whose steps reduce the worth of *all* candidates the most: greedy facility
+location (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with the
 sum of what is unknown as in Cohn (1994). Half of a candidate's imagined episodes stand for what
 would be bought, and the other half is scored, so that none covers itself.
 """

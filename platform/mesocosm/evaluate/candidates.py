@@ -1,8 +1,5 @@
-"""The candidates that `propose` compares: what `collect` can run next.
-
-Candidates are random actions, agents at several levels of noise, and behaviours of the user. Where
-tasks are reset options, each behaviour on each part of them is one too; start states are among
-these where the environment takes them as reset options.
+"""The candidates that `propose` compares: random actions, agents at several levels of noise, and
+behaviours of the user, each also on every part of the tasks that are reset options.
 """
 
 from __future__ import annotations

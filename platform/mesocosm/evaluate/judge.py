@@ -1,9 +1,9 @@
 """Judge a policy in reality: whole episodes through the ledger, the same ones for the same seed.
 
-An evaluation stores each episode as a segment of `envs.segments` before the ledger confirms its
-steps, in ROOT/runs/episodes/<evaluation id>/<key of a policy>/, until the evaluation is committed.
-An interrupted evaluation continues after them. All its episodes pass through this encoding, so that
-a continued evaluation has the same ones as an undisturbed one, dtypes included.
+An evaluation stores each episode in ROOT/runs/episodes/<evaluation id>/<key of a policy>/ before
+the ledger confirms its steps, until the evaluation is committed; an interrupted one continues after
+them. All episodes pass through this encoding, so that a continued evaluation equals an undisturbed
+one, dtypes included.
 """
 
 from __future__ import annotations

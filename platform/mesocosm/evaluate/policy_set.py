@@ -1,8 +1,7 @@
-"""The policies whose values in reality and in the world are compared: those of the config, an
-agent's snapshots, and graded ones.
+"""The policies whose values are compared: those of the config, an agent's snapshots, and graded
+ones.
 
-A graded policy is the agent at its best with noise (`BehaviourConfig.noise`). The effect of noise
-is not known beforehand, so levels are found by bisection: `next_noise` returns the next one to try,
+A graded policy is the agent with noise (`BehaviourConfig.noise`). `next_noise` bisects the levels
 until each fifth of the range of real returns holds enough policies.
 """
 
@@ -143,17 +142,14 @@ def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
         for i in iterations
         if i != best
     ]
-    return [
-        *candidates,
-        ComparedPolicy(AGENT, policy_of(storage, agent.name), iteration=max(best, 0)),
-    ]
+    final = ComparedPolicy(AGENT, policy_of(storage, agent.name), iteration=max(best, 0))
+    return [*candidates, final]
 
 
 def graded(policy: Acts, action_space: Space, noise: float) -> ComparedPolicy:
     """The agent with noise."""
-    return ComparedPolicy(
-        f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise
-    )
+    noisy = Noisy(policy, action_space, noise)
+    return ComparedPolicy(f"{AGENT}, noise {noise:.3g}", noisy, noise=noise)
 
 
 def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]) -> None:
@@ -161,12 +157,10 @@ def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]
     its value would be no test.
     """
     for ref in refs:
-        collector = collected(ref, storage, datasets)
-        if collector is not None:
-            id, dataset = collector
+        if (collector := collected(ref, storage, datasets)) is not None:
             raise UsageError(
-                f"agents/{id} collected {dataset}, which the world was trained on: its value there"
-                " is no test; judge another agent"
+                f"agents/{collector[0]} collected {collector[1]}, which the world was trained on:"
+                " its value there is no test; judge another agent"
             )
 
 

@@ -1,7 +1,7 @@
-"""Values of policies in the world against their values in reality, also along an agent's training.
+"""Values of policies in the world against their values in reality, metered under `judge`.
 
-In reality each policy plays the same episodes (the same seeds), metered under `judge`. In the world
-it starts where the world itself starts episodes, which knows nothing of the judged episodes.
+In reality each policy plays the same episodes. In the world it starts where the world itself starts
+episodes, which knows nothing of the judged ones.
 """
 
 from __future__ import annotations

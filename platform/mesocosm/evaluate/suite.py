@@ -30,7 +30,6 @@ from mesocosm.evaluate.metrics.starts import task_distribution
 from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.model.world import World
-from mesocosm.policies import behaviours
 from mesocosm.policies.policy import Acts, policy_of
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import WorldVectorEnv
@@ -68,9 +67,7 @@ class Prepared:
 
 
 def most_episodes(cfg: EvaluateConfig, snapshots: int) -> tuple[int, int]:
-    """(policies, real episodes) that will be judged, at most. `snapshots` counts the agent too; it
-    is 0 without an agent.
-    """
+    """(policies, real episodes) to judge, at most. `snapshots` counts the agent; 0 without one."""
     policies = 0
     if cfg.compares:
         policies = len(cfg.policies) + snapshots + cfg.graded + bool(cfg.adversary)
@@ -118,11 +115,8 @@ def prepare(
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     manifests = [Manifest.read(artifact.path) for artifact in data if cfg.policies]
     logged = {behaviour.name for manifest in manifests for behaviour in manifest.behaviours}
-    candidates = []
-    for config in cfg.policies:
-        is_held_out = behaviours.label(config) not in logged
-        candidate = policy_set.named(config, storage, *facts.spaces)
-        candidates.append(replace(candidate, held_out=is_held_out))
+    named = [policy_set.named(config, storage, *facts.spaces) for config in cfg.policies]
+    candidates = [replace(policy, held_out=policy.name not in logged) for policy in named]
     snapshots = [] if agent is None else policy_set.snapshots(agent, storage)
     for candidate in [*candidates, *snapshots]:
         check_spaces(candidate.policy, facts, cfg.reality)

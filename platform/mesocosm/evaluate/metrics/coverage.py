@@ -1,8 +1,7 @@
 """The coverage of a dataset, as the summary behind `mesocosm data show` and its page.
 
-Distances are those of `data.analysis.neighbours`: of a transition's state and action, in standard
-deviations, root mean square over columns. They are measured on a sample of each split, drawn by the
-seed; ranges and counts are of every transition.
+Distances (`data.analysis.neighbours`) are measured on a seeded sample of each split; ranges and
+counts are of every transition.
 """
 
 from __future__ import annotations

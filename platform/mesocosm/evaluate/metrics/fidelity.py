@@ -1,5 +1,5 @@
-"""Is the world faithful on held-out data: losses by part, reward and termination a step ahead, and
-the open-loop table.
+"""Fidelity on held-out data: losses by part, reward and termination a step ahead, and open-loop
+errors.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Is the world right away from its data: errors on episodes of other behaviours, by their distance
-from the logs, and whether the members' disagreement tells where it is wrong.
+"""Errors on episodes of other behaviours than the logs', and whether disagreement predicts them.
 
 The distance of a behaviour is the mean negative log density of its actions under a clone of the
 logs' behaviour, per step (nats).

@@ -1,13 +1,11 @@
 """Open-loop error: logged actions played in the world from logged states, against the logged
 observations.
 
-Numbers are compared normalised (each over its standard deviation in the data), categories by
-equality. The reference is persistence, the prediction that nothing changes. At horizon h the error
-is of o_{t+h} alone, for starts t drawn uniformly from all logged states with h steps left; "full"
-starts at an episode's first state and compares its last.
-
-Two predictions are reported: the mean over several sampled rollouts (members in turn), in which a
-model that samples well has the smaller ratio, and a single rollout, which an agent lives in.
+Numbers are normalised by their standard deviation in the data. The reference is persistence, the
+prediction that nothing changes. Horizon h is the error of o_{t+h} alone, for starts t drawn from
+all logged states with h steps left; "full" starts at an episode's first state and compares its
+last. Reported are the mean of several rollouts, with members in turn, and a single rollout, which
+an agent lives in.
 """
 
 from __future__ import annotations

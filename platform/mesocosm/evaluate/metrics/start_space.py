@@ -1,10 +1,7 @@
 """Starts (task, o_0) as rows, the spaces that they may lie in, and the distances between them.
 
-Numbers are normalised and rounded to the precision that the codec states, on both sides and to one
-grid, so that no digit below the precision tells them apart. Distances weigh every number by the
-deviation of the real starts (one that is constant there by its deviation over all observations), a
-category that differs as two draws of a number do, and a text by the share of its characters that
-differ.
+Numbers are normalised and rounded to the codec's precision on one grid, so that no digit below the
+precision tells starts apart.
 """
 
 from __future__ import annotations
@@ -117,7 +114,9 @@ class StartSpace:
         return StartRows(numbers, starts.categories)
 
     def distances(self, a: StartRows, b: StartRows, among: StartRows) -> NDArray[np.float64]:
-        """[len(a), len(b)] as the module says, with the deviations of `among`."""
+        """[len(a), len(b)]. A number weighs by its deviation in `among` (a constant one by that
+        over all observations), a category as two draws of a number, a text by its characters.
+        """
         from scipy.spatial.distance import cdist
 
         deviation = among.numbers.std(0)

@@ -1,8 +1,4 @@
-"""Task distribution: starts (task, o_0) that a world generates, against held-out real ones.
-
-"Training" is the training split of the given dataset: for a world of other data, it says nothing of
-copies.
-"""
+"""Task distribution: starts (task, o_0) that a world generates, against held-out real ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The report: one self-contained `report.html`, and the same figures as `summary.json`.
+"""The report: one self-contained `report.html`, drawn from the summary alone, and `summary.json`.
 
-`summarise` turns a `ReportInput` into the summary, and the page is drawn from the summary alone. No
-statistic is nan: what the data cannot answer is null, with the reason beside it.
+No statistic is nan: a value that the data cannot answer is null, with the reason beside it.
 """
 
 from __future__ import annotations
