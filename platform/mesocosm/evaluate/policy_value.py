@@ -6,7 +6,7 @@ episodes, which knows nothing of the judged ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import fingerprint
-from mesocosm.envs.config import RealityConfig, parse_success
+from mesocosm.envs.config import parse_success
 from mesocosm.envs.ledger import Ledger
-from mesocosm.errors import UsageError
+from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.ranking import Ranking, ranking
-from mesocosm.evaluate.policy_set import ComparedPolicy
+from mesocosm.evaluate.policy_set import AGENT, ComparedPolicy
 from mesocosm.model.world import World
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -109,47 +109,35 @@ def success_by_return(rule: str | None, returns: NDArray[np.float64]) -> float |
 def policy_value(
     world: World,
     candidates: Sequence[ComparedPolicy],
-    reality: RealityConfig,
+    cfg: EvaluateConfig,
     ledger: Ledger,
     *,
     store: JudgeStore,
-    known: Mapping[str, JudgeResult],
-    more: Callable[[Sequence[tuple[ComparedPolicy, float]]], ComparedPolicy | None] = lambda _: (
-        None
-    ),
-    episodes: int,
-    imagined: int,
+    agent: JudgeResult | None,
+    more: Callable[[Sequence[tuple[ComparedPolicy, float]]], ComparedPolicy | None],
     horizon: int,
-    seed: int,
-    progress: Callable[[float, str], None] = lambda done, text: None,
+    progress: Callable[[float, str], None],
 ) -> PolicyValue:
-    """Judge each candidate in reality, and imagine it in the world.
+    """Judge each candidate in `cfg.reality`, and imagine it in the world.
 
     Args:
         world: The world.
-        candidates: The policies.
-        reality: Where they are judged.
+        candidates: The policies, one of which is held out at least.
+        cfg: The numbers of episodes, their seed, and reality.
         ledger: Counts the real steps.
         store: Holds judged episodes until the evaluation is committed.
-        known: Real episodes that were judged before with the same seed and limit, by the
-            candidate's name.
+        agent: The agent's episodes, which were judged before with the same seed and horizon.
         more: Given all (candidate, mean real return) so far, the next candidate, or None.
-        episodes: Real episodes of each.
-        imagined: Imagined episodes of each.
         horizon: Steps of an episode, at most.
-        seed: Of both.
         progress: Receives the number of judged policies and a text.
-
-    Raises:
-        UsageError: There is no candidate.
     """
+    reality, seed, episodes = cfg.reality, cfg.seed, cfg.policy_episodes
     judged: list[tuple[ComparedPolicy, JudgeResult]] = []
     waiting = list(candidates)
     while waiting:
         candidate = waiting.pop(0)
-        before = known.get(candidate.name)
-        if before is not None and len(before.episodes) >= episodes:
-            result = replace(before, episodes=before.episodes[:episodes], steps=0)
+        if agent is not None and candidate.name == AGENT and len(agent.episodes) >= episodes:
+            result = replace(agent, episodes=agent.episodes[:episodes], steps=0)
         else:
             # Labels may repeat. The order of judging is the same when an evaluation goes on.
             name, policy = f"{len(judged)}: {candidate.name}", candidate.policy
@@ -161,17 +149,15 @@ def policy_value(
         if not waiting:
             following = more([(c, r.mean) for c, r in judged if c.held_out])
             waiting += [] if following is None else [following]
-    if not any(candidate.held_out for candidate, _ in judged):
-        raise UsageError("there is no policy to compare; give policies, or an agent and graded")
 
     def report(steps: int) -> None:
         progress(len(judged), f"imagining, step {steps} of at most {horizon}")
 
     returns: list[NDArray[np.float64]] = []
-    width = max(1, ROWS // imagined)
+    width = max(1, ROWS // cfg.imagined)
     for first in range(0, len(judged), width):
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
-        env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
+        env = WorldVectorEnv(len(some) * cfg.imagined, world, horizon=horizon)
         returns += list(imagined_episodes(some, env, imagining(seed), report)[0])
     values = tuple(Value(*pair, each) for pair, each in zip(judged, returns, strict=True))
     counted = [v for v in values if v.candidate.held_out]

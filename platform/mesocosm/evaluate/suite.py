@@ -176,15 +176,12 @@ def run(
         values = policy_value(
             world,
             plan.candidates,
-            cfg.reality,
+            cfg,
             ledger,
             store=store,
-            known={} if judged is None else {policy_set.AGENT: judged},
+            agent=judged,
             more=_grading(cfg, run.storage, plan.agent, world),
-            episodes=cfg.policy_episodes,
-            imagined=cfg.imagined,
             horizon=plan.limit,
-            seed=cfg.seed,
             progress=update,
         )
         r = values.ranking.pearson
