@@ -30,14 +30,13 @@ from mesocosm.store.artifacts import Artifact, Storage
 )
 def test_every_fifth_of_the_range_is_filled(answer: Callable[[float], float]) -> None:
     noises: dict[float, float] = {}
-    while (
-        level := policy_set.next_noise(noises, list(noises.values()), policy_set.MOST_NOISE)
-    ) is not None:
+    most = policy_set.MOST_NOISE
+    while (level := policy_set.next_noise(noises, list(noises.values()), most)) is not None:
         assert level not in noises
         noises[level] = float(answer(level))
     assert LEAST <= len(noises) <= 22, "and no more are bought than are needed"
-    found = ranking(list(noises.values()), list(noises.values()))
-    assert min(found.fifths) >= PER_FIFTH, found.fifths
+    fifths = ranking(list(noises.values()), list(noises.values())).fifths
+    assert min(fifths) >= PER_FIFTH, fifths
 
 
 def test_a_task_that_noise_does_not_touch_is_given_up() -> None:
@@ -74,23 +73,14 @@ def test_noise_is_what_a_behaviour_calls_noise() -> None:
 
 def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> None:
     storage = Storage(root)
-    former: dict[str, Any] = {"inputs": {"agents": ["ab12"]}, "metrics": {"kept_former": 1.0}}
-    for name, meta in (
-        ("ab12", {"inputs": {}}),
-        ("cd34", {"inputs": {"agents": ["ab12"]}}),
-        ("ef56", former),
-    ):
+    collector: dict[str, Any] = {"inputs": {"agents": ["ab12"]}}
+    former = {**collector, "metrics": {"kept_former": 1.0}}
+    for name, meta in (("ab12", {"inputs": {}}), ("cd34", collector), ("ef56", former)):
         storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
-    data = Artifact(
-        kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}}
-    )
+    data = Artifact(kind="datasets", id="d1", path=Path("."), uri="", meta=collector)
     policy_set.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
-    for same in (
-        "agents/ab12@5",
-        "agents/ef56",
-        "agents/cd34@0",
-    ):  # a snapshot 0 is the agent that training began with
-        with pytest.raises(
-            UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"
-        ):
+    # A snapshot 0 is the agent that training began with.
+    for same in ("agents/ab12@5", "agents/ef56", "agents/cd34@0"):
+        message = r"agents/ab12 collected datasets/d1.*judge another agent"
+        with pytest.raises(UsageError, match=message):
             policy_set.held_out([same], storage, [data])

@@ -59,20 +59,15 @@ def test_ranks(changes: dict[str, Any], answer: str) -> None:
 )
 def test_trains_by_the_range_of_the_policies(world: float, answer: str) -> None:
     verdict = answers(ranking(), agent={"real": 50.0, "world": world})[1]
-    assert verdict.answer == answer and (
-        answer == "yes" or ("flatters" in verdict.text) == (world > 50)
-    )
+    assert verdict.answer == answer
+    assert answer == "yes" or ("flatters" in verdict.text) == (world > 50)
 
 
 def test_trains_by_the_return_where_no_policies_were_compared() -> None:
-    assert [
-        answers({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)
-    ] == ["yes", "partly", "no"]
-    assert (
-        answers({}, agent={"real": 0.0, "world": 1.0})[1].answer
-        == answers({})[1].answer
-        == "unknown"
-    )
+    for world, answer in ((110.0, "yes"), (111.0, "partly"), (131.0, "no")):
+        assert answers({}, agent={"real": 100.0, "world": world})[1].answer == answer
+    assert answers({}, agent={"real": 0.0, "world": 1.0})[1].answer == "unknown"
+    assert answers({})[1].answer == "unknown"
 
 
 def row(horizon: int, **changes: Any) -> dict[str, Any]:
@@ -101,21 +96,14 @@ def row(horizon: int, **changes: Any) -> dict[str, Any]:
 def test_horizon(last: dict[str, Any], answer: str, text: str) -> None:
     verdict = answers({}, [row(1), row(5), row(15, **last)])[2]
     assert verdict.answer == answer and text in verdict.text
-    assert (
-        answers({}, [row(1, linear=0.1)])[2].answer == "no" and answers({})[2].answer == "unknown"
-    )
+    assert answers({}, [row(1, linear=0.1)])[2].answer == "no"
+    assert answers({})[2].answer == "unknown"
 
 
 def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict[str, Any]:
-    return {
-        "off_policy": {
-            "auroc": auroc,
-            "behaviours": [
-                {"name": n, "large": x, "transitions": t, "logged": logged}
-                for n, x, t, logged in rows
-            ],
-        }
-    }
+    keys = ("name", "large", "transitions", "logged")
+    behaviours = [dict(zip(keys, values, strict=True)) for values in rows]
+    return {"off_policy": {"auroc": auroc, "behaviours": behaviours}}
 
 
 @pytest.mark.parametrize(
@@ -195,39 +183,29 @@ def test_actions(changes: dict[str, Any], answer: str, text: str) -> None:
     assert answers({})[5].answer == "unknown"
 
 
-def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
+def test_a_return_that_the_logs_do_not_explain_has_its_reason() -> None:
     agent = {"real": 50.0, "world": 60.0, "unexplained": "it earns 6 a step"}
-    assert (
-        "The logs do not explain that: it earns 6 a step."
-        in answers(ranking(), agent=agent)[1].text
-    )
+    text = answers(ranking(), agent=agent)[1].text
+    assert "The logs do not explain that: it earns 6 a step." in text
     assert "explain" not in answers(ranking(), agent={**agent, "unexplained": None})[1].text
 
 
 class Judged:
     def __init__(self, name: str, **facts: Any):
-        self.candidate = ComparedPolicy(
-            name, policy_set.RandomPolicy.__new__(policy_set.RandomPolicy), **facts
-        )
+        policy = policy_set.RandomPolicy.__new__(policy_set.RandomPolicy)
+        self.candidate = ComparedPolicy(name, policy, **facts)
 
 
-def names_of(values: list[Any]) -> list[str]:
+def names_of(*values: Any) -> list[str]:
     return [value.candidate.name for value in behaviours_of(values)]
 
 
 def test_the_named_kinds_come_first_and_none_comes_twice() -> None:
     scripted = [Judged(f"scripted {i}") for i in range(9)]
-    own = [Judged(f"agent@{i}", iteration=i) for i in range(3)] + [Judged("agent", iteration=3)]
+    agents = [Judged(f"agent@{i}", iteration=i) for i in range(3)] + [Judged("agent", iteration=3)]
     noisy = [Judged(f"noise {i}", noise=i / 4) for i in range(5)]
-    assert names_of([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [
-        ADVERSARY,
-        "agent",
-        "agent@2",
-        "noise 2",
-        "noise 4",
-    ]
-    assert len(names_of([*scripted, *own, *noisy])) == MOST_BEHAVIOURS
-    assert names_of([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == [
-        "agent",
-        "noise 2",
-    ]
+    names = names_of(*scripted, *agents, Judged(ADVERSARY), *noisy)
+    assert names[:5] == [ADVERSARY, "agent", "agent@2", "noise 2", "noise 4"]
+    assert len(names_of(*scripted, *agents, *noisy)) == MOST_BEHAVIOURS
+    few = names_of(Judged("agent", iteration=3), Judged("noise 2", noise=2.0))
+    assert few == ["agent", "noise 2"]

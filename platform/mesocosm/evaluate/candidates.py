@@ -22,7 +22,7 @@ from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.config import facts_for, reality_of
 from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.policies.policy import Acts, policy_of
+from mesocosm.policies.policy import Acts
 from mesocosm.store.artifacts import Artifact, Storage
 
 PARTS = 3
@@ -131,9 +131,11 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     parts = _parts(reality.task_options)
     every = plain + [replace(b, task_options=p) for b in plain if not b.task_options for p in parts]
     unique = {acting.label(behaviour): behaviour for behaviour in every}.values()
-    candidates = [
-        CollectCandidate(behaviour, _policy(behaviour, storage, facts)) for behaviour in unique
-    ]
+    candidates = []
+    for behaviour in unique:
+        acting.build(behaviour, *facts.spaces, storage)  # refuses a policy of other spaces
+        policy = policy_set.named(behaviour, storage, *facts.spaces).policy
+        candidates.append(CollectCandidate(behaviour, policy))
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
     return CheckedProposal(cfg, world, datasets, facts, horizon, candidates)
 
@@ -171,11 +173,3 @@ def _parts(options: dict[str, DrawnOption]) -> list[dict[str, DrawnOption]]:
         elif len(option.choices) > 1:
             parts += [{name: DrawnOption(choices=[choice])} for choice in option.choices]
     return parts
-
-
-def _policy(behaviour: BehaviourConfig, storage: Storage, facts: EnvFacts) -> Acts:
-    acting.build(behaviour, *facts.spaces, storage)  # refuses a policy of other spaces
-    if behaviour.kind == "trained":
-        assert behaviour.policy is not None
-        return policy_of(storage, behaviour.policy)
-    return policy_set.named(behaviour, storage, *facts.spaces).policy

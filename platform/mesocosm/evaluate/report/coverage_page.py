@@ -62,10 +62,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         varied = f"as varied as {entropy['effective']:.1f} of equal share"
         lines.append(f"{entropy['of']} behaviours, {varied}")
     if tried is not None:
-        lines.append(
-            f"{tried:.0%} of the action space was tried near logged states; behaviour that is"
-            " uniform comes to 95%"
-        )
+        near = f"{tried:.0%} of the action space was tried near logged states"
+        lines.append(f"{near}; behaviour that is uniform comes to 95%")
     beyond = summary["gaps"]["any_action"]["beyond"]
     if beyond is not None:
         lines.append(
@@ -74,10 +72,8 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
         )
     missing = summary["missing"]
     if missing is not None:
-        lines.append(
-            f"{_percent(missing['beyond'])} of held-out transitions lie that far from training;"
-            f" chance gives {_percent(missing['expected'])}"
-        )
+        share = f"{_percent(missing['beyond'])} of held-out transitions lie that far from training"
+        lines.append(f"{share}; chance gives {_percent(missing['expected'])}")
     return [*lines, *summary["notes"]]
 
 
@@ -97,8 +93,7 @@ def _gaps(gaps: Sequence[tuple[str, Mapping[str, Any], str]], threshold: float |
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
-        axes.set_xlabel("gap, standard deviations")
-        axes.set_ylabel("transitions within it")
+        axes.set(xlabel="gap, standard deviations", ylabel="transitions within it")
         legend(axes)
         return svg(figure, "gaps", "Gaps of transitions to the nearest of training")
 
@@ -145,7 +140,6 @@ def _plane(plane: Mapping[str, Any]) -> str:
         axes.grid(False)
         axes.set_facecolor("#fbfcfd")
         of_variance = [f"component ({share:.0%} of the variance)" for share in plane["shares"]]
-        axes.set_xlabel(f"first {of_variance[0]}")
-        axes.set_ylabel(f"second {of_variance[1]}")
+        axes.set(xlabel=f"first {of_variance[0]}", ylabel=f"second {of_variance[1]}")
         legend(axes)
         return svg(figure, "plane", "State and action on two principal components")

@@ -257,10 +257,9 @@ def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         members = [row for row in rows if _kind(row) == kind]
         for row in members:
             (x, across), (y, up) = ((row[k]["mean"], row[k]["interval"]) for k in ("real", "world"))
-            if across is not None:
-                axes.plot(across, [y, y], color=colour, alpha=0.25, linewidth=1.5)
-            if up is not None:
-                axes.plot([x, x], up, color=colour, alpha=0.25, linewidth=1.5)
+            for xs, ys in ((across, (y, y)), ((x, x), up)):
+                if xs is not None and ys is not None:
+                    axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=1.5)
         if members:
             xs, ys = ([row[k]["mean"] for row in members] for k in ("real", "world"))
             axes.plot(xs, ys, marker, color=colour, markersize=5.5, linestyle="none", label=label)
