@@ -79,7 +79,7 @@ def test_a_task_that_the_world_has_not_seen_is_refused_before_a_real_step(lab: L
         ),
         (
             {"policies": [BehaviourConfig(kind="traned")]},
-            r"policies\[0\].kind must be .*, got 'traned'; did you mean 'trained'",
+            r"policies\[0\].kind must be .* got 'traned'; did you mean 'trained'",
         ),
         ({"horizons": [0]}, "horizons must be >= 1, got"),
         ({"horizons": [], "full": False}, "horizons must not be"),
