@@ -88,9 +88,11 @@ def jsonl(path: Path, rows: Rows) -> Path:
     return path
 
 
-def configured(*paths: Path | str, env: str = "", **keys: Any) -> ImportConfig:
+def configured(
+    *paths: Path | str, env: str = "", bounds: str = "drop", **keys: Any
+) -> ImportConfig:
     config = ImportConfig(paths=[str(path) for path in paths], **{"workers": 0, **keys})
-    config.reality.env = env
+    config.reality.env, config.reality.bounds = env, bounds
     return config
 
 

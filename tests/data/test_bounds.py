@@ -10,8 +10,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
@@ -24,11 +22,14 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.judge import judge
-from mesocosm.jobs.collect import JOB as COLLECT
-from mesocosm.jobs.import_logs import JOB as IMPORT
-from mesocosm.jobs.import_logs import ImportConfig
-from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
+
+from .logs import Rows, parquet, planned, refused, steps
+from .reality import config
+
+Import = Callable[..., Artifact]
+Collect = Callable[..., Artifact]
+HUGE = r"1e\+300, .*float32; rescale it"
 
 
 class Square(gymnasium.Env[Any, Any]):
@@ -66,141 +67,68 @@ gymnasium.register("OddEndless-v0", entry_point=Endless, max_episode_steps=50)
 
 
 @pytest.fixture
-def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
-    def make(*paths: Path | str, **keys: Any) -> Artifact:
-        config = configured(*paths, **keys)
-        config.storage.root = root
-        a_run.storage = Storage(root)
-        return IMPORT.run(config, a_run)
-
-    return make
-
-
-@pytest.fixture
-def gather(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+def gather(root: str, collect: Callable[[CollectConfig], Artifact]) -> Collect:
     """`gather(env, bounds, **kwargs of the environment)` collects 60 steps in this process."""
 
     def make(env: str, bounds: str = "drop", **kwargs: Any) -> Artifact:
-        config = CollectConfig(
-            steps=60,
-            lanes=1,
-            workers=0,
-            reality=RealityConfig(env=env, bounds=bounds, kwargs=kwargs),
-        )
-        config.storage.root = root
-        a_run.storage = Storage(root)
-        return COLLECT.run(config, a_run)
+        reality = {"bounds": bounds, "kwargs": kwargs}
+        return collect(config(root, env, steps=60, lanes=1, reality=reality))
 
     return make
 
 
-def configured(
-    *paths: Path | str, env: str = "", bounds: str = "drop", **keys: Any
-) -> ImportConfig:
-    config = ImportConfig(paths=[str(path) for path in paths], **{"workers": 0, **keys})
-    config.reality.env, config.reality.bounds = env, bounds
-    return config
-
-
-def parquet(path: Path, *changes: tuple[int, int, str, Any]) -> Path:
-    """Write three episodes of four rows, with changes (episode, step, column, value).
-
-    Episode -1 stands for all.
-    """
-    rows = [
-        {
-            "episode": k,
-            "step": t,
-            "observation": [t / 2, k / 8],
-            "action": t % 2,
-            "reward": 1.0,
-            "terminated": t == 3,
-            "truncated": False,
-            "next_observation": [(t + 1) / 2, k / 8],
-        }
-        for k in range(3)
-        for t in range(4)
-    ]
-    for episode, step, name, value in changes:
-        for row in rows:
-            if row["step"] == step and episode in (-1, row["episode"]):
-                row[name] = value
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+def altered(episode: int, step: int, name: str, value: Any) -> Rows:
+    """Three episodes of four rows, with a value changed; episode -1 stands for all."""
+    rows = steps((4, 4, 4))
+    for row in rows:
+        if row["step"] == step and episode in (-1, row["episode"]):
+            row[name] = value
+    return rows
 
 
 @pytest.mark.parametrize("bad", ["refuse", "drop"])
-def test_bounds_of_what_is_imported(
-    bad: str, tmp_path: Path, import_logs: Callable[..., Artifact]
-) -> None:
-    path = parquet(
-        tmp_path / "a.parquet",
-        (1, 0, "next_observation", [-7.0, 0.125]),
-        (1, 1, "observation", [-7.0, 0.125]),
-    )
-    dropped = IMPORT.plan(configured(path, env="OddSquare-v0", bad=bad))
-    assert [(row["reason"], row["episodes"]) for row in dropped["left out"]] == [
-        ("outside the space", 1)
-    ] and dropped["episodes"] == 2
+def test_bounds_of_what_is_imported(bad: str, tmp_path: Path, import_logs: Import) -> None:
+    env = "OddSquare-v0"
+    rows = altered(1, 0, "next_observation", [-7.0, 0.125])
+    rows[5]["observation"] = [-7.0, 0.125]
+    path = parquet(tmp_path / "a.parquet", rows)
+    plan = planned(path, env=env, bad=bad)
+    (left,) = plan["left out"]
+    assert (left["reason"], left["episodes"], plan["episodes"]) == ("outside the space", 1, 2)
     for bounds, value in (("clip", -5.0), ("ignore", -7.0)):
-        result = Dataset([import_logs(path, env="OddSquare-v0", bounds=bounds, bad=bad).path])
-        assert [float(o[0]) for o in result.episode(1).observations] == [0.0, value, 1.0, 1.5, 2.0]
-    wrong = parquet(tmp_path / "b.parquet", (1, 1, "action", 2))
+        dataset = Dataset([import_logs(path, env=env, bounds=bounds, bad=bad).path])
+        seen = [float(o[0]) for o in dataset.episode(1).observations]
+        assert seen == [0.0, value, 1.0, 1.5, 2.0]
+    wrong = parquet(tmp_path / "b.parquet", altered(1, 1, "action", 2))
     for bounds in ("drop", "clip", "ignore"):
-        config = configured(wrong, env="OddSquare-v0", bounds=bounds, bad=bad)
-        left_out = IMPORT.plan(config)["left out"]
-        assert [(row["reason"], row["episodes"]) for row in left_out] == [
-            ("outside the space", 1)
-        ], "no column can hold it"
-    with pytest.raises(
-        UsageError,
-        match=r"can be imported: .*row 1: observation .* got \[7.0, 7.0\] .*reality.bounds=clip",
-    ):
-        IMPORT.plan(
-            configured(
-                parquet(tmp_path / "c.parquet", (-1, 0, "observation", [7.0, 7.0])),
-                env="OddSquare-v0",
-            )
-        )
-    with pytest.raises(
-        UsageError, match=r"reality.bounds must be one of drop, clip, ignore; got 'keep'"
-    ):
-        IMPORT.plan(configured(path, bounds="keep"))
+        (left,) = planned(wrong, env=env, bounds=bounds, bad=bad)["left out"]
+        assert left["reason"] == "outside the space", "no column can hold it"
+        assert left["episodes"] == 1
+    all_wrong = parquet(tmp_path / "c.parquet", altered(-1, 0, "observation", [7.0, 7.0]))
+    fix = r"row 1: observation .* got \[7.0, 7.0\] .*reality.bounds=clip"
+    refused(f"can be imported: .*{fix}", all_wrong, env=env)
+    refused(r"reality.bounds must be one of drop, clip, ignore; got 'keep'", path, bounds="keep")
 
 
-def test_bounds_of_what_is_collected(
-    gather: Callable[..., Artifact], import_logs: Callable[..., Artifact]
-) -> None:
+def test_bounds_of_what_is_collected(gather: Collect, import_logs: Import) -> None:
     """The same values as `import` drops, clips and ignores; and what is exported is imported by the
     same policy.
     """
-    result = {
-        bounds: gather("OddSquare-v0", bounds, trouble="outside", every=3)
-        for bounds in ("drop", "clip", "ignore")
-    }
-    reasons = [dropped["reason"] for dropped in result["drop"].meta["dropped"]]
-    assert reasons and all(
-        "after step 3, observation=[1.5, -7.0] is outside Box" in reason for reason in reasons
-    )
-    assert all(dropped["steps"] == 3 for dropped in result["drop"].meta["dropped"]), (
-        "no step is paid after it"
-    )
-    assert result["clip"].meta["dropped"] == result["ignore"].meta["dropped"] == []
-    lowest = {
-        bounds: min(
-            o[1] for episode in Dataset([a.path]).iter_episodes() for o in episode.observations
-        )
-        for bounds, a in result.items()
-    }
-    assert lowest == {"drop": 0.0, "clip": -5.0, "ignore": -7.0}
-    for bounds, artifact in result.items():
-        back = import_logs(artifact.path / "episodes", env="OddSquare-v0", bounds=bounds)
+    env, lowest = "OddSquare-v0", {"drop": 0.0, "clip": -5.0, "ignore": -7.0}
+    for bounds, value in lowest.items():
+        artifact = gather(env, bounds, trouble="outside", every=3)
+        dropped = artifact.meta["dropped"]
+        assert bool(dropped) == (bounds == "drop")
+        for row in dropped:
+            assert "after step 3, observation=[1.5, -7.0] is outside Box" in row["reason"]
+            assert row["steps"] == 3, "no step is paid after it"
+        episodes = Dataset([artifact.path]).iter_episodes()
+        assert min(o[1] for episode in episodes for o in episode.observations) == value
+        back = import_logs(artifact.path / "episodes", env=env, bounds=bounds)
         assert exports(back) == exports(artifact) and back.meta["counts"]["episodes_left_out"] == 0
-    with pytest.raises(
-        MesocosmError,
-        match=r"5 episodes in a row failed .*set reality.bounds=clip or reality.bounds=ignore",
-    ):
-        gather("OddSquare-v0", trouble="outside")
+    fix = "set reality.bounds=clip or reality.bounds=ignore"
+    with pytest.raises(MesocosmError, match=f"5 episodes in a row failed .*{fix}"):
+        gather(env, trouble="outside")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +140,7 @@ def test_bounds_of_what_is_collected(
     ],
 )
 def test_values_that_no_world_can_hold_are_not_collected(
-    trouble: str, message: str, gather: Callable[..., Artifact]
+    trouble: str, message: str, gather: Collect
 ) -> None:
     for bounds in ("drop", "ignore"):
         with pytest.raises(MesocosmError, match=f"5 episodes in a row failed .*{message}"):
@@ -220,43 +148,35 @@ def test_values_that_no_world_can_hold_are_not_collected(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "values", "message"),
     [
-        (
-            {"observations": [np.array([0.0, -1e300])] * 4},
-            r"observation\[1\] holds -1e\+300, .*float32; rescale it",
-        ),
-        ({"actions": [np.array([1e300])] * 3}, r"action\[0\] holds 1e\+300, .*float32; rescale it"),
-        ({"rewards": np.array([0.0, 1e300, 0.0])}, r"reward holds 1e\+300, .*float32; rescale it"),
-        (
-            {"durations": np.array([0.5, 1e300, 0.5])},
-            r"duration holds 1e\+300, .*float32; rescale it",
-        ),
-        ({"durations": np.array([0.5, -2.0, 0.5])}, r"duration holds -2, which is negative"),
+        ("observations", [np.array([0.0, -1e300])] * 4, rf"observation\[1\] holds -{HUGE}"),
+        ("actions", [np.array([1e300])] * 3, rf"action\[0\] holds {HUGE}"),
+        ("rewards", np.array([0.0, 1e300, 0.0]), f"reward holds {HUGE}"),
+        ("durations", np.array([0.5, 1e300, 0.5]), f"duration holds {HUGE}"),
+        ("durations", np.array([0.5, -2.0, 0.5]), "duration holds -2, which is negative"),
     ],
 )
 def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
-    change: dict[str, Any],
+    name: str,
+    values: Any,
     message: str,
     write: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
     monkeypatch.setattr("mesocosm.datasets.spaces.first_beyond_float32", lambda values: None)
-    whole: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "observations": [np.zeros(2)] * 4,
         "actions": [np.zeros(1)] * 3,
         "rewards": np.zeros(3),
         "durations": np.full(3, 0.5),
     }
     episode = Episode(
-        index=0, seed=0, behaviour="random", outcome="terminated", **{**whole, **change}
+        index=0, seed=0, behaviour="random", outcome="terminated", **{**arrays, name: values}
     )
-    box = (
-        spaces.Box(-np.inf, np.inf, (2,), np.float64),
-        spaces.Box(-np.inf, np.inf, (1,), np.float64),
-    )
-    dataset = Dataset([write([episode], observation_space=box[0], action_space=box[1])])
+    boxes = [spaces.Box(-np.inf, np.inf, (size,), np.float64) for size in (2, 1)]
+    dataset = Dataset([write([episode], observation_space=boxes[0], action_space=boxes[1])])
     with pytest.raises(UsageError, match=message) as error:
         Codec.fit(dataset)
     assert "\n" not in str(error.value)
@@ -270,18 +190,13 @@ def test_bounds_of_one_value() -> None:
         }
     )
     right = {"a": np.array([-1.0, 1.0 + 1e-12]), "b": (np.int64(9), 1)}
-    assert first_outside(space, right, "observation") is None, (
-        "bounds are compared in the precision of the space"
-    )
+    precise = "bounds are compared in the precision of the space"
+    assert first_outside(space, right, "observation") is None, precise
     wrong = {"a": np.array([0.0, 1.5]), "b": (np.int64(-3), 7)}
-    assert (
-        first_outside(space, wrong, "observation")
-        == f"observation.a=[0.0, 1.5] is outside {space['a']}"
-    )
-    assert (
-        first_outside(space, {"b": (np.int64(-3), 7)}, "observation")
-        == f"observation.b.0=-3 is outside {space['b'][0]}"
-    )
+    first = f"observation.a=[0.0, 1.5] is outside {space['a']}"
+    assert first_outside(space, wrong, "observation") == first
+    second = f"observation.b.0=-3 is outside {space['b'][0]}"
+    assert first_outside(space, {"b": wrong["b"]}, "observation") == second
     clip = clipped(space, wrong)
     assert clip["a"].tolist() == [0.0, 1.0] and clip["b"] == (0, 7)
     for odd in ({"a": np.zeros(3), "b": "x"}, {"a": "text"}, None, [np.zeros(2), "ragged"]):
@@ -364,13 +279,8 @@ class Everything(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         info = {"duration": self.t / 8} if self.timed else {}
-        return (
-            self.observation_space.sample(),
-            0.1 * self.t,
-            self.t > 6,
-            self.t > 4 and self.timed,
-            info,
-        )
+        ended, cut = self.t > 6, self.t > 4 and self.timed
+        return self.observation_space.sample(), 0.1 * self.t, ended, cut, info
 
 
 gymnasium.register("Everything-v0", entry_point=Everything)
@@ -384,13 +294,10 @@ def exports(artifact: Artifact, *folders: str) -> list[bytes]:
     ]
 
 
-def test_what_is_exported_imports_again_byte_for_byte(
-    gather: Callable[..., Artifact], import_logs: Callable[..., Artifact]
-) -> None:
+def test_what_is_exported_imports_again_byte_for_byte(gather: Collect, import_logs: Import) -> None:
     result = gather("Everything-v0")
     assert all(result.meta["counts"]["outcomes"].values())
-    back, inferred = (
-        import_logs(result.path / "episodes", env=env) for env in ("Everything-v0", "")
-    )
+    export = result.path / "episodes"
+    back, inferred = (import_logs(export, env=env) for env in ("Everything-v0", ""))
     assert exports(result) == exports(back) == exports(inferred) != []
     assert exports(result, "shards") == exports(back, "shards") != []
