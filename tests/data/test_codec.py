@@ -124,9 +124,8 @@ def test_values_round_trip_also_far_outside_the_data(write: Write) -> None:
     values.append({**values[0], "body": np.array([1e6 + 5e5, -40.0, 1e4])})
     back = codec.decode_observation(encoded(codec, dataset, values))
     np.testing.assert_allclose(back["body"], [v["body"] for v in values], rtol=1e-6, atol=1e-4)
-    assert back["word"] == tuple(v["word"] for v in values) and back["lamp"].tolist() == [
-        v["lamp"] for v in values
-    ]
+    assert back["word"] == tuple(v["word"] for v in values)
+    assert back["lamp"].tolist() == [v["lamp"] for v in values]
     again = codec.observation(back)
     np.testing.assert_allclose(
         again.numbers, encoded(codec, dataset, values).numbers, rtol=1e-6, atol=1e-6
@@ -216,10 +215,8 @@ def test_the_precision_is_of_the_first_dataset(write: Write) -> None:
         ]
 
     assert precision(one) == pytest.approx([1e-5, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5])
-    assert (
-        precision(grown) == pytest.approx(precision(one))
-        and grown.spec.observation.bins != one.spec.observation.bins
-    )
+    assert precision(grown) == pytest.approx(precision(one))
+    assert grown.spec.observation.bins != one.spec.observation.bins
     assert precision(turned) == pytest.approx([1e-4] * 8)
     np.testing.assert_allclose(
         grown._scalings["observation"].scale[1], np.sqrt((0.99**2 + 1.2**2) / 2), rtol=1e-2

@@ -80,9 +80,8 @@ def test_episodes_round_trip(write: Write, shard_rows: int) -> None:
             assert getattr(read, field) == getattr(written, field)
         for field in ("observations", "actions", "rewards", "durations"):
             assert_equal(getattr(read, field), getattr(written, field))
-        assert all(OBSERVATION.contains(o) for o in read.observations) and all(
-            ACTION.contains(a) for a in read.actions
-        )
+        assert all(OBSERVATION.contains(o) for o in read.observations)
+        assert all(ACTION.contains(a) for a in read.actions)
     assert [e.index for e in dataset.iter_episodes("valid")] == dataset.table["index"][
         dataset.episodes("valid")
     ].tolist()
@@ -193,11 +192,8 @@ def test_a_dataset_without_validation_works_alone_and_with_another(
     first = write([counted(k, 9) for k in range(12)], id="first")
     later = write([counted(k, 9) for k in range(2)], id="later", valid_fraction=0.0)
     alone, both = Dataset([later]), Dataset([first, later])
-    assert (
-        alone.count("valid") == 0
-        and alone.count("train") == 18
-        and both.count("valid") == Dataset([first]).count("valid") > 0
-    )
+    assert alone.count("valid") == 0 and alone.count("train") == 18
+    assert both.count("valid") == Dataset([first]).count("valid") > 0
     for dataset in (alone, both):
         codec = Codec.fit(dataset)
         assert Loader(dataset, codec, "train", 4, 5, 0).transitions_per_epoch == dataset.count(
@@ -390,8 +386,8 @@ def test_starts_and_logged_observations(write: Write, counted: Counted) -> None:
     )
     assert [round(t["mass"], 5) for t in codec.task_options(task)] == [k for k, _ in everything]
     some = codec.decode_observation(observation_parts(dataset, codec, "train", 7, 3)[1]).tolist()
+    assert len(some) == 7
     assert (
-        len(some) == 7
-        and some
+        some
         != codec.decode_observation(observation_parts(dataset, codec, "train", 7, 4)[1]).tolist()
     )
