@@ -14,7 +14,7 @@ from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.runs import tracking
 from mesocosm.scaling.cells import CellRecord
-from mesocosm.scaling.grid import Cell, lay_out
+from mesocosm.scaling.grid import Cell, lay_out, worker_seconds
 from mesocosm.scaling.progress_table import ProgressTable, duration, short
 from mesocosm.scaling.trunk import CellOutcome
 
@@ -33,7 +33,7 @@ def test_progress_counts_and_estimates(
     config = sweep_of(root, "grid.sizes=[10k]", "grid.seeds=[0,1]", "concurrent=1")
     grid = lay_out(config, cart, ClusterConfig([NodeGroup(flops_per_s=1e9, gpus=0)]))
     by_trunk = [trunk.cells for trunk in grid.trunks(grid.cells)]
-    expected = grid.expected(grid.cells)
+    expected = worker_seconds(grid.trunks(grid.cells))
     with tracking.start("sweep", config, quiet=True) as run:
         progress = ProgressTable(run, grid, {})
         assert progress.line == "0/4 cells" and progress.hours_left is None

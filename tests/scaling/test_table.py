@@ -57,19 +57,19 @@ def read(tmp_path: Path, text: str) -> CellTable:
         ("params,data,loss,trunk\n1e4,1e4,2,\n", "line 2: trunk is empty"),
         (
             HEAD + GOOD + "1e4,1e4,2.5\n",
-            "lines 2 and 4 give loss=2 and loss=2.5 .*add a column lr, seed, trunk or unique",
+            "lines 2 and 4 give loss=2 and loss=2.5 .*add one .*lr, seed, trunk, unique",
         ),
         (
             "params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,3,0\n",
-            "lines 2 and 3 .*seed=0.*correct seed or add a column lr, trunk or unique",
+            "lines 2 and 3 .*seed=0.*correct a column .seed., add one .*lr, trunk, unique",
         ),
         (
             "params,data,loss,lr,seed,trunk,unique\n1e4,1e4,2,.1,0,a,1e4\n1e4,1e4,3,.1,0,a,1e4\n",
-            r"lr=0\.1, seed=0, trunk=a, unique=10000\); keep one or correct lr, seed, trunk or",
+            r"lr=\.1, seed=0, trunk=a, unique=1e4\); keep one, correct a column \(lr, seed,",
         ),
         (
             "params,data,loss,optimizer,batch,run\n1e4,1e4,2,sgd,8,a\n1e4,1e4,3,adam,8,b\n",
-            "and differ in 'optimizer' and 'run', which fit does not read; keep one, add a column",
+            "fit a table for each value of a column that fit does not read .optimizer, run",
         ),
     ],
 )

@@ -45,22 +45,16 @@ def started(grid: Grid, trunk: Trunk) -> RankTrainer:
     )[0]
 
 
-def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[str, float]]:
-    """(each step's loss, the validation metrics) of a separate run with the cell's schedule."""
+def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> dict[str, float]:
+    """The validation metrics of a separate run with the cell's schedule."""
     training = started(grid, trunk)
     options = grid.config.training(cell.steps, cell.warmup, cell.decay, grid.precision)
-    losses = []
     for number in range(1, cell.steps + 1):
-        metrics = training.step(
-            number,
-            lr_factor(number, cell.steps, options.warmup, options.decay),
-            last=number == cell.steps,
-        )
-        assert metrics is not None
-        losses.append(metrics["loss"])
-    measured = training.validate()
+        multiplier = lr_factor(number, cell.steps, options.warmup, options.decay)
+        training.step(number, multiplier, last=number == cell.steps)
+    metrics = training.validate()
     training.engine.destroy()
-    return losses, measured
+    return metrics
 
 
 def test_steps_to_shares_and_back() -> None:
@@ -99,14 +93,13 @@ def test_a_branch_equals_a_separate_run(
     training = started(grid, trunk)
     trained = list(branches(training, trunk.cells))
     training.engine.destroy()
-    assert [g.failed for g in trained] == [None] * 3 and [g.ran for g in trained] == [
-        trunk.ran(i) for i in range(3)
-    ]
-    for cell, branch in zip(trunk.cells, trained, strict=True):
-        losses, measured = run_alone(grid, trunk, cell)
-        assert branch.metrics == measured, f"digit for digit, {cell.steps} steps"
-        assert len(losses) == cell.steps
-    assert len({branch.metrics["valid/loss"] for branch in trained}) == 3
+    assert [outcome.failed for outcome in trained] == [None] * 3
+    assert [outcome.record.ran for outcome in trained] == [trunk.ran(i) for i in range(3)]
+    for cell, outcome in zip(trunk.cells, trained, strict=True):
+        measured = run_alone(grid, trunk, cell)
+        parts = {f"valid/{name}": value for name, value in outcome.record.parts.items()}
+        assert parts | {"valid/loss": outcome.record.loss} == measured, f"{cell.steps} steps"
+    assert len({outcome.record.loss for outcome in trained}) == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])

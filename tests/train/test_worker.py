@@ -132,11 +132,11 @@ def test_codec_and_base_are_kept_for_a_resume(
     config = load(storage.root).model
     codec = prepare.fitted_codec(storage, "runs/checkpoints/x", dataset)
     assert json.loads(storage.read("runs/checkpoints/x/codec.json") or b"") == codec.to_json()
-    assert prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config) is None
-    prepare.fit_base(storage, "runs/checkpoints/x", dataset, codec, config, seed=1)
-    first = prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config)
-    prepare.fit_base(storage, "runs/checkpoints/x", dataset, codec, config, seed=2)
-    second = prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config)
+    assert prepare.read_base(storage, "runs/checkpoints/x/base", codec.spec, config) is None
+    prepare.fit_base(storage, "runs/checkpoints/x/base", dataset, codec, config, seed=1)
+    first = prepare.read_base(storage, "runs/checkpoints/x/base", codec.spec, config)
+    prepare.fit_base(storage, "runs/checkpoints/x/base", dataset, codec, config, seed=2)
+    second = prepare.read_base(storage, "runs/checkpoints/x/base", codec.spec, config)
     assert first is not None and second is not None
     assert all(
         torch.equal(a, b)

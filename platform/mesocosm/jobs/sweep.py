@@ -10,9 +10,9 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,9 @@ class _Sweep:
         trials.
         """
         config, gpus = self.config, self.grid.cluster.gpus
-        trunks, large = self.grid.trunks(missing), [cell for cell in missing if cell.large]
-        at_once = min(config.concurrent, len(trunks))
+        trunks = self.grid.trunks(missing)
+        small, large = ([t for t in trunks if t.large == kind] for kind in (False, True))
+        at_once = min(config.concurrent, len(small))
         share = 1 / -(-at_once // gpus) if at_once and gpus else 0.0  # trunks share each GPU
         key = f"concurrent={config.concurrent}"
         ray_session.preflight(key=key, cpus=at_once, gpus=share * at_once)
@@ -139,9 +140,8 @@ class _Sweep:
             workers = config.workers if gpus else 0
             ray_session.preflight(key=key, cpus=config.workers + 1, gpus=workers)
         with self.progress:
-            if trunks:
-                errors = self.train_trunks(trunks, at_once, share)
-                self.report_lost([cell for trunk in trunks for cell in trunk.cells], errors)
+            if small:
+                self.report_lost(small, self.train_trunks(small, at_once, share))
             if large:
                 self.report_lost(large, self.train_large(large))
 
@@ -153,14 +153,14 @@ class _Sweep:
         self.progress.add(outcome)
         self.runs.add(self.cells[outcome.cell], outcome.record, outcome.failed)
 
-    def report_lost(self, trained: Iterable[Cell], errors: dict[str, str]) -> None:
+    def report_lost(self, trunks: Sequence[Trunk], errors: dict[str, str]) -> None:
         """Report the cells that a process did not report before it died. Some are in storage."""
-        lost = [cell for cell in trained if cell.id not in self.reported]
-        done = cells.finished(self.run.storage) if lost and not self.config.force else set()
-        for cell in lost:
-            record = cells.read_record(self.run.storage, cell.id) if cell.id in done else None
-            error = errors.get(cell.id if cell.large else cell.trunk, "its process died")
-            self.report(CellOutcome(cell.id, record, None if record else error))
+        done = set() if self.config.force else cells.finished(self.run.storage)
+        for trunk in trunks:
+            for id in [cell.id for cell in trunk.cells if cell.id not in self.reported]:
+                record = cells.read_record(self.run.storage, id) if id in done else None
+                error = errors.get(trunk.id, "its process died")
+                self.report(CellOutcome(id, record, None if record else error))
 
     def train_trunks(self, trunks: Sequence[Trunk], at_once: int, share: float) -> dict[str, str]:
         from ray import tune
@@ -180,20 +180,18 @@ class _Sweep:
         trial = tune.with_resources(trial, resources)
         return trials.run_trials(trial, list(work.trunks), at_once, self.run, "trunks", self.report)
 
-    def train_large(self, large: Sequence[Cell]) -> dict[str, str]:
+    def train_large(self, trunks: Sequence[Trunk]) -> dict[str, str]:
         from ray import tune
 
         from mesocosm.scaling import trials
 
         config, gpus = self.config, self.grid.cluster.gpus
         jobs = {}
-        for cell in large:
-            lengths = cell.steps, cell.warmup, cell.decay
-            options = config.training(*lengths, self.grid.precision)
-            options.workers, options.gpus_per_worker = config.workers, 1.0 if gpus else 0.0
-            job = config.pretraining(cell.size, cell.seed, cell.unique_limit, options)
-            job.force = config.force
-            jobs[cell.id] = (cell, job)
+        for trunk in trunks:
+            gpu = 1.0 if gpus else 0.0
+            options = replace(trunk.options, workers=config.workers, gpus_per_worker=gpu)
+            job = config.pretraining(trunk.model.size, trunk.seed, trunk.unique, options)
+            jobs[trunk.id] = (trunk.cells[0], replace(job, force=config.force))
         free = ray_session.most()
         room = int(free["CPU"] // (config.workers + 1))
         if gpus:

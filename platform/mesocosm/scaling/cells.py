@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
-
 from mesocosm import __version__
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.codec import Codec
@@ -28,25 +26,12 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.scaling.grid import SCHEMA, Cell
 from mesocosm.store.artifacts import Storage
-from mesocosm.train.prepare import transitions
+from mesocosm.train import prepare
 from mesocosm.versions import VERSIONS
 
 RESULTS, BASES = "cells/results", "cells/bases"
-COLUMNS = (
-    "params",
-    "data",
-    "loss",
-    "unique",
-    "flops",
-    "seed",
-    "lr",
-    "trunk",
-    "family",
-    "size",
-    "total_params",
-    "epochs",
-    "steps",
-)
+COLUMNS = ["params", "data", "loss", "unique", "flops", "seed", "lr", "trunk", "family", "size"]
+COLUMNS += ["total_params", "epochs", "steps"]
 """Columns of the table before the losses by part, `seconds` and `cell`."""
 
 
@@ -95,6 +80,7 @@ class CellRecord:
         """A record of `metrics`, of which `valid/<part>` and `valid/loss` are read."""
         prefix = "valid/"
         parts = {k.removeprefix(prefix): x for k, x in metrics.items() if k.startswith(prefix)}
+        facts = {name: getattr(cell, name) for name in COLUMNS if name not in ("loss", "family")}
         return CellRecord(
             cell=cell.id,
             family=cell.identity["family"],
@@ -104,7 +90,7 @@ class CellRecord:
             ran=ran,
             world=world,
             what=cell.identity,
-            **{name: getattr(cell, name) for name in COLUMNS if name not in ("loss", "family")},
+            **facts,
         )
 
 
@@ -139,18 +125,14 @@ def fit_base(
     """The base of `model` on the training split, fitted or read from storage, and the seconds that
     fitting took.
     """
-    names = ("members", "base", "base_hidden", "base_steps")
-    settings = {name: getattr(model, name) for name in names}
+    settings = {x: getattr(model, x) for x in ("members", "base", "base_hidden", "base_steps")}
     facts = (settings, dataset.ids, codec.id, dataset.count("train"), seed)
     path = f"{BASES}/{fingerprint('base', *facts, VERSIONS['pretrain'], SCHEMA)}.safetensors"
     began = time.perf_counter()
-    if (data := storage.read(path)) is not None:
-        base = Base(codec.spec, model)
-        base.load_state_dict(load(data))
-        return base.eval(), 0.0
-    base = Base.fit(codec.spec, model, transitions(dataset, codec), seed)
-    storage.create(path, save(base.state_dict()))
-    return base.eval(), time.perf_counter() - began
+    if (base := prepare.read_base(storage, path, codec.spec, model)) is not None:
+        return base, 0.0
+    base = prepare.fit_base(storage, path, dataset, codec, model, seed)
+    return base, time.perf_counter() - began
 
 
 def write_table(records: Iterable[CellRecord], path: Path) -> None:

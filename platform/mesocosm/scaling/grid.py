@@ -2,8 +2,7 @@
 Imports no Ray and trains nothing.
 
 A cell is a model of one size, trained once on D transitions, of which U are different, from one
-seed. Its id is a hash of everything that decides its result, so that two sweeps with the same cell
-share it.
+seed. Its id is a hash of everything that decides its result: sweeps share equal cells.
 
 Cells that differ in D alone share a *trunk*: warm-up and a constant learning rate over the one
 order of samples that the seed draws. A cell forks off the trunk `decay` steps before its end and
@@ -19,7 +18,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import product
+from itertools import count, product
+from operator import attrgetter
 from typing import Any
 
 from mesocosm.cluster.spec import ClusterConfig
@@ -42,6 +42,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Cell:
+    """A model of one size, trained once. Lengths are in steps."""
+
     id: str
     trunk: str
     """Hash of what it shares with the cells of its trunk."""
@@ -53,9 +55,7 @@ class Cell:
     """The grid's U. None: all."""
     steps: int
     warmup: int
-    """Steps of warm-up."""
     decay: int
-    """Steps of decay."""
     data: int
     """Transitions seen, exactly. Batches are of windows, so that D is met to half a batch."""
     unique: int
@@ -80,23 +80,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trunk:
-    """Cells of one (size, seed, U) that train together, ascending in steps."""
+    """Cells of one (size, seed, U) that train together, ascending in steps. A large cell is alone
+    and has several workers.
+    """
 
     id: str
     model: ModelConfig
     options: TrainConfig
-    """Options of all cells. Its steps, warm-up and decay are those of one of them."""
+    """Options of all cells. Its steps, warm-up and decay are the first cell's."""
     seed: int
     unique: int | None
     cells: tuple[Cell, ...]
+    workers: int
+    seconds: dict[str, float]
+    """Expected seconds of each cell by id."""
 
     @property
-    def steps(self) -> int:
-        return sum(self.ran(i) for i in range(len(self.cells)))
-
-    @property
-    def flops(self) -> int:
-        return sum(cell.flops // cell.steps * self.ran(i) for i, cell in enumerate(self.cells))
+    def large(self) -> bool:
+        return self.cells[0].large
 
     def ran(self, i: int) -> int:
         """Steps that run for cell `i`: the trunk's since the last fork, and its decay."""
@@ -112,73 +113,59 @@ class Grid:
     codec: Codec
     cluster: ClusterConfig
 
-    def trunks(self, cells: Iterable[Cell]) -> list[Trunk]:
-        """The trunks of the small ones among `cells`, the longest first."""
-        by_trunk: dict[str, list[Cell]] = {}
+    def trunks(self, cells: Iterable[Cell], *, alone: bool = False) -> list[Trunk]:
+        """The trunks of `cells`, the longest first. With `alone`, one of each cell."""
+        groups: dict[str, list[Cell]] = {}
         for cell in cells:
-            if not cell.large:
-                by_trunk.setdefault(cell.trunk, []).append(cell)
-        trunks = []
-        for id, group in by_trunk.items():
-            c, members = group[0], tuple(sorted(group, key=lambda cell: cell.steps))
-            options = self.config.training(c.steps, c.warmup, c.decay, self.precision)
-            model = replace(self.config.model, size=c.size)
-            trunks.append(Trunk(id, model, options, c.seed, c.unique_limit, members))
-        return sorted(trunks, key=lambda trunk: -self.cluster.seconds(trunk.flops, trunk.steps))
+            key = cell.id if alone or cell.large else cell.trunk
+            groups.setdefault(key, []).append(cell)
+        trunks = [
+            self._trunk(id, sorted(group, key=attrgetter("steps"))) for id, group in groups.items()
+        ]
+        return sorted(trunks, key=lambda trunk: -sum(trunk.seconds.values()))
 
-    def workers(self, cell: Cell) -> int:
-        return self.config.workers if cell.large else 1
+    def _trunk(self, id: str, group: list[Cell]) -> Trunk:
+        cells = sorted(group, key=attrgetter("steps"))
+        first, workers = cells[0], self.config.workers if cells[0].large else 1
+        options = self.config.training(first.steps, first.warmup, first.decay, self.precision)
+        model = replace(self.config.model, size=first.size)
+        shape = (model, options, first.seed, first.unique_limit, tuple(cells), workers)
+        trunk, seconds = Trunk(id, *shape, {}), {}
+        for i, cell in enumerate(cells):
+            steps = trunk.ran(i)
+            flops = cell.flops // cell.steps * steps
+            seconds[cell.id] = self.cluster.seconds(flops, steps, workers)
+        return replace(trunk, seconds=seconds)
 
-    def expected(self, cells: Sequence[Cell], *, alone: bool = False) -> dict[str, float]:
-        """Estimated worker seconds of each cell by id. With `alone`, without trunks."""
-        seconds = {}
-        for cell in cells:
-            if cell.large or alone:
-                count = self.workers(cell)
-                seconds[cell.id] = self.cluster.seconds(cell.flops, cell.steps, count) * count
-        for trunk in [] if alone else self.trunks(cells):
-            for i, cell in enumerate(trunk.cells):
-                ran = trunk.ran(i)
-                seconds[cell.id] = self.cluster.seconds(cell.flops // cell.steps * ran, ran)
-        return seconds
-
-    def hours(self, cells: Sequence[Cell], *, alone: bool = False) -> float:
+    def hours(self, trunks: Sequence[Trunk]) -> float:
         """Estimated hours on the cluster: `concurrent` trunks at once, then the large cells."""
-        expected, concurrent = self.expected(cells, alone=alone), self.config.concurrent
-        small: dict[str, float] = {}
-        for cell in cells:
-            if not cell.large:
-                unit = cell.id if alone else cell.trunk
-                small[unit] = small.get(unit, 0.0) + expected[cell.id]
-        workers, slots = self.config.workers, self.cluster.slots
-        large = [expected[cell.id] / workers for cell in cells if cell.large]
-        seconds = _makespan(small.values(), min(concurrent, slots))
-        return (seconds + _makespan(large, min(concurrent, slots // workers))) / 3600
+        seconds = 0.0
+        for large in (False, True):
+            tasks = [sum(trunk.seconds.values()) for trunk in trunks if trunk.large == large]
+            slots = self.cluster.slots // (self.config.workers if large else 1)
+            seconds += _makespan(tasks, min(self.config.concurrent, slots))
+        return seconds / 3600
 
     def memory_gib(self, trunks: Sequence[Trunk]) -> float:
         """Host memory that the largest concurrent trunks, or the largest large cell, need."""
-        c, on_gpu = self.config, self.cluster.gpus > 0
-        small = [
-            least_gib(trunk.cells[0].total_params, trunk.options, 1, on_gpu=on_gpu)
-            for trunk in trunks
-        ]
-        options = c.training(1, 0, 1, self.precision)
-        large = [
-            least_gib(cell.total_params, options, c.workers, on_gpu=on_gpu)
-            for cell in self.cells
-            if cell.large
-        ]
-        return max(sum(sorted(small, reverse=True)[: c.concurrent]), *large, 0.0)
+        on_gpu = self.cluster.gpus > 0
+        needs: dict[bool, list[float]] = {False: [], True: []}
+        for trunk in trunks:
+            total, workers = trunk.cells[0].total_params, trunk.workers
+            gib = least_gib(total, trunk.options, workers, on_gpu=on_gpu)
+            needs[trunk.large].append(gib)
+        small = sorted(needs[False], reverse=True)[: self.config.concurrent]
+        return max(sum(small), *needs[True], 0.0)
 
     def summary(self, done: set[str]) -> dict[str, Any]:
         """The cells, and what those that are not `done` would cost, for `--dry-run`."""
         missing = [cell for cell in self.cells if cell.id not in done]
-        trunks, large = self.trunks(missing), [cell for cell in missing if cell.large]
+        trunks = self.trunks(missing)
+        together, alone = self.hours(trunks), self.hours(self.trunks(missing, alone=True))
         steps = {cell.id: trunk.ran(i) for trunk in trunks for i, cell in enumerate(trunk.cells)}
-        steps |= {cell.id: cell.steps for cell in large}
-        expected, price = self.expected(missing), self.cluster.price_per_hour
-        together, alone = self.hours(missing), self.hours(missing, alone=True)
-        price_per_second = together * price / max(sum(expected.values()), 1e-9)
+        seconds = worker_seconds(trunks)
+        price = self.cluster.price_per_hour
+        price_per_second = together * price / max(sum(seconds.values()), 1e-9)
         rows = [
             {
                 "cell": cell.id[:8],
@@ -193,8 +180,8 @@ class Grid:
                 "flops": cell.flops,
                 "trunk": "a job" if cell.large else cell.trunk[:6],
                 "steps to run": steps.get(cell.id, 0),
-                "worker hours": round(expected.get(cell.id, 0.0) / 3600, 4),
-                "price": round(expected.get(cell.id, 0.0) * price_per_second, 4),
+                "worker hours": round(seconds.get(cell.id, 0.0) / 3600, 4),
+                "price": round(seconds.get(cell.id, 0.0) * price_per_second, 4),
                 "state": "finished" if cell.id in done else "to do",
             }
             for cell in self.cells
@@ -205,10 +192,10 @@ class Grid:
             "precision": self.precision,
             "cells": rows,
             "finished": f"{len(self.cells) - len(missing)} of {len(self.cells)} cells",
-            "trunks": len(trunks),
+            "trunks": sum(not trunk.large for trunk in trunks),
             "steps": sum(steps.values()),
             "steps without trunks": sum(cell.steps for cell in missing),
-            "flops": sum(trunk.flops for trunk in trunks) + sum(cell.flops for cell in large),
+            "flops": sum(cell.flops // cell.steps * steps[cell.id] for cell in missing),
             "flops without trunks": sum(cell.flops for cell in missing),
             "memory_gib": round(self.memory_gib(trunks), 2),
             "hours": round(together, 4),
@@ -216,6 +203,11 @@ class Grid:
             "price": f"{together * price:g} {self.cluster.currency}",
             "price without trunks": f"{alone * price:g} {self.cluster.currency}",
         }
+
+
+def worker_seconds(trunks: Iterable[Trunk]) -> dict[str, float]:
+    """Expected worker seconds of each cell by id."""
+    return {id: s * trunk.workers for trunk in trunks for id, s in trunk.seconds.items()}
 
 
 def _makespan(seconds: Iterable[float], slots: int) -> float:
@@ -251,20 +243,16 @@ def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Gr
         return Loader(view, codec, "train", config.model.context, config.train.batch, seed)
 
     cells: list[Cell] = []
-    seeds = sorted(config.grid.seeds)
-    uniques: list[int | None] = [None]
-    if config.grid.unique is not None:
-        uniques = [*sorted(config.grid.unique)]
+    uniques = [None] if config.grid.unique is None else sorted(config.grid.unique)
     for size in config.grid.sizes:
         fresh: set[tuple[float, int]] = set()
-        for unique, seed in product(uniques, seeds):
+        for unique, seed in product(uniques, sorted(config.grid.seeds)):
             batches = loader(unique, seed)
             for cell in _cells(config, precision, codec, dataset.ids, size, unique, batches):
+                if cell.data > cell.unique or (cell.target, seed) not in fresh:
+                    cells.append(cell)
                 if cell.data <= cell.unique:
-                    if (cell.target, seed) in fresh:
-                        continue
                     fresh.add((cell.target, seed))
-                cells.append(cell)
     if any(cell.large for cell in cells):
         options = config.training(1, 0, 1, precision)
         options.workers = config.workers
@@ -294,9 +282,11 @@ def _cells(
     params = counts.params(codec.spec, model)
     step_flops = prepare.step_flops(codec.spec, model, config.training(1, 0, 1, precision))
     key, targets, unit = "flops", sorted(grid.flops), float(step_flops)
+    least_step = f"one step of {size}, {unit:.3g} FLOPs"
     if grid.data:
         key, targets = "data", sorted(grid.data)
         unit = train.batch * transitions / loader.windows_per_epoch
+        least_step = f"a batch, about {unit:.0f} transitions"
     options = {name: value for name, value in asdict(train).items() if name != "decay"}
     shared = {
         "family": config.model.family,
@@ -311,52 +301,40 @@ def _cells(
     cells: list[Cell] = []
     for target in targets:
         if target < unit:
-            step = f"a batch, about {unit:.0f} transitions"
-            if not grid.data:
-                step = f"one step of {size}, {unit:.3g} FLOPs"
             fix = "use more, or lower train.batch"
-            raise UsageError(f"grid.{key}={target:.6g} is less than {step}; {fix}")
+            raise UsageError(f"grid.{key}={target:.6g} is less than {least_step}; {fix}")
         steps = round(target / unit)
         decay = config.decay_steps(steps)
         if cells and cells[-1].steps == steps:
-            values = f"{cells[-1].target:g} and {target:g}"
-            message = f"grid.{key} {values} are both {steps} steps of {size}"
-            raise UsageError(f"{message}; give values further apart")
-        if train.warmup > steps - decay:
-            least = _least_steps(config)
-            message = f"grid.{key}={target:g} is {steps} steps of {size}, which are fewer than"
-            message += f" train.warmup={train.warmup} and the {decay} of its decay"
-            enough = f"{least * unit:.3g}" if key == "flops" else f"{math.ceil(least * unit)}"
-            fix = f"use at least {enough} ({least} steps), a shorter warm-up, or sweep {size} apart"
-            raise UsageError(f"{message}; {fix}")
-        identity = shared | {"steps": steps, "fall": decay}
-        cells.append(
-            Cell(
-                id=fingerprint("cell", identity, *versions),
-                trunk=fingerprint("trunk", shared, *versions),
-                size=size,
-                seed=loader.seed,
-                target=target,
-                unique_limit=unique,
-                steps=steps,
-                warmup=train.warmup,
-                decay=decay,
-                data=loader.transitions_seen(steps),
-                unique=transitions,
-                params=params.n,
-                total_params=params.total,
-                flops=steps * step_flops,
-                lr=train.lr,
-                large=params.n > config.large,
-                identity=identity,
+            text = (
+                f"grid.{key} {cells[-1].target:g} and {target:g} are both {steps} steps of {size}"
             )
+            raise UsageError(f"{text}; give values further apart")
+        if train.warmup > steps - decay:
+            least = next(n for n in count(steps) if n - config.decay_steps(n) >= train.warmup)
+            text = f"grid.{key}={target:g} is {steps} steps of {size}, which are fewer than"
+            text += f" train.warmup={train.warmup} and the {decay} of its decay"
+            fix = f"use at least {math.ceil(least * unit):.12g} ({least} steps), a shorter warm-up, or sweep"
+            raise UsageError(f"{text}; {fix} {size} apart")
+        identity = shared | {"steps": steps, "fall": decay}
+        cell = Cell(
+            id=fingerprint("cell", identity, *versions),
+            trunk=fingerprint("trunk", shared, *versions),
+            size=size,
+            seed=loader.seed,
+            target=target,
+            unique_limit=unique,
+            steps=steps,
+            warmup=train.warmup,
+            decay=decay,
+            data=loader.transitions_seen(steps),
+            unique=transitions,
+            params=params.n,
+            total_params=params.total,
+            flops=steps * step_flops,
+            lr=train.lr,
+            large=params.n > config.large,
+            identity=identity,
         )
+        cells.append(cell)
     return cells
-
-
-def _least_steps(config: SweepConfig) -> int:
-    """The fewest steps that hold the warm-up and the decay."""
-    warmup, steps = config.train.warmup, 1
-    while steps - config.decay_steps(steps) < warmup:
-        steps += 1
-    return steps

@@ -18,7 +18,7 @@ from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling.cells import CellRecord
-from mesocosm.scaling.grid import Cell, Grid
+from mesocosm.scaling.grid import Cell, Grid, worker_seconds
 from mesocosm.scaling.trunk import CellOutcome, error_line
 
 EVERY = 15.0
@@ -56,7 +56,7 @@ class ProgressTable:
         self.steps = self.alone = 0
         """Steps that ran, and that the same cells would take without trunks."""
         self._flops = self._expected_done = 0.0
-        self._expected = grid.expected([c for c in grid.cells if c.id not in records])
+        self._expected = worker_seconds(grid.trunks(c for c in grid.cells if c.id not in records))
         self._printed = time.monotonic()
         self._live: Live | None = None
 
@@ -81,7 +81,7 @@ class ProgressTable:
             self._run.say(f"cell {cell_text(cell)} failed: {self.failed[cell.id]}")
         else:
             self.records[cell.id] = record
-            self.seconds += record.seconds * self._grid.workers(cell)
+            self.seconds += record.seconds * (self._grid.config.workers if cell.large else 1)
             self.steps += record.ran
             self.alone += cell.steps
             self._flops += cell.flops / cell.steps * record.ran

@@ -34,7 +34,7 @@ NUMBERS = {
     "weight": "leave out a row that must not count",
     "lr": "write the rate that the run was trained with",
 }
-"""Columns of numbers, and what to do about a value that is not one above 0."""
+"""Columns of numbers, and the fix of a value that is not one above 0."""
 COLUMNS = (*NUMBERS, "seed", "trunk")
 
 Notes = dict[str, str]
@@ -119,7 +119,8 @@ class CellTable:
             if len(fields) != len(header):
                 counts = f"{len(fields)} fields for {len(header)} columns"
                 raise UsageError(f"{where}: {counts}; write one field for each column")
-            every.append(_parsed(where, reader.line_num, dict(zip(header, fields, strict=True))))
+            texts = {name: text.strip() for name, text in zip(header, fields, strict=True)}
+            every.append(_parsed(where, reader.line_num, texts))
         if not every:
             raise UsageError(f"{file.name} has no rows; write one for each trained cell")
         rows, notes = _best_rates(every) if "lr" in header else (every, {})
@@ -127,24 +128,15 @@ class CellTable:
         if "flops" not in header:
             notes["flops_6nd"] = "The table has no column `flops`: compute is 6 x params x data."
         trunks = "trunk" in header
-        series = [(r.params, r.trunk if trunks else r.seed, r.repeated_unique) for r in rows]
-
-        def column(name: str) -> NDArray[Any]:
-            return np.array([getattr(row, name) for row in rows])
-
+        names = ("line", "params", "data", "loss", "flops", "weight")
         return cls(
             name=file.name,
             sha256=hashlib.sha256(raw).hexdigest(),
             rows=len(every),
-            line=column("line"),
-            params=column("params"),
-            data=column("data"),
-            loss=column("loss"),
-            unique=column("unique") if "unique" in header else None,
-            flops=column("flops"),
+            **{name: np.array([getattr(row, name) for row in rows]) for name in names},
+            unique=np.array([row.unique for row in rows]) if "unique" in header else None,
             flops_given="flops" in header,
-            weight=column("weight"),
-            series=_numbered(series),
+            series=_numbered([row.series for row in rows]),
             group=_numbered([row.trunk if trunks else row.cell for row in rows]),
             by_trunk=trunks,
             notes=notes,
@@ -154,8 +146,8 @@ class CellTable:
 @dataclass
 class _Row:
     line: int
-    unread: dict[str, str]
-    """The columns that a fit does not read."""
+    texts: dict[str, str]
+    """The fields by column."""
     params: float
     data: float
     loss: float
@@ -171,34 +163,31 @@ class _Row:
         return self.params, self.data, min(self.unique, self.data)
 
     @property
-    def repeated_unique(self) -> float:
-        """U of a row that repeats its data, else 0: a curve of repeats has one U."""
-        return self.unique if self.data > self.unique * (1 + EPSILON) else 0.0
+    def series(self) -> tuple[float, str, float]:
+        """Size, trunk (or seed), and U where data repeat: a curve of repeats has one U."""
+        repeats = self.data > self.unique * (1 + EPSILON)
+        return self.params, self.trunk or self.seed, self.unique if repeats else 0.0
 
 
 def _check_header(name: str, header: list[str]) -> None:
     if len(header) == 1 and ";" in header[0]:
-        message = f"{name} separates its columns by semicolons ({header[0]})"
-        raise UsageError(f"{message}; write commas, and points in numbers")
+        text = f"{name} separates its columns by semicolons ({header[0]})"
+        raise UsageError(f"{text}; write commas, and points in numbers")
     for column in REQUIRED:
         if column not in header:
             names = ", ".join(filter(None, header)) or "none"
-            hint = nearest(column, header)
-            message = f"{name} has no column {column!r} (it has {names}){hint}"
-            raise UsageError(f"{message}; name it in the first line")
+            text = f"{name} has no column {column!r} (it has {names}){nearest(column, header)}"
+            raise UsageError(f"{text}; name it in the first line")
     for column in COLUMNS:
         if (count := header.count(column)) > 1:
             raise UsageError(f"{name} has {count} columns {column!r}; keep one")
 
 
-def _parsed(where: str, line: int, fields: dict[str, str]) -> _Row:
-    texts = {column: text.strip() for column, text in fields.items()}
+def _parsed(where: str, line: int, texts: dict[str, str]) -> _Row:
     values: dict[str, Any] = {name: texts[name] for name in ("seed", "trunk") if name in texts}
     if values.get("trunk") == "":
         raise UsageError(f"{where}: trunk is empty; write one in every row, or drop the column")
-    for column, fix in NUMBERS.items():
-        if column not in texts:
-            continue
+    for column in (name for name in NUMBERS if name in texts):
         text = texts[column]
         try:
             value = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
@@ -206,20 +195,20 @@ def _parsed(where: str, line: int, fields: dict[str, str]) -> _Row:
             value = math.nan
         if not math.isfinite(value) or value <= 0:
             shown = f"{column}={text}" if text else f"{column} is empty and"
+            fix = NUMBERS[column]
             raise UsageError(f"{where}: {shown} must be a finite number above 0; {fix}")
         values[column] = value
     params, data = values["params"], values["data"]
     counted = 6.0 * params * data
     if not math.isfinite(counted):
-        product = f"6 x params={params:g} x data={data:g}"
-        raise UsageError(f"{where}: {product} is beyond a float; correct the two")
+        text = f"6 x params={params:g} x data={data:g}"
+        raise UsageError(f"{where}: {text} is beyond a float; correct the two")
     overflowed = (6 * int(params) * int(data) + 2**63) % 2**64 - 2**63
     flops = values.get("flops", counted)
     if counted >= 2.0**63 and math.isclose(flops, overflowed, rel_tol=1e-6):
-        message = f"flops={flops:g} is 6 x params x data={counted:g} past the end of int64"
-        raise UsageError(f"{where}: {message}; count in floats")
-    unread = {column: text for column, text in texts.items() if column not in COLUMNS}
-    return _Row(line, unread, **({"unique": data, "flops": counted} | values))
+        text = f"flops={flops:g} is 6 x params x data={counted:g} past the end of int64"
+        raise UsageError(f"{where}: {text}; count in floats")
+    return _Row(line, texts, **({"unique": data, "flops": counted} | values))
 
 
 def _numbered(keys: Sequence[Hashable]) -> Ints:
@@ -229,25 +218,22 @@ def _numbered(keys: Sequence[Hashable]) -> Ints:
 
 def _best_rates(rows: list[_Row]) -> tuple[list[_Row], Notes]:
     """Each cell's rows with the learning rate of the least mean loss, and a note about them."""
-    rates: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    losses: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        rates[row.cell][row.lr].append(row.loss)
-    best = {
-        cell: min(losses, key=lambda rate: (sum(losses[rate]) / len(losses[rate]), rate))
-        for cell, losses in rates.items()
-    }
+        losses[row.cell][row.lr].append(row.loss)
+    best = {c: min(rates, key=lambda x: (np.mean(rates[x]), x)) for c, rates in losses.items()}
     chosen = [row for row in rows if row.lr == best[row.cell]]
-    several = {cell: losses for cell, losses in rates.items() if len(losses) > 1}
+    several = {cell: rates for cell, rates in losses.items() if len(rates) > 1}
     if not several:
         return chosen, {}
-    edge = sum(best[cell] in (min(losses), max(losses)) for cell, losses in several.items())
-    sentence = (
-        f"{len(several)} of {len(rates)} cells have several learning rates: the best (least mean"
+    edge = sum(best[cell] in (min(rates), max(rates)) for cell, rates in several.items())
+    text = (
+        f"{len(several)} of {len(losses)} cells have several learning rates: the best (least mean"
         f" loss) of each is fitted and {len(rows) - len(chosen)} rows are set aside."
     )
     if edge:
-        sentence += f" In {edge} of them the best is the least or the largest rate: try beyond it."
-    return chosen, {"lr_best": sentence}
+        text += f" In {edge} of them the best is the least or the largest rate: try beyond it."
+    return chosen, {"lr_best": text}
 
 
 def _without_repeats(name: str, rows: list[_Row], header: list[str], notes: Notes) -> list[_Row]:
@@ -260,40 +246,20 @@ def _without_repeats(name: str, rows: list[_Row], header: list[str], notes: Note
     for row in rows:
         before = seen.setdefault((*row.cell, row.seed, row.trunk), row)
         if before.loss != row.loss:
-            raise UsageError(f"{name}, {_conflict(before, row, header)}")
+            present = [column for column in DISTINGUISHING if column in header]
+            absent = [column for column in DISTINGUISHING if column not in header]
+            values = (f"{x}={row.texts[x] or 'empty'}" for x in ("params", "data", *present))
+            unread = (x for x in header if x not in COLUMNS and before.texts[x] != row.texts[x])
+            raise UsageError(
+                f"{name}, lines {before.line} and {row.line} give loss={before.loss:g} and"
+                f" loss={row.loss:g} for one cell ({', '.join(values)}); keep one, correct a column"
+                f" ({', '.join(present) or 'params, data'}), add one that distinguishes them"
+                f" ({', '.join(absent) or 'none is left'}), or fit a table for each value of a"
+                f" column that fit does not read ({', '.join(unread) or 'none differs'})"
+            )
     if repeats := len(rows) - len(seen):
         notes["duplicate_rows"] = f"{repeats} rows repeat another exactly and count once."
     return list(seen.values())
-
-
-def _conflict(before: _Row, row: _Row, header: list[str]) -> str:
-    """Name two rows of one cell, and every column that could distinguish them."""
-    present = [column for column in DISTINGUISHING if column in header]
-    absent = [column for column in DISTINGUISHING if column not in header]
-    differing = [f"{k!r}" for k, text in row.unread.items() if before.unread[k] != text]
-    values = [f"params={row.params:g}", f"data={row.data:g}"]
-    for column in present:
-        value = getattr(row, column)
-        text = f"{value:g}" if isinstance(value, float) else value or "empty"
-        values.append(f"{column}={text}")
-    message = (
-        f"lines {before.line} and {row.line} give loss={before.loss:g} and loss={row.loss:g} for"
-        f" one cell ({', '.join(values)})"
-    )
-    fixes = ["keep one"]
-    if present:
-        fixes.append(f"correct {_joined(present, 'or')}")
-    if absent:
-        fixes.append(f"add a column {_joined(absent, 'or')} that distinguishes them")
-    if differing:
-        message += f" and differ in {_joined(differing)}, which fit does not read"
-        fixes.append(f"fit one table for each {_joined(differing)}")
-    return f"{message}; {_joined(fixes, 'or')}"
-
-
-def _joined(words: list[str], last: str = "and") -> str:
-    """Join words as in: a, b and c."""
-    return f" {last} ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), words[-1]])
 
 
 def levels(values: Array) -> Ints:

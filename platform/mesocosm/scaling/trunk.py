@@ -1,7 +1,7 @@
 """Train trunks and their branches in one warm process. Imports no Ray.
 
-The process keeps what all trunks share: imports, a group of one rank, the open dataset, the codec.
-Each trunk has its own engine. A cell's record is stored as soon as its branch is validated.
+Trunks share the process's imports, its group of one rank, the open dataset and the codec. Each has
+an engine. A cell's record is stored as soon as its branch is validated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class TrunkWorker:
                 another trunk.
         """
         trunk = self.work.trunks[id]
-        left = list(trunk.cells)
+        left = [cell.id for cell in trunk.cells]
         try:
             dataset = prepare.narrowed(self.dataset, trunk.unique, trunk.seed)
             base, seconds = cells.fit_base(
@@ -81,27 +82,27 @@ class TrunkWorker:
                 dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.rank, lambda: base
             )
             try:
-                for cell, branch in zip(trunk.cells, branches(training, trunk.cells), strict=True):
-                    record, failed = self._record(cell, branch)
-                    left.remove(cell)
-                    yield CellOutcome(cell.id, record, failed, seconds)
+                for outcome in branches(training, trunk.cells):
+                    left.remove(outcome.cell)
+                    yield replace(self._stored(outcome), base_seconds=seconds)
                     seconds = 0.0
             finally:
                 training.engine.destroy()
         except MesocosmError as error:
             for cell in left:
-                yield CellOutcome(cell.id, None, error_line(error))
+                yield CellOutcome(cell, None, error_line(error))
         except Exception as error:
             raise MesocosmError(error_line(error)) from error
 
-    def _record(self, cell: Cell, branch: Branch) -> tuple[CellRecord | None, str | None]:
-        if branch.failed is not None:
-            return None, branch.failed
-        record = CellRecord.of(cell, branch.metrics, seconds=branch.seconds, ran=branch.ran)
+    def _stored(self, outcome: CellOutcome) -> CellOutcome:
+        if outcome.record is None:
+            return outcome
         try:
-            return cells.save_record(self.storage, record, force=self.work.force), None
+            record = cells.save_record(self.storage, outcome.record, force=self.work.force)
+            return replace(outcome, record=record)
         except Exception as error:  # this cell fails, the trunk continues
-            return None, f"its record could not be stored: {error_line(error)}"
+            text = f"its record could not be stored: {error_line(error)}"
+            return CellOutcome(outcome.cell, None, text)
 
 
 def error_line(error: Exception) -> str:
@@ -109,59 +110,49 @@ def error_line(error: Exception) -> str:
     return text.strip().splitlines()[0]
 
 
-@dataclass(frozen=True)
-class Branch:
-    """A trained branch, or why it failed."""
-
-    metrics: dict[str, float]
-    """Metrics of `RankTrainer.validate`. Empty where it failed."""
-    seconds: float
-    ran: int
-    failed: str | None
-
-
-def branches(training: RankTrainer, leaves: Sequence[Cell]) -> Iterator[Branch]:
+def branches(training: RankTrainer, leaves: Sequence[Cell]) -> Iterator[CellOutcome]:
     """Train the trunk, and at each cell's fork its decay to the cell's last step.
 
     `leaves` ascend in steps. A branch that diverges fails alone. A trunk that diverges fails all
     cells that are left.
     """
-    done = 0
-    for i, leaf in enumerate(leaves):
-        began, before = time.perf_counter(), done
+    before = 0
+    for i, cell in enumerate(leaves):
+        began = time.perf_counter()
         try:
-            while done < leaf.fork:
-                multiplier = factor(done + 1, leaf.steps, leaf.warmup, leaf.decay)
-                training.step(done + 1, multiplier, last=False)
-                done += 1
+            for number in range(before + 1, cell.fork + 1):
+                multiplier = factor(number, cell.steps, cell.warmup, cell.decay)
+                training.step(number, multiplier, last=False)
         except Diverged as error:
             for lost in leaves[i:]:
-                seconds, failed = time.perf_counter() - began, f"{error}, before cell {lost.id[:8]}"
-                yield Branch({}, seconds, done + 1 - before, f"{failed} decays")
+                text = f"{error}, before cell {lost.id[:8]} decays"
+                yield CellOutcome(lost.id, None, text)
             return
-        if leaf is leaves[-1]:
-            yield _decayed(training, leaf, began, before)
-            return
-        with training.fork():
-            branch = _decayed(training, leaf, began, before)
-        yield branch
+        # The last branch is not undone.
+        with nullcontext() if cell is leaves[-1] else training.fork():
+            outcome = _decayed(training, cell, began, before)
+        yield outcome
+        before = cell.fork
 
 
-def _decayed(training: RankTrainer, leaf: Cell, began: float, before: int) -> Branch:
+def _decayed(training: RankTrainer, cell: Cell, began: float, before: int) -> CellOutcome:
     """Train from the fork to the cell's last step.
 
     `began` and `before` are the time and the trunk's step after the previous cell.
     """
-    number, metrics = leaf.fork, dict[str, float]()
     try:
-        for number in range(leaf.fork + 1, leaf.steps + 1):
-            multiplier = factor(number, leaf.steps, leaf.warmup, leaf.decay)
-            training.step(number, multiplier, last=number == leaf.steps)
+        for number in range(cell.fork + 1, cell.steps + 1):
+            multiplier = factor(number, cell.steps, cell.warmup, cell.decay)
+            training.step(number, multiplier, last=number == cell.steps)
         metrics = training.validate()
-        failed = training.watch.check(leaf.steps, validation_loss=metrics["valid/loss"])
+        failed = training.watch.check(cell.steps, validation_loss=metrics["valid/loss"])
     except Diverged as error:
         failed = str(error)
-    return Branch(metrics, time.perf_counter() - began, number - before, failed)
+    if failed is not None:
+        return CellOutcome(cell.id, None, failed)
+    seconds = time.perf_counter() - began
+    record = CellRecord.of(cell, metrics, seconds=seconds, ran=cell.steps - before)
+    return CellOutcome(cell.id, record, None)
 
 
 def single_rank(device: str) -> Rank:

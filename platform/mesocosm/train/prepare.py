@@ -62,17 +62,19 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
 
 
 def fit_base(
-    storage: Storage, folder: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int
-) -> None:
-    """Fit the base and store it in the training's folder, unless one is there."""
-    if storage.read(f"{folder}/{BASE}") is None:
+    storage: Storage, path: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int
+) -> Base:
+    """The base stored at `path`, or a new one, which is stored there."""
+    base = read_base(storage, path, codec.spec, config)
+    if base is None:
         base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
-        storage.write(f"{folder}/{BASE}", save(base.state_dict()))
+        storage.write(path, save(base.state_dict()))
+    return base.eval()
 
 
-def read_base(storage: Storage, folder: str, spec: Spec, config: ModelConfig) -> Base | None:
-    """The base in the training's folder; None until it is there."""
-    stored = storage.read(f"{folder}/{BASE}")
+def read_base(storage: Storage, path: str, spec: Spec, config: ModelConfig) -> Base | None:
+    """The base stored at `path`; None until it is stored."""
+    stored = storage.read(path)
     if stored is None:
         return None
     base = Base(spec, config)

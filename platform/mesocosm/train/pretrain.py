@@ -177,7 +177,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
 
         config, dataset, storage = plan.config, loader.dataset, run.storage
         folder = checkpoint.folder_of(plan.id)
-        base = prepare.read_base(storage, folder, codec.spec, config.model)
+        base = prepare.read_base(storage, f"{folder}/{prepare.BASE}", codec.spec, config.model)
         assert base is not None, "a finished training has its base"
         filesystem, prefix = storage.arrow()
         with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
@@ -235,6 +235,7 @@ def _train(
     from mesocosm.train.trainer import make_trainer  # imports Ray Train
 
     storage, folder = run.storage, checkpoint.folder_of(work.id)
+    base_path = f"{folder}/{prepare.BASE}"
     feed = Feed(storage, folder)
     feed.clear()
     private = config.ray.address is None
@@ -259,7 +260,9 @@ def _train(
             thread.start()
             flops = prepare.step_flops(codec.spec, work.model, work.train)
             storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
-            prepare.fit_base(storage, folder, dataset, codec, work.model, work.seed)
+            prepare.fit_base(
+                storage, f"{folder}/{prepare.BASE}", dataset, codec, work.model, work.seed
+            )
             alive = True
             while alive and failure is None:
                 alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)

@@ -152,8 +152,8 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
 
 def _wait_for_base(work: TrainWork, storage: Storage, codec: Codec, feed: Feed) -> Base:
     """The base, which the driver fits while this group starts."""
-    folder = checkpoint.folder_of(work.id)
-    while (base := prepare.read_base(storage, folder, codec.spec, work.model)) is None:
+    path = f"{checkpoint.folder_of(work.id)}/{prepare.BASE}"
+    while (base := prepare.read_base(storage, path, codec.spec, work.model)) is None:
         if feed.stopped:
             raise MesocosmError("stopped while waiting for the base")
         time.sleep(0.1)
