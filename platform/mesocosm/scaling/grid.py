@@ -314,8 +314,10 @@ def _cells(
             least = next(n for n in count(steps) if n - config.decay_steps(n) >= train.warmup)
             text = f"grid.{key}={target:g} is {steps} steps of {size}, which are fewer than"
             text += f" train.warmup={train.warmup} and the {decay} of its decay"
-            fix = f"use at least {math.ceil(least * unit):.12g} ({least} steps), a shorter warm-up, or sweep"
-            raise UsageError(f"{text}; {fix} {size} apart")
+            fix = (
+                f"use at least {math.ceil(least * unit):.12g} ({least} steps), or a shorter warm-up"
+            )
+            raise UsageError(f"{text}; {fix}, or sweep {size} apart")
         identity = shared | {"steps": steps, "fall": decay}
         cell = Cell(
             id=fingerprint("cell", identity, *versions),

@@ -260,9 +260,7 @@ def _train(
             thread.start()
             flops = prepare.step_flops(codec.spec, work.model, work.train)
             storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
-            prepare.fit_base(
-                storage, f"{folder}/{prepare.BASE}", dataset, codec, work.model, work.seed
-            )
+            prepare.fit_base(storage, base_path, dataset, codec, work.model, work.seed)
             alive = True
             while alive and failure is None:
                 alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)
