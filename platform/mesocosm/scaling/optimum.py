@@ -16,17 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, Array, Cells
 from mesocosm.scaling.law import Flops, Law, theta_of
 
-SIZES = (3.0, 40.0)
-"""Default bounds of log N: 20 parameters to 2e17."""
-LOGITS = (-30.0, 30.0)
-"""Bounds of log(share / (1 - share)) for a share of the money."""
+SIZES, LOGITS = (3.0, 40.0), (-30.0, 30.0)
+"""Default bounds of log N, and those of log(share / (1 - share)) for a share of the money."""
 POINTS, KEEP, ZOOMS = 41, 2, 9
 """A grid of POINTS points is narrowed ZOOMS times to KEEP cells around its best point. log N and
 the share's logit end within 1e-7 of the optimum.
@@ -38,16 +35,11 @@ class PlanBudget:
     """Money, or FLOPs where `compute_price` is 1 and `step_price` None."""
 
     money: float
-    compute_price: float
-    """Money for a FLOP."""
-    step_price: float | None
-    """Money for a real transition. None: none can be bought."""
-    owned: float
-    """Different transitions that exist already."""
-    unlimited: bool = False
-    """New transitions are free: U = D."""
-    most: float = math.exp(40)
-    """The most parameters of a model."""
+    compute_price: float  # of a FLOP
+    step_price: float | None  # of a real transition. None: none can be bought
+    owned: float  # different transitions that exist already
+    unlimited: bool = False  # new transitions are free: U = D
+    most: float = math.exp(40)  # parameters of a model
 
 
 @dataclass(frozen=True)
@@ -59,12 +51,9 @@ class PlanPoint:
     unique: float
     loss: float
     flops: float
-    compute: float
-    """Money for compute."""
-    reality: float
-    """Money for real steps."""
-    share: float
-    """The share of the money that goes to real steps."""
+    compute: float  # money for compute
+    reality: float  # money for real steps
+    share: float  # of the money that goes to real steps
 
     @property
     def epochs(self) -> float:
@@ -177,23 +166,12 @@ class PlanProblem:
         new = (at.reality + reality) / b.step_price if b.step_price else 0.0
         money, owned = at.compute + compute, b.owned + new
         fixed = replace(self, budget=replace(b, money=money, step_price=None, owned=owned))
-        centre = math.log(at.params)
-
-        def loss(log_n: float) -> float:
-            return float(fixed.loss(np.array([log_n]), np.zeros(1))[0])
-
-        bounds = centre - 3, min(centre + 3, self._sizes[1])
-        least = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7})
-        return min(float(least.fun), loss(centre))
-
-    @property
-    def _sizes(self) -> tuple[float, float]:
-        """Bounds of log N."""
-        return SIZES[0], min(SIZES[1], math.log(self.budget.most))
+        return float(fixed._sized(np.zeros(1))[1][0])
 
     def _sized(self, shares: Array) -> tuple[Array, Array]:
         """The best log N at each share [S], and its loss [S]."""
-        low, high = (np.full(len(shares), edge) for edge in self._sizes)
+        edges = SIZES[0], min(SIZES[1], math.log(self.budget.most))
+        low, high = (np.full(len(shares), edge) for edge in edges)
         return _narrowed(
             lambda n: self.loss(n, np.broadcast_to(shares[:, None], n.shape)), low, high
         )

@@ -29,17 +29,8 @@ STEP = 1e-3
 """The step of a derivative by money, relative to the smaller of the two spendings."""
 AROUND = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """Offsets of the share's logit, to both sides of the optimum, in the plot."""
-RELEVANT = (
-    "baseline_not_beaten",
-    "e_touches_zero",
-    "approaches_disagree",
-    "wide_interval",
-    "few_groups",
-    "no_held_out",
-    "r_d_unmeasured",
-    "r_n_unmeasured",
-    "flops_not_6nd",
-)
+RELEVANT = {"baseline_not_beaten", "e_touches_zero", "approaches_disagree", "wide_interval"}
+RELEVANT |= {"few_groups", "no_held_out", "r_d_unmeasured", "r_n_unmeasured", "flops_not_6nd"}
 """Codes of the law's warnings that a plan repeats."""
 
 Counter = Callable[[str], tuple[int, float]]
@@ -132,8 +123,8 @@ def _rung(request: PlanRequest, problem: PlanProblem, best: PlanPoint) -> tuple[
             point = at.at_size(params)
             points.append((point.loss, size, point))
     if not points:
-        message = f"the budget {request.budget.money:g} buys no transition at any rung near the"
-        raise UsageError(f"{message} best size, {best.params:.3g} parameters; raise it")
+        text = f"the budget {request.budget.money:g} buys no transition at any rung near the best"
+        raise UsageError(f"{text} size, {best.params:.3g} parameters; raise it")
     _, size, point = min(points)
     return size, point
 
@@ -142,38 +133,29 @@ def _notes(
     request: PlanRequest, best: PlanPoint, size: str, chosen: PlanPoint, factors: dict[str, float]
 ) -> Notes:
     budget, notes = request.budget, Notes()
-    listed = ", ".join(
-        f"{name} {x:.3g} times the largest"
-        if x > 1
-        else f"{name} {1 / x:.3g} times below the least"
+    names = [
+        f"{name} {max(x, 1 / x):.3g} times {'the largest' if x > 1 else 'below the least'}"
         for name, x in factors.items()
-    )
+    ]
+    text = f"beyond the fitted cells: {', '.join(names)}."
     if any(max(x, 1 / x) > FAR for x in factors.values()):
-        sentence = f"The plan is far beyond the fitted cells ({listed})."
-        notes["far"] = f"{sentence} It is a guess: sweep nearer to it first."
+        notes["far"] = f"The plan is a guess, far {text} Sweep nearer to it first."
     elif factors:
-        notes["beyond"] = f"The plan is beyond the fitted cells: {listed}."
+        notes["beyond"] = f"The plan is {text}"
     if best.params > 0.99 * budget.most:
-        notes["ladder_end"] = (
-            "The best size is the ladder's last: compute is nearly free beside reality, and larger"
-            " models would have less loss."
-        )
+        text = "The best size is the ladder's last: compute is nearly free beside reality"
+        notes["ladder_end"] = f"{text}, and larger models would have less loss."
     if budget.step_price is None and not budget.unlimited and best.unique > 0.999 * budget.owned:
-        notes["owned_bind"] = (
-            f"All {budget.owned:,.0f} owned transitions are used: collect more to spend the rest of"
-            " the budget well."
-        )
+        text = f"All {budget.owned:,.0f} owned transitions are used"
+        notes["owned_bind"] = f"{text}: collect more to spend the rest of the budget well."
     if request.law.form == "chinchilla" and not budget.unlimited:
         notes["one_epoch"] = (
             "The law was fitted without repeated data: the plan sees each transition once. A sweep"
             " over grid.unique shows what repeats are worth."
         )
     if chosen.loss > best.loss * (1 + LADDER):
-        excess = f"{chosen.loss / best.loss - 1:.1%}"
-        notes["ladder"] = (
-            f"No rung is near the best size: {size} has {excess} more predicted loss than"
-            f" {best.params:.3g} parameters."
-        )
+        text = f"{size} has {chosen.loss / best.loss - 1:.1%} more predicted loss than"
+        notes["ladder"] = f"No rung is near the best size: {text} {best.params:.3g} parameters."
     return notes
 
 
@@ -234,18 +216,16 @@ def _shares(problem: PlanProblem, best: PlanPoint) -> list[dict[str, float]]:
 def lines(answer: dict[str, Any]) -> dict[str, str]:
     """The answer as lines for the terminal, by label."""
     best, plan, pairs = answer["optimum"], answer["plan"], answer["optimum"]["interval"]
-    n, d, u, loss = (
-        value_text(best[name], pairs[name]) for name in ("params", "data", "unique", "loss")
-    )
+    names = ("params", "data", "unique", "loss")
+    n, d, u, loss = (value_text(best[name], pairs[name]) for name in names)
+    planned = value_text(plan["loss"], plan["interval"]["loss"])
     counted = " counted" if answer["flops_counted"] else ""
     out = {
         "law": f"{answer['law']} ({answer['form']})",
         "optimum": f"N {n}, D {d}, U {u} ({best['epochs']:.3g} epochs), loss {loss}",
         "plan": (
             f"{plan['size']}: N {plan['params']:.4g}, D {plan['data']:.4g}, U {plan['unique']:.4g}"
-            f" ({plan['epochs']:.3g} epochs), loss"
-            f" {value_text(plan['loss'], plan['interval']['loss'])}, {plan['flops']:.3g}"
-            f" FLOPs{counted}"
+            f" ({plan['epochs']:.3g} epochs), loss {planned}, {plan['flops']:.3g} FLOPs{counted}"
         ),
     }
     if answer["next"] is not None:

@@ -63,14 +63,11 @@ class PlanConfig(PretrainConfig):
             raise UsageError("law is not set; give --law law.json, or --law laws/ID of a sweep")
         if (self.flops is None) == (self.money is None):
             both = f"flops={self.flops} and money={self.money} are both set"
-            message = "neither flops nor money is set" if self.flops is None else both
-            raise UsageError(f"{message}; give one budget, as in --flops 1e18 or --money 500")
-        for key, value in {
-            "flops": self.flops,
-            "money": self.money,
-            "price.per_step": price.per_step,
-            "price.per_exaflop": per_exaflop,
-        }.items():
+            text = "neither flops nor money is set" if self.flops is None else both
+            raise UsageError(f"{text}; give one budget, as in --flops 1e18 or --money 500")
+        values = {"flops": self.flops, "money": self.money}
+        values |= {"price.per_step": price.per_step, "price.per_exaflop": per_exaflop}
+        for key, value in values.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{key} must be above 0 and finite, got {value}")
         checks.at_least(self, 0, "owned")
@@ -78,16 +75,16 @@ class PlanConfig(PretrainConfig):
             raise UsageError("train.steps and train.epochs are set by the plan; leave them out")
         if self.flops is not None and (price.per_step is not None or cluster is not None):
             setting = f"cluster={cluster}" if cluster else f"price.per_step={price.per_step}"
-            message = f"{setting} has no meaning with a budget of FLOPs"
-            raise UsageError(f"{message}; give money=... instead, or leave it out")
+            text = f"{setting} has no meaning with a budget of FLOPs"
+            raise UsageError(f"{text}; give money=... instead, or leave it out")
         if self.money is not None and per_exaflop is None and cluster is None:
             raise UsageError(
                 "money needs the price of compute; give price.per_exaflop=..., or the key"
                 " cluster=NAME (not --cluster) of a cluster with prices"
             )
         if per_exaflop is not None and cluster is not None:
-            message = f"price.per_exaflop={per_exaflop:g} and cluster={cluster!r} both set the"
-            raise UsageError(f"{message} price of compute; give one")
+            text = f"price.per_exaflop={per_exaflop:g} and cluster={cluster!r} both set the price"
+            raise UsageError(f"{text} of compute; give one")
 
     def budget(self, cluster: ClusterConfig | None, owned: int) -> PlanBudget:
         """The budget with its prices. Raises UsageError where money cannot be spent."""
@@ -131,14 +128,12 @@ class PlanConfig(PretrainConfig):
     def model_notes(self, swept: dict[str, Any]) -> Notes:
         """A warning where the law is of other models than the plan's, or does not name its own."""
         if "model" not in swept:
-            model = self.model
-            values = f"model.family={model.family}, members={model.members},"
-            values += f" base={str(model.base).lower()}, context={model.context},"
-            values += f" train.batch={self.train.batch}"
-            sentence = (
-                f"The law does not name its models. The plan is for {values}: give these keys"
-            )
-            return {"unknown_models": f"{sentence} as they were swept."}
+            return {
+                "unknown_models": "The law does not name its models. The plan is for"
+                f" model.family={self.model.family}, members={self.model.members},"
+                f" base={str(self.model.base).lower()}, context={self.model.context},"
+                f" train.batch={self.train.batch}: give these keys as they were swept."
+            }
         apart = []
         for block, config in (("model", self.model), ("train", self.train)):
             for key, value in swept.get(block, {}).items():

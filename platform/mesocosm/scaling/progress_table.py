@@ -169,11 +169,9 @@ class CellRuns:
     """Nested runs, made by a thread: MLflow takes a tenth of a second for each cell."""
 
     def __init__(self, run: Run):
-        self._run = run
-        self._lost = ""
-        self._queue: queue.SimpleQueue[tuple[Cell, CellRecord | None, str | None] | None] = (
-            queue.SimpleQueue()
-        )
+        self._run, self._lost = run, ""
+        self._queue: queue.SimpleQueue[tuple[Cell, CellRecord | None, str | None] | None]
+        self._queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="cells", daemon=True)
         self._thread.start()
 
@@ -185,8 +183,8 @@ class CellRuns:
         self._thread.join(PATIENCE)
         reason = "MLflow is slow" if self._thread.is_alive() else self._lost
         if reason:
-            where = "their records are in storage"
-            self._run.say(f"some cells have no nested run in MLflow ({reason}); {where}")
+            text = f"some cells have no nested run in MLflow ({reason})"
+            self._run.say(f"{text}; their records are in storage")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -198,24 +196,19 @@ class CellRuns:
                 self._lost = error_line(error)
 
     def _make(self, cell: Cell, record: CellRecord | None, failed: str | None) -> None:
+        parent, names = self._run, ("seed", "trunk", "size", "data", "unique", "steps", "lr")
         config = CellConfig(
-            seed=cell.seed,
-            storage=self._run.config.storage,
-            tracking=self._run.config.tracking,
+            storage=parent.config.storage,
+            tracking=parent.config.tracking,
             cell=cell.id,
-            trunk=cell.trunk,
             family=cell.identity["family"],
-            size=cell.size,
-            data=cell.data,
-            unique=cell.unique,
-            steps=cell.steps,
-            lr=cell.lr,
+            **{name: getattr(cell, name) for name in names},
         )
-        with self._run.child("cell", config, id=f"{self._run.id}-{cell.id[:8]}") as child:
+        with parent.child("cell", config, id=f"{parent.id}-{cell.id[:8]}") as child:
             if record is None:
                 raise MesocosmError(failed or "no result")
-            names = ("loss", "params", "data", "unique", "flops", "seconds")
-            metrics = {name: getattr(record, name) for name in names}
+            values = ("loss", "params", "data", "unique", "flops", "seconds")
+            metrics = {name: getattr(record, name) for name in values}
             metrics |= {f"valid/{part}": value for part, value in record.parts.items()}
             child.log(metrics, step=record.steps)
             child.record(cell=record.cell, world=record.world)

@@ -5,7 +5,6 @@ neither Ray nor torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -92,8 +91,8 @@ class SweepConfig(JobConfig):
                 raise UsageError(f"{key}={value} is not read by a sweep; give {fix}=[{value}]")
         for key in ("weights", "block", "cache_gib"):
             if (value := getattr(self.data, key)) is not None:
-                message = f"data.{key}={value} is not read by a sweep"
-                raise UsageError(f"{message}; leave it out, or pretrain the sizes one by one")
+                fix = "leave it out, or pretrain the sizes one by one"
+                raise UsageError(f"data.{key}={value} is not read by a sweep; {fix}")
         if not grid.sizes:
             fix = "give rungs of the ladder, as in grid.sizes=[10k,30k,100k]"
             raise UsageError(f"grid.sizes must not be empty; {fix}")
@@ -104,7 +103,18 @@ class SweepConfig(JobConfig):
             message = both if grid.data else "neither grid.data nor grid.flops is set"
             raise UsageError(f"{message}; give the transitions that cells see, or their FLOPs")
         for key, values in vars(grid).items():
-            _check_values(key, values)
+            if values is None:
+                continue
+            if not values and key not in ("data", "flops"):
+                raise UsageError(f"grid.{key} must not be empty, got []")
+            for value in values:
+                if values.count(value) > 1:
+                    text = f"grid.{key}={list(values)} names {value} twice"
+                    raise UsageError(f"{text}; name each value once")
+                if key in ("data", "flops", "unique") and not (math.isfinite(value) and value > 0):
+                    raise UsageError(f"grid.{key} must hold finite numbers above 0, got {value}")
+                if key in LARGEST and value > LARGEST[key]:
+                    raise UsageError(f"grid.{key} must be <= {LARGEST[key]:g}, got {value:g}")
         if not 0 <= min(grid.seeds) <= max(grid.seeds) < 2**32:
             raise UsageError(f"grid.seeds must be in [0, 2**32), got {grid.seeds}")
         checks.at_least(self, 1, "large", "workers", "concurrent")
@@ -144,18 +154,3 @@ class SweepConfig(JobConfig):
     def table_identity(self) -> dict[str, Any]:
         """The keys that determine the table."""
         return identity(self, without=("large", "workers", "concurrent", "cluster", "data"))
-
-
-def _check_values(key: str, values: Sequence[Any] | None) -> None:
-    if values is None:
-        return
-    name, listed = f"grid.{key}", list(values)
-    if not values and key not in ("data", "flops"):
-        raise UsageError(f"{name} must not be empty")
-    for value in values:
-        if values.count(value) > 1:
-            raise UsageError(f"{name}={listed} names {value} twice; name each value once")
-        if key in ("data", "flops", "unique") and not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} must hold finite numbers above 0, got {value}")
-        if key in LARGEST and value > LARGEST[key]:
-            raise UsageError(f"{name} must be <= {LARGEST[key]:g}, got {value:g}")
