@@ -57,6 +57,10 @@ class TrainingProgress:
         return self.step >= self.steps
 
 
+Checkpoint = tuple[str, TrainingProgress]
+"""A checkpoint's path under the root, and its progress."""
+
+
 def folder_of(id: str) -> str:
     """The folder of world `id`'s training state, under the root: always the same, so that the same
     command resumes.
@@ -64,8 +68,8 @@ def folder_of(id: str) -> str:
     return f"runs/checkpoints/{id}"
 
 
-def latest(storage: Storage, id: str) -> tuple[str, TrainingProgress] | None:
-    """The last whole checkpoint (its path under the root) and its progress, by Ray Train's record.
+def latest(storage: Storage, id: str) -> Checkpoint | None:
+    """The last whole checkpoint, by Ray Train's record.
 
     Raises:
         UsageError: The record is damaged. Ray writes it in place, so a crash may tear it, and
@@ -84,9 +88,8 @@ def latest(storage: Storage, id: str) -> tuple[str, TrainingProgress] | None:
         progress = storage.read(name)
         return None if progress is None else (path, TrainingProgress(**json.loads(progress)))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"cannot resume: {name!r} in storage.root {storage.root!r} is damaged; {AGAIN}"
-        ) from error
+        text = f"cannot resume: {name!r} in storage.root {storage.root!r} is damaged"
+        raise UsageError(f"{text}; {AGAIN}") from error
 
 
 def read_progress(folder: Path) -> TrainingProgress:
@@ -171,14 +174,8 @@ def to_universal(folder: Path, target: Path) -> None:
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    arguments = Namespace(
-        input_folder=str(folder / "ds" / TAG),
-        output_folder=str(target / UNIVERSAL),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    ds_to_universal.main(arguments)
+    folders = {"input_folder": str(folder / "ds" / TAG), "output_folder": str(target / UNIVERSAL)}
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    flags = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+    ds_to_universal.main(Namespace(**folders, **workers, **flags))
     (target / "latest_universal").write_text(UNIVERSAL)

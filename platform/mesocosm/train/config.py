@@ -6,24 +6,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from mesocosm import checks
 from mesocosm.config import JobConfig, identity
-from mesocosm.errors import UsageError, nearest
+from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DEFAULT_STEPS = 1000
-WITHOUT = (
-    "accumulate",
-    "zero_stage",
-    "activation_checkpointing",
-    "workers",
-    "gpus_per_worker",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "max_failures",
-    "validate_every",
-    "peak_flops",
-)
+WITHOUT = {"accumulate", "zero_stage", "activation_checkpointing", "workers", "gpus_per_worker"}
+WITHOUT |= {"checkpoint_every", "keep_checkpoints", "max_failures", "validate_every", "peak_flops"}
 """Keys of `train` that do not change the result: they are not part of the world's id."""
 
 
@@ -50,23 +41,18 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UsageError that names the key, its value and the fix."""
-        if self.weights is not None:
-            if len(self.weights) != len(self.datasets):
-                raise UsageError(
-                    f"data.weights must have one number for each of the {len(self.datasets)}"
-                    f" datasets, got {self.weights}"
-                )
-            if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
-                raise UsageError(
-                    f"data.weights must be > 0, got {self.weights}; leave a dataset without weight"
-                    " out of data.datasets"
-                )
+        weights, count = self.weights, len(self.datasets)
+        if weights is not None and len(weights) != count:
+            text = f"data.weights must have one number for each of the {count} datasets"
+            raise UsageError(f"{text}, got {weights}")
+        if weights is not None and not all(math.isfinite(w) and w > 0 for w in weights):
+            fix = "leave a dataset without weight out of data.datasets"
+            raise UsageError(f"data.weights must be > 0, got {weights}; {fix}")
         if self.block is not None and self.block < 1:
             raise UsageError(f"data.block must be >= 1 or null, got {self.block}")
-        if self.cache_gib is not None and not (
-            math.isfinite(self.cache_gib) and self.cache_gib > 0
-        ):
-            raise UsageError(f"data.cache_gib must be > 0 or null, got {self.cache_gib}")
+        cache = self.cache_gib
+        if cache is not None and not (math.isfinite(cache) and cache > 0):
+            raise UsageError(f"data.cache_gib must be > 0 or null, got {cache}")
 
 
 @dataclass
@@ -135,46 +121,32 @@ class PretrainConfig(JobConfig):
             raise UsageError("data.datasets must not be empty, got []; try data.datasets=[ID]")
         self.data.validate()
         if t.steps is not None and t.epochs is not None:
-            raise UsageError(
-                f"train.steps={t.steps} and train.epochs={t.epochs} must not both be set; leave one"
-                " null"
-            )
+            text = f"train.steps={t.steps} and train.epochs={t.epochs} must not both be set"
+            raise UsageError(f"{text}; leave one null")
         positive = ["steps", "batch", "workers", "accumulate", "checkpoint_every"]
         positive += ["keep_checkpoints", "validate_every", "validate_windows"]
-        for low, keys in ((1, positive), (0, ["events", "max_failures"])):
-            for key in keys:
-                value = getattr(t, key)
-                if value is not None and value < low:
-                    raise UsageError(f"train.{key} must be >= {low}, got {value}")
+        checks.at_least(t, 1, *positive, prefix="train.")
+        checks.at_least(t, 0, "events", "max_failures", prefix="train.")
         if 0 < t.events < 3:
-            raise UsageError(
-                f"train.events must be 0 or >= 3 (a third are terminals), got {t.events}"
-            )
-        for key in ("lr", "clip", "epochs", "peak_flops"):
-            value = getattr(t, key)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"train.{key} must be > 0, got {value}")
-        for key in ("weight_decay", "corrupt_history", "warmup", "decay", "gpus_per_worker"):
-            value = getattr(t, key)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"train.{key} must be >= 0, got {value}")
+            text = "train.events must be 0 or >= 3 (a third are terminals)"
+            raise UsageError(f"{text}, got {t.events}")
+        not_negative = ("weight_decay", "corrupt_history", "warmup", "decay", "gpus_per_worker")
+        for key in ("lr", "clip", "epochs", "peak_flops", *not_negative):
+            value, above = getattr(t, key), key not in not_negative
+            if value is not None and not (0 < value < math.inf or (value == 0 and not above)):
+                raise UsageError(f"train.{key} must be {'>' if above else '>='} 0, got {value}")
         if t.warmup + t.decay > 1:
-            raise UsageError(
-                f"train.warmup + train.decay must be <= 1, got train.warmup={t.warmup} and"
-                f" train.decay={t.decay}"
-            )
+            values = f"train.warmup={t.warmup} and train.decay={t.decay}"
+            raise UsageError(f"train.warmup + train.decay must be <= 1, got {values}")
         if t.zero_stage not in (0, 1, 2, 3):
             raise UsageError(f"train.zero_stage must be 0, 1, 2 or 3, got {t.zero_stage}")
-        if t.precision not in PRECISIONS:
-            choices, hint = ", ".join(PRECISIONS), nearest(t.precision, PRECISIONS)
-            raise UsageError(f"train.precision must be one of {choices}, got {t.precision!r}{hint}")
+        checks.one_of(self, PRECISIONS, "train.precision")
         micro = t.workers * t.accumulate
         for key in ("batch", "events"):
-            if getattr(t, key) % micro:
-                raise UsageError(
-                    f"train.{key} must be a multiple of {micro} (train.workers={t.workers} x"
-                    f" train.accumulate={t.accumulate}), got {getattr(t, key)}"
-                )
+            if (value := getattr(t, key)) % micro:
+                factors = f"train.workers={t.workers} x train.accumulate={t.accumulate}"
+                text = f"train.{key} must be a multiple of {micro} ({factors})"
+                raise UsageError(f"{text}, got {value}")
 
 
 def world_identity(config: PretrainConfig) -> dict[str, Any]:

@@ -62,9 +62,8 @@ class TerminationCheck:
 
     @property
     def precision(self) -> float | None:
-        return (
-            self.hits / (self.hits + self.false_alarms) if self.hits + self.false_alarms else None
-        )
+        alarms = self.hits + self.false_alarms
+        return self.hits / alarms if alarms else None
 
     @property
     def verdict(self) -> str:
@@ -75,12 +74,10 @@ class TerminationCheck:
         sample = f"{self.terminals} terminal transitions ({self.measured_on})"
         if not self.hits:
             return f"failed: of {sample} the world ends none, so its episodes never end; {advice}"
-        consequences = {
-            "recall": "the world ends almost none of its episodes",
-            "precision": "the world ends almost anywhere",
-        }
-        for name, consequence in consequences.items():
-            value = self.recall if name == "recall" else self.precision
+        for name, value, consequence in (
+            ("recall", self.recall, "the world ends almost none of its episodes"),
+            ("precision", self.precision, "the world ends almost anywhere"),
+        ):
             if self.terminals >= ENOUGH and value is not None and value < LEAST:
                 low = f"{name} {value:.2g} on {sample} is below {LEAST:g}"
                 return f"failed: {low}: {consequence}; {advice}"

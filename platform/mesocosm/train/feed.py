@@ -1,8 +1,7 @@
 """Records from rank 0 to the driver, and a request to stop in the other direction.
 
-They go through the root's storage, so that they work from any node, need no process, and the next
-driver reads what a dead one left. `ray.train.report` is no such channel: every report is a barrier
-that waits for a poll.
+They go through the root's storage: the next driver reads what a dead one left. Every
+`ray.train.report` is a barrier that waits for a poll.
 """
 
 from __future__ import annotations

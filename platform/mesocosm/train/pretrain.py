@@ -27,7 +27,7 @@ from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, prepare
-from mesocosm.train.checkpoint import TrainingProgress
+from mesocosm.train.checkpoint import Checkpoint
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
 from mesocosm.train.export import calibrate, check_termination, load_trained
 from mesocosm.train.feed import Feed
@@ -133,20 +133,15 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         last = checkpoint.latest(storage, id)
         if last is not None and not last[1].done and last[1].zero_stage != engine.stage(train):
             step, saved = last[1].step, last[1].zero_stage
-            raise UsageError(
-                f"train.zero_stage must be {saved} to resume from step {step}, got"
-                f" {train.zero_stage}; {checkpoint.AGAIN}"
-            )
+            text = f"train.zero_stage must be {saved} to resume from step {step}"
+            raise UsageError(f"{text}, got {train.zero_stage}; {checkpoint.AGAIN}")
         codec = prepare.fitted_codec(storage, folder, plan.dataset)
         loader = plan.loader(codec)
         steps = plan.steps(loader)
         if last is None or not last[1].done:
             ray_session.ensure(config.ray)
-            ray_session.preflight(
-                key=f"train.workers={train.workers}",
-                cpus=train.workers,
-                gpus=train.workers * plan.gpus,
-            )
+            key, gpus = f"train.workers={train.workers}", train.workers * plan.gpus
+            ray_session.preflight(key=key, cpus=train.workers, gpus=gpus)
             if last is not None:
                 run.say(f"resuming from step {last[1].step} of {steps}")
             data = replace(config.data, datasets=plan.dataset.ids)
@@ -154,30 +149,23 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             _train(work, config, run, loader.dataset, codec)
             last = checkpoint.latest(storage, id)
         if last is None or not last[1].done:
-            raise MesocosmError(
-                f"training of worlds/{id} ended before step {steps}; run the same command again to"
-                " resume"
-            )
-        artifact = self._export(plan, run, codec, loader, *last)
+            text = f"training of worlds/{id} ended before step {steps}"
+            raise MesocosmError(f"{text}; run the same command again to resume")
+        artifact = self._export(plan, run, codec, loader, last)
         tracking.register_world(run, artifact)
         storage.remove(folder)
         return artifact
 
     def _export(
-        self,
-        plan: Pretraining,
-        run: Run,
-        codec: Codec,
-        loader: Loader,
-        path: str,
-        progress: TrainingProgress,
+        self, plan: Pretraining, run: Run, codec: Codec, loader: Loader, last: Checkpoint
     ) -> Artifact:
-        """Turn the last checkpoint, at `path`, into the world artifact."""
+        """Turn the last checkpoint into the world artifact."""
         import ray.train
 
         config, dataset, storage = plan.config, loader.dataset, run.storage
-        folder = checkpoint.folder_of(plan.id)
-        base = prepare.read_base(storage, f"{folder}/{prepare.BASE}", codec.spec, config.model)
+        path, progress = last
+        base_path = f"{checkpoint.folder_of(plan.id)}/{prepare.BASE}"
+        base = prepare.read_base(storage, base_path, codec.spec, config.model)
         assert base is not None, "a finished training has its base"
         filesystem, prefix = storage.arrow()
         with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
@@ -194,37 +182,36 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         for name in ("recall", "precision"):
             if (value := getattr(termination, name)) is not None:
                 metrics[f"termination_{name}"] = value
-        sizes = counts.params(codec.spec, config.model)
-        seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
-        meta: dict[str, Any] = {
-            "codec": codec.id,
-            "metrics": metrics,
-            "checks": {"termination": termination.verdict, "actions": unidentified or "passed"},
-            "evidence": shown.to_json(),
-            "counts": {
-                "params": sizes.n,
-                **asdict(sizes),
-                "flops": progress.steps
-                * prepare.step_flops(codec.spec, config.model, config.train),
-                "data": seen,
-                "unique": unique,
-                "epochs": seen / unique,
-                "steps": progress.steps,
-            },
-            "seconds": progress.seconds,
+        sizes, steps = counts.params(codec.spec, config.model), progress.steps
+        seen, unique = loader.transitions_seen(steps), loader.transitions_per_epoch
+        checks = {"termination": termination.verdict, "actions": unidentified or "passed"}
+        counted = {"params": sizes.n, **asdict(sizes), "data": seen, "unique": unique}
+        counted |= {
+            "flops": steps * prepare.step_flops(codec.spec, config.model, config.train),
+            "epochs": seen / unique,
+            "steps": steps,
         }
-        artifact = self.commit(plan, run, world.save, **meta)
-        run.log(metrics, progress.steps)
-        run.record(metrics=metrics, checks=meta["checks"])
+        artifact = self.commit(
+            plan,
+            run,
+            world.save,
+            codec=codec.id,
+            metrics=metrics,
+            checks=checks,
+            evidence=shown.to_json(),
+            counts=counted,
+            seconds=progress.seconds,
+        )
+        run.log(metrics, steps)
+        run.record(metrics=metrics, checks=checks)
         if unidentified is not None:
             run.say(f"warning: {unidentified}")
         if termination.verdict.startswith("failed"):
             run.say(f"warning: termination check {termination.verdict}")
         elif termination.recall is not None:
-            run.say(
-                f"termination ({termination.measured_on}): recall {termination.recall:.2f},"
-                f" precision {(termination.precision or 0):.2f}"
-            )
+            recall, precision = termination.recall, termination.precision or 0.0
+            text = f"recall {recall:.2f}, precision {precision:.2f}"
+            run.say(f"termination ({termination.measured_on}): {text}")
         return artifact
 
 
@@ -269,7 +256,10 @@ def _train(
                     if "step" in record:
                         step = record.pop("step")
                         run.log(record, step)
-                        update(step, _note(record))
+                        note = f"loss {record['train/loss']:.3f} nats"
+                        if "transitions_per_s" in record:
+                            note += f"  {record['transitions_per_s']:,.0f} transitions/s"
+                        update(step, note)
         except BaseException:
             feed.stop("the driver was interrupted")
             raise
@@ -282,31 +272,22 @@ def _train(
         _raise(errors[0], work)
 
 
-def _note(record: dict[str, Any]) -> str:
-    note = f"loss {record['train/loss']:.3f} nats"
-    if "transitions_per_s" in record:
-        note += f"  {record['transitions_per_s']:,.0f} transitions/s"
-    return note
-
-
 def _raise(error: BaseException, work: TrainWork) -> None:
     """Raise an error of Ray Train as a MesocosmError."""
     from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import ControllerError
 
     if isinstance(error, RayError):
-        raise MesocosmError(
-            f"the process that controls pretraining was lost ({type(error).__name__}); run the same"
-            " command again to resume from its last checkpoint"
-        ) from error
+        text = f"the process that controls pretraining was lost ({type(error).__name__})"
+        fix = "run the same command again to resume from its last checkpoint"
+        raise MesocosmError(f"{text}; {fix}") from error
     if isinstance(error, ControllerError):
         workers = f"train.workers={work.train.workers} of pretraining"
         ray_session.stuck(f"{workers} were not to be started in {STARTS + 1} attempts")
     last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-    raise MesocosmError(
-        f"pretraining's workers failed more than train.max_failures={work.train.max_failures}"
-        f" times: {last[0]}; run again to resume"
-    ) from error
+    limit = f"train.max_failures={work.train.max_failures} times"
+    text = f"pretraining's workers failed more than {limit}: {last[0]}"
+    raise MesocosmError(f"{text}; run again to resume") from error
 
 
 JOB = Pretrain()

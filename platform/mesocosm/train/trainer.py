@@ -51,11 +51,7 @@ class _FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
     def _maybe_send_resource_request(self) -> None:
         pass
 
-    def _send_resource_request(self) -> None:
-        pass
-
-    def _cancel_resource_request(self) -> None:
-        pass
+    _send_resource_request = _cancel_resource_request = _maybe_send_resource_request
 
 
 def make_trainer(
@@ -78,23 +74,24 @@ def make_trainer(
     filesystem, base = storage.arrow()
     path, _, name = checkpoint.folder_of(work.id).rpartition("/")
     options, gpus = work.train, work.train.gpus_per_worker or 0.0
+    resources = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    scaling = ScalingConfig(
+        num_workers=options.workers, use_gpu=gpus > 0, resources_per_worker=resources
+    )
+    failures = FailureConfig(
+        max_failures=options.max_failures, controller_failure_limit=start_attempts
+    )
     return Trainer(
         loop,
         private=private,
         train_loop_config={"work": work},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=options.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1},
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=name,
             storage_path=f"{base}/{path}",
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=options.max_failures, controller_failure_limit=start_attempts
-            ),
+            failure_config=failures,
             checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints),
         ),
     )

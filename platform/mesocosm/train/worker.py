@@ -92,14 +92,13 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             data=work.data,
             resume_from=Path(local) if local else None,
         )
-    progress = stored or TrainingProgress(
-        0, work.steps, rank.world_size, engine.stage(options), options.precision
-    )
+    stage, precision = engine.stage(options), options.precision
+    progress = stored or TrainingProgress(0, work.steps, rank.world_size, stage, precision)
     saved = progress.step
     watch = training.watch = Watch(progress.best, progress.high)
     flops = int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
-    peak = options.peak_flops or measured_peak(device, options.precision)
-    meter = Throughput(flops, options.batch * work.model.context, peak * rank.world_size)
+    peak = options.peak_flops or measured_peak(device, precision)
+    rates = Throughput(flops, options.batch * work.model.context, peak * rank.world_size)
 
     while progress.step < work.steps:
         began, step = time.perf_counter(), progress.step + 1
@@ -116,29 +115,23 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
                 _report(checkpoint.save_running(training.engine, progress, rank.rank), progress)
             return
         seconds = time.perf_counter() - began
-        meter.add(losses["transitions"], seconds)
-        progress = replace(
-            progress,
-            step=step,
-            best=watch.best,
-            high=watch.high,
-            seconds=progress.seconds + seconds,
-        )
+        rates.add(losses["transitions"], seconds)
+        seconds += progress.seconds
+        progress = replace(progress, step=step, best=watch.best, high=watch.high, seconds=seconds)
 
         record = {"step": step} | {f"train/{name}": value for name, value in losses.items()}
         record["lr"] = training.lr
         if step % RATES_EVERY == 0 or done:
-            record |= meter.read()
+            record |= rates.read()
         if training.valid is not None and (step % options.validate_every == 0 or done):
             nats = training.validate()
             record |= nats
-            validations = [*progress.validations, {"step": step, **nats}]
-            progress = replace(progress, validations=validations)
+            progress.validations.append({"step": step, **nats})
         if rank.rank == 0:
             feed.put(record)
 
         if done:
-            progress = replace(progress, measured=meter.overall())
+            progress = replace(progress, measured=rates.overall())
             weights = engine.weights(training.engine, rank)
             part = checkpoint.save_final(weights, progress, rank.rank)
         elif due(step, saved, options.checkpoint_every, watch.high):
