@@ -17,40 +17,21 @@ from mesocosm.scaling.table import CellTable
 
 @pytest.fixture(scope="module")
 def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
-    path = write(
-        tmp_path_factory.mktemp("law") / "t.csv", grid(np.random.default_rng(0), 0.003, seeds=2)
-    )
+    rows = grid(np.random.default_rng(0), 0.003, seeds=2)
+    path = write(tmp_path_factory.mktemp("law") / "t.csv", rows)
     return fit.fit(CellTable.read(path), command="mesocosm fit t.csv")
 
 
 def test_write_and_read(law: Law, tmp_path: Path) -> None:
-    law.write(tmp_path / "deep" / "law.json")
-    assert Law.read(tmp_path / "deep" / "law.json") == law
-    stored = json.loads((tmp_path / "deep" / "law.json").read_text())
-    contract = {
-        "form",
-        "params",
-        "interval",
-        "interval_level",
-        "optimal",
-        "objective",
-        "n_cells",
-        "held_out",
-        "dropped",
-        "warnings",
-        "provenance",
-    }
-    assert contract <= set(stored)
-    assert set(stored["params"]) == {"E", "A", "B", "alpha", "beta"} and set(stored["optimal"]) == {
-        "a",
-        "b",
-        "kN",
-        "kD",
-    }
-    assert (
-        set(stored["interval"]) == {*stored["params"], *stored["optimal"]}
-        and stored["interval_level"] == 0.9
-    )
+    path = tmp_path / "deep" / "law.json"
+    law.write(path)
+    assert Law.read(path) == law
+    stored = json.loads(path.read_text())
+    contract = {"form", "params", "interval", "interval_level", "optimal", "objective", "n_cells"}
+    assert contract | {"held_out", "dropped", "warnings", "provenance"} <= set(stored)
+    assert set(stored["params"]) == {"E", "A", "B", "alpha", "beta"}
+    assert set(stored["optimal"]) == {"a", "b", "kN", "kD"} and stored["interval_level"] == 0.9
+    assert set(stored["interval"]) == {*stored["params"], *stored["optimal"]}
 
 
 def test_predictions_and_their_interval(law: Law) -> None:
@@ -58,12 +39,9 @@ def test_predictions_and_their_interval(law: Law) -> None:
     predicted, (low, high) = law.predict(n, d), law.predict_interval(n, d)
     assert predicted.shape == low.shape == (2, 3)
     truth = loss(*(x.reshape(-1) for x in np.broadcast_arrays(n, d))).reshape(2, 3)
-    assert (
-        predicted == pytest.approx(truth, rel=0.004)
-        and (low <= predicted).all()
-        and (predicted <= high).all()
-        and (high - low < 0.01 * predicted).all()
-    )
+    assert predicted == pytest.approx(truth, rel=0.004)
+    assert (low <= predicted).all() and (predicted <= high).all()
+    assert (high - low < 0.01 * predicted).all()
     with pytest.raises(UsageError, match="data must be above 0, got -1"):
         law.predict(1e4, -1)
 
@@ -81,31 +59,28 @@ def test_no_size_is_better_than_the_optimum(
 ) -> None:
     flops, truth = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0), TRUTH | repeats
     form = "data_constrained" if repeats else "chinchilla"
-    optimum = {
-        name: value.item() for name, value in optimal_of(theta_of(form, truth), flops).items()
-    }
+    values = optimal_of(theta_of(form, truth), flops)
+    a, b, k_n, k_d = (values[name].item() for name in ("a", "b", "kN", "kD"))
     for budget in (1e9, 1e12, 1e15):
-        n, d = optimum["kN"] * budget ** optimum["a"], optimum["kD"] * budget ** optimum["b"]
+        n, d = k_n * budget**a, k_d * budget**b
         assert k * n**p * d**q == pytest.approx(budget, rel=1e-9)
         other = n * np.geomspace(0.5, 2, 41)
         losses = loss(other, (budget / k / other**p) ** (1 / q), truth)
         assert np.argmin(losses) == 20
     if (p, q) == (1, 1):
-        assert optimum["a"] == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
+        assert a == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"form": "cubic"}'])
 def test_files_without_a_law_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "law.json").write_text(text)
-    with pytest.raises(
-        UsageError, match=r"law\.json' is not a law: .*; mesocosm fit TABLE\.csv --out .* makes one"
-    ):
+    with pytest.raises(UsageError, match=r"law\.json' is not a law: .*; mesocosm fit TABLE\.csv"):
         Law.read(tmp_path / "law.json")
+
+
+def test_paths_that_cannot_be_read_or_written(law: Law, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         Law.read(tmp_path / "nonesuch.json")
-
-
-def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="the law cannot be written"):
         law.write(tmp_path / "file" / "law.json")
@@ -134,10 +109,7 @@ def test_a_law_that_lacks_a_part_is_refused(
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-9, 0.0])
 def test_a_flat_law_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
-    flat = law.model_copy(
-        update={
-            "params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}
-        }
-    )
+    params = {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}
     table = CellTable.read(write(tmp_path / "flat.csv", grid(), ("seed", "trunk")))
+    flat = law.model_copy(update={"params": params})
     assert report.draw(flat, table).startswith("<?xml")
