@@ -16,10 +16,11 @@ from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
 from mesocosm.scaling.trunk import TrunkWork, TrunkWorker, branches, single_rank
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import prepare
 from mesocosm.train.schedule import factor, length, lr_factor, share
 from mesocosm.train.training import Diverged, RankTrainer
 
-Sweep = Callable[..., Any]
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,19 +31,10 @@ def group(one_rank: None) -> Iterator[None]:
 
 
 def started(grid: Grid, trunk: Trunk) -> RankTrainer:
-    dataset = (
-        grid.dataset if trunk.unique is None else grid.dataset.unique(trunk.unique, trunk.seed)
-    )
-    base = Base(grid.codec.spec, trunk.model)
-    return RankTrainer.start(
-        dataset,
-        grid.codec,
-        trunk.model,
-        trunk.options,
-        trunk.seed,
-        single_rank("cpu"),
-        lambda: base,
-    )[0]
+    dataset = prepare.narrowed(grid.dataset, trunk.unique, trunk.seed)
+    base, rank = Base(grid.codec.spec, trunk.model), single_rank("cpu")
+    settings = (grid.codec, trunk.model, trunk.options, trunk.seed, rank, lambda: base)
+    return RankTrainer.start(dataset, *settings)[0]
 
 
 def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> dict[str, float]:
@@ -82,13 +74,10 @@ def test_before_its_decay_a_run_equals_a_longer_one() -> None:
     ids=["sequence", "ensemble", "bf16", "corrupted", "all decay"],
 )
 def test_a_branch_equals_a_separate_run(
-    sweep_of: Sweep, cart: Dataset, options: Sequence[str]
+    sweep_of: Make, cart: Dataset, options: Sequence[str]
 ) -> None:
-    grid = lay_out(
-        sweep_of("unused", "grid.sizes=[10k]", "grid.data=[300,600,900]", *options),
-        cart,
-        ClusterConfig(),
-    )
+    config = sweep_of("unused", "grid.sizes=[10k]", "grid.data=[300,600,900]", *options)
+    grid = lay_out(config, cart, ClusterConfig())
     (trunk,) = grid.trunks(grid.cells)
     training = started(grid, trunk)
     trained = list(branches(training, trunk.cells))
@@ -103,13 +92,10 @@ def test_a_branch_equals_a_separate_run(
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_fork_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
+def test_a_fork_is_undone(sweep_of: Make, cart: Dataset, precision: str) -> None:
     """The optimiser's moments and torch's random state are restored, also after a divergence."""
-    grid = lay_out(
-        sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}"),
-        cart,
-        ClusterConfig(),
-    )
+    config = sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}")
+    grid = lay_out(config, cart, ClusterConfig())
     (trunk,) = grid.trunks(grid.cells)
 
     def losses(disturbed: bool) -> list[float]:
@@ -133,81 +119,70 @@ def test_a_fork_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> Non
     assert losses(True) == losses(False)
 
 
-def grow(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
+def train(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
     (trunk,) = grid.trunks(cells)
-    worker = TrunkWorker(
-        TrunkWork(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False)
-    )
-    return list(worker.train(trunk.id))
+    codec = grid.codec.to_json()
+    work = TrunkWork(root, ["cart"], codec, {trunk.id: trunk}, gpu=False, force=False)
+    return list(TrunkWorker(work).train(trunk.id))
 
 
-def test_a_worker_stores_a_record_for_each_cell(
-    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
-) -> None:
-    root = cart_root(tmp_path)
-    dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(
-        sweep_of(root, "grid.sizes=[10k]", "grid.unique=[250]"), dataset, ClusterConfig()
-    )
-    first, second = grow(root, grid, grid.cells)
+@pytest.fixture
+def laid_out(sweep_of: Make, tmp_path: Path, cart_root: Make) -> Callable[..., tuple[str, Grid]]:
+    """`laid_out(*overrides)` gives (a new root, the grid)."""
+
+    def of(*overrides: str) -> tuple[str, Grid]:
+        root = cart_root(tmp_path / "root")
+        dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
+        config = sweep_of(root, "grid.sizes=[10k]", *overrides)
+        return root, lay_out(config, dataset, ClusterConfig())
+
+    return of
+
+
+def test_a_worker_stores_a_record_for_each_cell(laid_out: Make) -> None:
+    root, grid = laid_out("grid.unique=[250]")
+    first, second = train(root, grid, grid.cells)
     assert stored.finished(Storage(root)) == {cell.id for cell in grid.cells}
     assert first.record == stored.read_record(Storage(root), grid.cells[0].id)
-    assert (
-        first.record.loss == pytest.approx(sum(first.record.parts.values()))
-        and first.record.loss != second.record.loss
-    )
-    assert first.base_seconds > 0 == second.base_seconds and first.record.unique == 250
-    (again,) = grow(root, grid, grid.cells[1:])
+    assert first.record.loss == pytest.approx(sum(first.record.parts.values()))
+    assert first.record.loss != second.record.loss and first.record.unique == 250
+    assert first.base_seconds > 0 == second.base_seconds
+    (again,) = train(root, grid, grid.cells[1:])
     assert again.base_seconds == 0, "the base is read from storage"
     assert again.record == second.record, "the first record stands"
 
 
 def test_a_missing_cell_in_the_middle_is_the_same(
-    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+    laid_out: Make, tmp_path: Path, cart_root: Make
 ) -> None:
-    root, other = cart_root(tmp_path / "a"), cart_root(tmp_path / "b")
-    dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(
-        sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig()
-    )
-    whole, lone = grow(root, grid, grid.cells), grow(other, grid, grid.cells[1:2])
-    assert lone[0].record.loss == whole[1].record.loss and lone[0].record.ran > whole[1].record.ran
+    root, grid = laid_out("grid.data=[300,600,900]")
+    _, second, _ = train(root, grid, grid.cells)
+    (alone,) = train(cart_root(tmp_path / "other"), grid, grid.cells[1:2])
+    assert alone.record.loss == second.record.loss and alone.record.ran > second.record.ran
 
 
 def test_a_record_that_cannot_be_stored_fails_its_cell_only(
-    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch
+    laid_out: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = cart_root(tmp_path)
-    dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(
-        sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig()
-    )
-    keep = stored.save_record
+    root, grid = laid_out("grid.data=[300,600,900]")
+    ids, save = [cell.id for cell in grid.cells], stored.save_record
 
     def full(storage: Storage, record: stored.CellRecord, **options: Any) -> stored.CellRecord:
-        if record.cell == grid.cells[1].id:
+        if record.cell == ids[1]:
             raise OSError(28, "No space left on device")
-        return keep(storage, record, **options)
+        return save(storage, record, **options)
 
     monkeypatch.setattr(stored, "save_record", full)
-    outcomes = grow(root, grid, grid.cells)
-    assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells]
-    assert [o.failed for o in outcomes] == [
-        None,
-        "its record could not be stored: OSError: [Errno 28] No space left on device",
-        None,
-    ]
-    assert stored.finished(Storage(root)) == {grid.cells[0].id, grid.cells[2].id}
+    outcomes = train(root, grid, grid.cells)
+    assert [outcome.cell for outcome in outcomes] == ids
+    message = "its record could not be stored: OSError: [Errno 28] No space left on device"
+    assert [outcome.failed for outcome in outcomes] == [None, message, None]
+    assert stored.finished(Storage(root)) == {ids[0], ids[2]}
 
 
-def test_a_trunk_that_diverges_fails_its_cells(
-    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
-) -> None:
-    root = cart_root(tmp_path)
-    dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "train.lr=1e6"), dataset, ClusterConfig())
-    outcomes = grow(root, grid, grid.cells)
-    assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells] and all(
-        o.record is None for o in outcomes
-    )
-    assert all("at step" in o.failed for o in outcomes) and not stored.finished(Storage(root))
+def test_a_trunk_that_diverges_fails_its_cells(laid_out: Make) -> None:
+    root, grid = laid_out("train.lr=1e6")
+    outcomes = train(root, grid, grid.cells)
+    assert [outcome.cell for outcome in outcomes] == [cell.id for cell in grid.cells]
+    assert all(o.record is None and "at step" in o.failed for o in outcomes)
+    assert not stored.finished(Storage(root))
