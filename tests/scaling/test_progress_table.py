@@ -19,12 +19,9 @@ from mesocosm.scaling.progress_table import ProgressTable, duration, short
 from mesocosm.scaling.trunk import CellOutcome
 
 
-def record(cell: Cell, loss: float, ran: int, seconds: float) -> CellOutcome:
-    return CellOutcome(
-        cell.id,
-        CellRecord.of(cell, {"valid/loss": loss, "valid/dynamics": loss}, seconds=seconds, ran=ran),
-        None,
-    )
+def finished(cell: Cell, loss: float, ran: int, seconds: float) -> CellOutcome:
+    metrics = {"valid/loss": loss, "valid/dynamics": loss}
+    return CellOutcome(cell.id, CellRecord.of(cell, metrics, seconds=seconds, ran=ran), None)
 
 
 def test_progress_counts_and_estimates(
@@ -32,47 +29,34 @@ def test_progress_counts_and_estimates(
 ) -> None:
     config = sweep_of(root, "grid.sizes=[10k]", "grid.seeds=[0,1]", "concurrent=1")
     grid = lay_out(config, cart, ClusterConfig([NodeGroup(flops_per_s=1e9, gpus=0)]))
-    by_trunk = [trunk.cells for trunk in grid.trunks(grid.cells)]
-    expected = worker_seconds(grid.trunks(grid.cells))
+    trunks, error = grid.trunks(grid.cells), "the loss is nan at step 3"
+    expected = worker_seconds(trunks)
     with tracking.start("sweep", config, quiet=True) as run:
         progress = ProgressTable(run, grid, {})
         assert progress.line == "0/4 cells" and progress.hours_left is None
-        first, second = by_trunk[0]
-        progress.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
+        first, second = trunks[0].cells
+        progress.add(finished(first, 3.5, first.steps, 10 * expected[first.id]))
         left = sum(expected.values()) - expected[first.id]
-        assert progress.hours_left == pytest.approx(10 * left / 3600), (
-            "ten times slower than estimated"
-        )
-        assert (
-            progress.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
-            and "100MFLOP/s a worker" in progress.line
-        )
-        progress.add(CellOutcome(second.id, None, "the loss is nan at step 3"))
+        assert progress.hours_left == pytest.approx(10 * left / 3600), "ten times slower"
+        assert progress.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
+        assert "100MFLOP/s a worker" in progress.line
+        progress.add(CellOutcome(second.id, None, error))
         out = Console(file=io.StringIO(), width=100)
         out.print(progress.table())
         text = out.file.getvalue()
-        assert (
-            "3.500 1/2" in text
-            and "1 failed" in text
-            and [line.split()[0] for line in text.splitlines()[1:]] == ["size", "10k"]
-        )
-        for cell in by_trunk[1]:
-            progress.add(record(cell, 2.0, 1, 1.0))
-        assert progress.failed == {
-            second.id: "the loss is nan at step 3"
-        } and progress.hours_left == pytest.approx(0, abs=1e-9)
-    assert (
-        f"cell {second.id[:8]} (10k, D={short(second.data)}, seed {second.seed}) failed: the loss"
-        " is nan at step 3" in (Path(run.folder) / "log.txt").read_text()
+        assert "3.500 1/2" in text and "1 failed" in text
+        assert [line.split()[0] for line in text.splitlines()[1:]] == ["size", "10k"]
+        for cell in trunks[1].cells:
+            progress.add(finished(cell, 2.0, 1, 1.0))
+        assert progress.failed == {second.id: error}
+        assert progress.hours_left == pytest.approx(0, abs=1e-9)
+    message = (
+        f"cell {second.id[:8]} (10k, D={short(second.data)}, seed {second.seed}) failed: {error}"
     )
+    assert message in (Path(run.folder) / "log.txt").read_text()
 
 
 def test_numbers_are_short() -> None:
-    assert [short(n) for n in (7, 12_300, 4.2e6, 1.5e9, 2e13)] == [
-        "7",
-        "12.3k",
-        "4.2M",
-        "1.5G",
-        "20T",
-    ]
+    numbers = {7: "7", 12_300: "12.3k", 4.2e6: "4.2M", 1.5e9: "1.5G", 2e13: "20T"}
+    assert {number: short(number) for number in numbers} == numbers
     assert (duration(0.25), duration(2.04)) == ("15 min", "2.0 h")
