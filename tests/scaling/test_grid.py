@@ -60,14 +60,15 @@ def test_cells_are_counted_exactly(grid_of: Make, sweep_of: Sweep, cart: Dataset
     assert len(cells) == len({cell.id for cell in cells}) == 8
     assert len({cell.trunk for cell in cells}) == 4
     options = sweep_of("unused").training(1, 0, 1, "fp32")
+    models = {size: ModelConfig(size=size, members=1, context=8) for size in ("10k", "30k")}
+    per_step = {size: step_flops(codec.spec, model, options) for size, model in models.items()}
     for cell in cells:
-        model = ModelConfig(size=cell.size, members=1, context=8)
-        sizes = counts.params(codec.spec, model)
+        sizes = counts.params(codec.spec, models[cell.size])
         assert (cell.params, cell.total_params) == (sizes.n, sizes.total)
         loader = Loader(cart, codec, "train", 8, 8, cell.seed)
         assert cell.data == sum(int(loader.batch(step).mask.sum()) for step in range(cell.steps))
         assert abs(cell.data - cell.target) < 2 * 8 * 8 and cell.unique == cart.count("train")
-        assert cell.flops == cell.steps * step_flops(codec.spec, model, options)
+        assert cell.flops == cell.steps * per_step[cell.size]
     assert len({(cell.target, cell.steps) for cell in cells}) == 2, "whatever the size and seed"
 
 
@@ -83,7 +84,7 @@ def test_a_cell_id_hashes_what_decides_its_result(grid_of: Make, cart: Dataset) 
     """A changed grid keeps its results, and two sweeps share them."""
 
     def ids(*overrides: str) -> set[str]:
-        return {cell.id for cell in grid_of(*overrides).cells}
+        return {cell.id for cell in grid_of("grid.sizes=[10k]", *overrides).cells}
 
     first, unique = ids(), f"grid.unique=[{cart.count('train')}]"
     assert first < ids("grid.data=[200,300,600,900]", "grid.seeds=[0,3]")
