@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
@@ -21,131 +22,105 @@ from mesocosm.agents.durations import Durations, arrival_weights
 from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import MesocosmError, UsageError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "sample_envs"))
-from pace import DURATION, PRIZE, QUICK, SLOW, SLOWER, Pace
-
+Floats = NDArray[np.float64]
 GAMMA = 0.8
+PRIZE = np.array([1.0, 2.0, 1.5])
+DURATION = np.array([1.0, 5.0, 10.0])
+QUICK, SLOW, SLOWER = range(3)
+"""With a discount per step `SLOW` is best. With GAMMA per unit of time `QUICK` for ever is worth 5,
+`SLOW` 2.97 and `SLOWER` 1.68.
+"""
+
+
+class Pace(gymnasium.Env[Any, Any]):
+    """One state, eight steps: each action takes its DURATION and pays its PRIZE."""
+
+    def __init__(self, reports: bool = True):
+        self.observation_space = spaces.Box(0.0, 1.0, (1,), np.float32)
+        self.action_space, self.reports = spaces.Discrete(3), reports
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        info = {"duration": float(DURATION[action])} if self.reports else {}
+        return np.ones(1, np.float32), float(PRIZE[action]), False, self.t >= 8, info
+
 
 # -- samplers
 
-Samples = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
-"""Actions, rewards and durations of the steps that were completed."""
-
 
 class Sampler:
-    """`n` Pace environments, with one policy per window."""
+    """The actions that `n` environments complete in a window, with one policy per window."""
 
     def __init__(self, n: int, window: float, seed: int = 0):
-        self.envs, self.window, self.rng = (
-            [Pace() for _ in range(n)],
-            window,
-            np.random.default_rng(seed),
-        )
+        self.n, self.window, self.rng = n, window, np.random.default_rng(seed)
         self.under_way: list[tuple[int, float]] = []
         """Of `carried`: each environment's action, and the time until it is completed."""
 
-    def draw(self, policy: NDArray[np.float64]) -> int:
+    def draw(self, policy: Floats) -> int:
         return min(int((policy.cumsum() < self.rng.random()).sum()), len(policy) - 1)
 
-    def lock_step(self, policy: NDArray[np.float64]) -> Samples:
+    def lock_step(self, policy: Floats) -> list[int]:
         """Every environment steps once, and all wait for the slowest: a vector environment."""
-        return self._samples([self.draw(policy) for _ in self.envs])
+        return [self.draw(policy) for _ in range(self.n)]
 
-    def repeated(self, policy: NDArray[np.float64]) -> Samples:
-        """By time: every environment repeats what it began until the window closes."""
-        return self._samples(
-            [
-                a
-                for a in (self.draw(policy) for _ in self.envs)
-                for _ in range(int(self.window / DURATION[a]))
-            ]
-        )
+    def repeated(self, policy: Floats) -> list[int]:
+        """By time: every environment repeats its action until the window closes."""
+        actions = self.lock_step(policy)
+        return [a for a in actions for _ in range(int(self.window / DURATION[a]))]
 
-    def carried(self, policy: NDArray[np.float64]) -> Samples:
+    def carried(self, policy: Floats) -> list[int]:
         """At their own pace; an unfinished action is completed in the next window."""
-        done, going = [], []
-        for a, left in self.under_way or [
-            (a, DURATION[a]) for a in (self.draw(policy) for _ in self.envs)
-        ]:
+        completed, under_way = [], []
+        first = [(a, DURATION[a]) for a in self.lock_step(policy)] if not self.under_way else []
+        for a, left in self.under_way or first:
             left -= self.window
             while left <= 0:
-                done.append(a)
+                completed.append(a)
                 a = self.draw(policy)
                 left += DURATION[a]
-            going.append((a, left))
-        self.under_way = going
-        return self._samples(done)
-
-    def _samples(self, actions: list[int]) -> Samples:
-        rewards, took = np.zeros(len(actions)), np.zeros(len(actions))
-        env = self.envs[0]
-        env.reset()
-        for k, action in enumerate(actions):
-            _, rewards[k], _, _, info = env.step(action)
-            took[k] = info["duration"]
-        return np.array(actions, np.int64), rewards, took
+            under_way.append((a, left))
+        self.under_way = under_way
+        return completed
 
 
-def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+def softmax(logits: Floats) -> Floats:
     e = np.exp(logits - logits.max())
     return e / e.sum()
 
 
-def gradient(policy: NDArray[np.float64], samples: Samples, weighted: bool) -> NDArray[np.float64]:
+def gradient(policy: Floats, actions: list[int], weighted: bool) -> Floats:
     """REINFORCE's estimate of d E[reward] / d logits, up to a positive factor."""
-    actions, rewards, took = samples
-    weights = arrival_weights(took) if weighted else np.ones(len(actions))
-    return np.asarray(((weights * rewards)[:, None] * (np.eye(3)[actions] - policy)).mean(0))
-
-
-def learn(
-    sample: Callable[[NDArray[np.float64]], Samples], weighted: bool, updates: int = 60
-) -> NDArray[np.float64]:
-    """The policy that REINFORCE learns from the uniform one."""
-    logits = np.zeros(3)
-    for _ in range(updates):
-        samples = sample(softmax(logits))
-        if len(samples[0]):
-            logits = logits + 1.5 * gradient(softmax(logits), samples, weighted)
-    return softmax(logits)
-
-
-def towards(policy: NDArray[np.float64], fitness: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The policy gradient on the logits where an action is worth its fitness: pi (fitness - mean
-    fitness), as a direction.
-    """
-    ascent = policy * (fitness - policy @ fitness)
-    return ascent / np.linalg.norm(ascent)
+    weights = arrival_weights(DURATION[actions]) if weighted else np.ones(len(actions))
+    terms = (weights * PRIZE[actions])[:, None] * (np.eye(3)[actions] - policy)
+    return np.asarray(terms.mean(0))
 
 
 def test_gradients_with_and_without_the_weight() -> None:
-    """Estimates against closed form: in lock step fitness is the prize, by time prize / dt; the
-    weight multiplies it by dt.
+    """Estimates against the closed form pi (fitness - mean fitness): in lock step fitness is the
+    prize, by time prize / dt; the weight multiplies it by dt.
     """
     policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(10_000, 20.0)
-    by_time = PRIZE / DURATION
-    cases = {
-        ("lock_step", False): PRIZE,
-        ("lock_step", True): PRIZE * DURATION,
-        ("repeated", False): by_time,
-        ("repeated", True): PRIZE,
-    }
-    best = {}
-    for (name, weighted), fitness in cases.items():
+    cases = [
+        ("lock_step", False, PRIZE, SLOW),
+        ("lock_step", True, PRIZE * DURATION, SLOWER),
+        ("repeated", False, PRIZE / DURATION, QUICK),
+        ("repeated", True, PRIZE, SLOW),
+    ]
+    for name, weighted, fitness, best in cases:
         estimate = gradient(policy, getattr(sampler, name)(policy), weighted)
-        estimate /= np.linalg.norm(estimate)
-        np.testing.assert_allclose(estimate, towards(policy, fitness), atol=0.07)
-        best[name, weighted] = int(estimate.argmax())
-    assert best == {
-        ("lock_step", False): SLOW,
-        ("lock_step", True): SLOWER,
-        ("repeated", False): QUICK,
-        ("repeated", True): SLOW,
-    }
+        expected = policy * (fitness - policy @ fitness)
+        unit, expected = (v / np.linalg.norm(v) for v in (estimate, expected))
+        np.testing.assert_allclose(unit, expected, atol=0.07)
+        assert estimate.argmax() == best, (name, weighted)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "window", "weighted", "learned"),
+    ("name", "window", "weighted", "learned"),
     [
         ("lock_step", 0.0, False, SLOW),
         ("lock_step", 0.0, True, SLOWER),
@@ -156,20 +131,22 @@ def test_gradients_with_and_without_the_weight() -> None:
     ],
 )
 def test_learning_with_and_without_the_weight(
-    sampler: str, window: float, weighted: bool, learned: int
+    name: str, window: float, weighted: bool, learned: int
 ) -> None:
     """SLOW pays most. The weight is needed only where fast actions are over-represented."""
-    policy = learn(getattr(Sampler(256, window), sampler), weighted)
-    assert policy[learned] > 0.8, policy
+    logits, sampler = np.zeros(3), Sampler(256, window)
+    for _ in range(60):
+        policy = softmax(logits)
+        if actions := getattr(sampler, name)(policy):
+            logits = logits + 1.5 * gradient(policy, actions, weighted)
+    assert softmax(logits)[learned] > 0.8, softmax(logits)
 
 
 def test_environments_that_drop_nothing_sample_the_policy() -> None:
     """A fraction pi(a) of completed steps: RLlib's asynchronous algorithms need no weight."""
     policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(500, 5.0)
-    windows = [sampler.carried(policy)[0] for _ in range(40)][10:]
-    np.testing.assert_allclose(
-        np.bincount(np.concatenate(windows)) / sum(map(len, windows)), policy, atol=0.02
-    )
+    actions = np.concatenate([sampler.carried(policy) for _ in range(40)][10:])
+    np.testing.assert_allclose(np.bincount(actions) / len(actions), policy, atol=0.02)
 
 
 def test_weights() -> None:
@@ -180,26 +157,27 @@ def test_weights() -> None:
 # -- RLlib
 
 
-def pace(num_envs: int, reports: bool = True, by_time: bool = False) -> AgentEnv:
-    vector = SyncVectorEnv(
-        [lambda: Pace(told=reports)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
-    )
-    vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
-    return AgentEnv(vector)
-
-
 @contextmanager
 def built(
     folder: Path,
     algo: str,
-    make_env: Callable[[int], AgentEnv],
-    num_envs: int,
-    rollout: int,
+    num_envs: int = 4,
+    rollout: int = 16,
+    *,
+    reports: bool = True,
+    by_time: bool = False,
     **params: Any,
 ) -> Iterator[Any]:
-    model = {"fcnet_hiddens": [16]}
-    shape = {"num_envs": num_envs, "rollout": rollout}
-    config = AgentConfig(algo=algo, params=params, model=model, gamma=GAMMA, **shape)
+    """An algorithm on `num_envs` Pace environments."""
+
+    def make_env(count: int) -> AgentEnv:
+        makers = [lambda: Pace(reports)] * count
+        vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
+        return AgentEnv(vector)
+
+    config = AgentConfig(algo=algo, params=params, model={"fcnet_hiddens": [16]}, gamma=GAMMA)
+    config.num_envs, config.rollout = num_envs, rollout
     setup = replace(settings.imagined(config), rollout=rollout)
     algorithm = rllib.build(setup, make_env, folder)
     try:
@@ -211,117 +189,89 @@ def built(
 def learner_batch(algorithm: Any, episodes: list[Any]) -> Any:
     """The losses' input, by RLlib's names."""
     learner = algorithm.learner_group._learner
-    return learner._learner_connector(
-        rl_module=learner.module,
-        batch={},
-        episodes=episodes,
-        shared_data={},
-        metrics=learner.metrics,
-    )["default_policy"]
+    shared = {"shared_data": {}, "metrics": learner.metrics}
+    connector = learner._learner_connector
+    batch = connector(rl_module=learner.module, batch={}, episodes=episodes, **shared)
+    return batch["default_policy"]
 
 
 def sampled(algorithm: Any) -> list[Any]:
     episodes = algorithm.env_runner.sample()
-    buffer = algorithm.local_replay_buffer if hasattr(algorithm, "local_replay_buffer") else None
+    buffer = getattr(algorithm, "local_replay_buffer", None)
     if buffer is None:
         return list(episodes)
     buffer.add(episodes)
-    return list(
-        buffer.sample(
-            num_items=64,
-            n_step=algorithm.config.n_step,
-            gamma=GAMMA,
-            beta=0.4,
-            batch_length_T=0,
-            lookback=0,
-            sample_episodes=True,
-        )
-    )
+    shape = {"num_items": 64, "batch_length_T": 0, "lookback": 0, "sample_episodes": True}
+    return list(buffer.sample(n_step=algorithm.config.n_step, gamma=GAMMA, beta=0.4, **shape))
 
 
-@pytest.mark.parametrize(
-    "algo",
-    [
-        "PPO",
-        *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("DQN", "SAC", "APPO", "IMPALA")),
-    ],
-)
+def values_of(algorithm: Any, batch: Any) -> Any:
+    module = algorithm.learner_group._learner.module["default_policy"]
+    return module.compute_values(batch).detach()
+
+
+def slow(*algorithms: str) -> list[Any]:
+    return [pytest.param(algo, marks=pytest.mark.slow) for algo in algorithms]
+
+
+@pytest.mark.parametrize("algo", ["PPO", *slow("DQN", "SAC", "APPO", "IMPALA")])
 def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path, algo: str) -> None:
     """Losses discount by gamma (1 - terminated), and by gamma ** n_step (1 - terminated) those of
     replay: that is gamma^dt.
     """
-    with built(tmp_path, algo, pace, 4, 16) as algorithm:
+    with built(tmp_path, algo) as algorithm:
         batch = learner_batch(algorithm, sampled(algorithm))
-        real = (
-            batch["loss_mask"].bool()
-            if "loss_mask" in batch
-            else torch.ones(len(batch["rewards"]), dtype=torch.bool)
-        )
+        every = torch.ones(len(batch["rewards"]), dtype=torch.bool)
+        real = batch.get("loss_mask", every).bool()
         discount = (GAMMA * (1.0 - batch["terminateds"].float()))[real]
         taken = batch["actions"][real].long()
         assert len(taken.unique()) == 3
-        torch.testing.assert_close(
-            discount, torch.as_tensor(GAMMA**DURATION, dtype=torch.float32)[taken]
-        )
+        expected = torch.as_tensor(GAMMA**DURATION, dtype=torch.float32)[taken]
+        torch.testing.assert_close(discount, expected)
         rllib.train(algorithm)  # in which the losses take that column
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("algo", ["APPO", "IMPALA"])
+@pytest.mark.parametrize("algo", slow("APPO", "IMPALA"))
 def test_algorithms_without_weights(ray_local: None, tmp_path: Path, algo: str) -> None:
-    words = f"agent.algo={algo} cannot weight samples that arrive by time"
-    with (
-        built(tmp_path, algo, lambda n: pace(n, by_time=True), 4, 16) as algorithm,
-        pytest.raises(UsageError, match=words),
-    ):
+    message = f"agent.algo={algo} cannot weight samples that arrive by time"
+    with built(tmp_path, algo, by_time=True) as algorithm, pytest.raises(UsageError, match=message):
         learner_batch(algorithm, sampled(algorithm))
 
 
 def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path: Path) -> None:
-    with built(tmp_path, "PPO", pace, 3, 20, lambda_=0.9) as algorithm:
+    with built(tmp_path, "PPO", 3, 20, lambda_=0.9) as algorithm:
         episodes = sampled(algorithm)
         ended = [episode.is_done for episode in episodes]
         assert any(ended) and not all(ended), "cut by the time limit, and by the rollout"
         batch = learner_batch(algorithm, episodes)
-        values = (
-            algorithm.learner_group._learner.module["default_policy"]
-            .compute_values(batch)
-            .detach()
-            .numpy()
-        )
-        targets, start = [], 0
-        for episode in episodes:
-            n = len(episode)  # with the step that RLlib adds for the last value
-            v, actions, advantage = (
-                values[start : start + n],
-                np.asarray(episode.get_actions())[: n - 1],
-                0.0,
-            )
-            start, backwards = start + n, []
-            for t in reversed(range(n - 1)):
-                gamma = GAMMA ** DURATION[actions[t]]
-                advantage = PRIZE[actions[t]] + gamma * v[t + 1] - v[t] + gamma * 0.9 * advantage
-                backwards.append(advantage + v[t])
-            targets += backwards[::-1]
-        np.testing.assert_allclose(
-            batch["value_targets"][batch["loss_mask"]].numpy(), targets, rtol=1e-4
-        )
+        values = values_of(algorithm, batch).numpy()
+    targets, start = [], 0
+    for episode in episodes:
+        n = len(episode)  # with the step that RLlib adds for the last value
+        v, actions = values[start : start + n], np.asarray(episode.get_actions())[: n - 1]
+        start, advantage, backwards = start + n, 0.0, []
+        for t in reversed(range(n - 1)):
+            gamma = GAMMA ** DURATION[actions[t]]
+            advantage = PRIZE[actions[t]] + gamma * v[t + 1] - v[t] + gamma * 0.9 * advantage
+            backwards.append(advantage + v[t])
+        targets += backwards[::-1]
+    actual = batch["value_targets"][batch["loss_mask"]].numpy()
+    np.testing.assert_allclose(actual, targets, rtol=1e-4)
 
 
-def test_ppo_finds_what_is_best_for_a_unit_of_time(ray_local: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reports", "best"), [(True, QUICK), (False, SLOW)])
+def test_ppo_finds_the_best_action_per_unit_of_time(
+    ray_local: None, tmp_path: Path, reports: bool, best: int
+) -> None:
     """QUICK is best with gamma^dt; without durations gamma is per step, and SLOW is best."""
-    for reports, best in ((True, QUICK), (False, SLOW)):
-        learning = {"lr": 1e-2, "entropy_coeff": 0.0, "use_kl_loss": False, "minibatch_size": 128}
-        with built(
-            tmp_path, "PPO", lambda n, reports=reports: pace(n, reports), 16, 16, **learning
-        ) as algorithm:  # type: ignore[misc]
-            for _ in range(8):
-                rllib.train(algorithm)
-            batch = learner_batch(algorithm, sampled(algorithm))
-        share = np.bincount(batch["actions"][batch["loss_mask"]].numpy(), minlength=3) / int(
-            batch["loss_mask"].sum()
-        )
-        assert share[best] > 0.9, (reports, share)
+    learning = {"lr": 1e-2, "entropy_coeff": 0.0, "use_kl_loss": False, "minibatch_size": 128}
+    with built(tmp_path, "PPO", 16, 16, reports=reports, **learning) as algorithm:
+        for _ in range(8):
+            rllib.train(algorithm)
+        batch = learner_batch(algorithm, sampled(algorithm))
+    actions = batch["actions"][batch["loss_mask"]].numpy()
+    share = np.bincount(actions, minlength=3) / len(actions)
+    assert share[best] > 0.9, share
 
 
 @pytest.mark.parametrize("algo", ["PPO", "DQN"])
@@ -331,57 +281,35 @@ def test_without_durations_nothing_changes(
     """The weights have the bits of RLlib's own pipeline; with durations they differ."""
     learned = {}
     early = {} if algo == "PPO" else {"num_steps_sampled_before_learning_starts": 16}
-    for name, reports in (("own", False), ("installed", False), ("reports", True)):
-        with (
-            monkeypatch.context() as patch,
-            built_plain(patch, tmp_path, algo, reports, plain=name == "own", **early) as algorithm,
-        ):
-            if algo == "DQN":  # RLlib does not seed it
-                algorithm.local_replay_buffer.rng = np.random.default_rng(0)
-            for _ in range(2):
-                rllib.train(algorithm)
-            state = algorithm.learner_group._learner.module["default_policy"].state_dict()
-            learned[name] = {key: value.clone() for key, value in state.items()}
-    assert all(
-        torch.equal(learned["own"][key], value) for key, value in learned["installed"].items()
-    )
-    assert not all(
-        torch.equal(learned["own"][key], value) for key, value in learned["reports"].items()
-    )
+    for name in ("plain", "silent", "reports"):
+        with monkeypatch.context() as patch:
+            if name == "plain":
+                patch.setattr(durations, "install", lambda algorithm: None)
+            with built(tmp_path, algo, reports=name == "reports", **early) as algorithm:
+                if algo == "DQN":  # RLlib does not seed it
+                    algorithm.local_replay_buffer.rng = np.random.default_rng(0)
+                for _ in range(2):
+                    rllib.train(algorithm)
+                state = algorithm.learner_group._learner.module["default_policy"].state_dict()
+                learned[name] = torch.cat([value.flatten().clone() for value in state.values()])
+    assert torch.equal(learned["plain"], learned["silent"])
+    assert not torch.equal(learned["plain"], learned["reports"])
 
 
-@contextmanager
-def built_plain(
-    patch: pytest.MonkeyPatch, folder: Path, algo: str, reports: bool, plain: bool, **params: Any
-) -> Iterator[Any]:
-    if plain:
-        patch.setattr(durations, "install", lambda algorithm: None)
-    with built(folder, algo, lambda n: pace(n, reports), 4, 16, **params) as algorithm:
-        yield algorithm
-
-
+@pytest.mark.parametrize("by_time", [False, True])
 def test_advantages_of_samples_that_arrive_by_time_count_by_duration(
-    ray_local: None, tmp_path: Path
+    ray_local: None, tmp_path: Path, by_time: bool
 ) -> None:
     """Only with metadata['arrival']='time'; in lock step advantages are only standardised."""
-    for by_time in (False, True):
-        with built(
-            tmp_path, "PPO", lambda n, by_time=by_time: pace(n, by_time=by_time), 4, 16
-        ) as algorithm:  # type: ignore[misc]
-            batch = learner_batch(algorithm, sampled(algorithm))
-        real = batch["loss_mask"]
-        took = DURATION[batch["actions"][real].numpy()]
-        values = (
-            algorithm.learner_group._learner.module["default_policy"].compute_values(batch).detach()
-        )
-        plain = batch["value_targets"] - values
-        plain = ((plain - plain.mean()) / plain.std(correction=0))[real].numpy()
-        np.testing.assert_allclose(
-            batch["advantages"][real].numpy(),
-            plain * (arrival_weights(took) if by_time else 1.0),
-            rtol=1e-3,
-            atol=1e-4,
-        )
+    with built(tmp_path, "PPO", by_time=by_time) as algorithm:
+        batch = learner_batch(algorithm, sampled(algorithm))
+        values = values_of(algorithm, batch)
+    real = batch["loss_mask"]
+    weights = arrival_weights(DURATION[batch["actions"][real].numpy()]) if by_time else 1.0
+    plain = batch["value_targets"] - values
+    plain = ((plain - plain.mean()) / plain.std(correction=0))[real].numpy()
+    actual = batch["advantages"][real].numpy()
+    np.testing.assert_allclose(actual, plain * weights, rtol=1e-3, atol=1e-4)
 
 
 def test_steps_of_several_transitions_are_refused_where_durations_discount(
@@ -389,7 +317,7 @@ def test_steps_of_several_transitions_are_refused_where_durations_discount(
 ) -> None:
     learning = {"n_step": 3, "num_steps_sampled_before_learning_starts": 16}
     with (
-        built(tmp_path, "DQN", pace, 4, 16, **learning) as algorithm,
+        built(tmp_path, "DQN", **learning) as algorithm,
         pytest.raises(UsageError, match=r"params.n_step must be 1 .*got [23]"),
     ):
         rllib.train(algorithm)
@@ -399,32 +327,25 @@ def test_steps_of_several_transitions_are_refused_where_durations_discount(
 
 
 def duration_infos(
-    given: list[float | None], ended: list[bool], before: Durations | None = None
+    reported: list[float | None], ended: list[bool], before: Durations | None = None
 ) -> dict[str, Any]:
-    mask = np.array([g is not None for g in given])
-    infos = (
-        {"duration": np.array([g or 0.0 for g in given]), "_duration": mask} if mask.any() else {}
-    )
-    return (before or Durations({})).infos(infos, np.ones(len(given), np.bool_), np.array(ended))
+    mask = np.array([value is not None for value in reported])
+    values = np.array([value or 0.0 for value in reported])
+    infos = {"duration": values, "_duration": mask} if mask.any() else {}
+    stepped = np.ones(len(reported), np.bool_)
+    return (before or Durations({})).infos(infos, stepped, np.array(ended))
 
 
 def test_infos() -> None:
     assert duration_infos([None, None], [False, True]) == {}
-    np.testing.assert_array_equal(
-        duration_infos([2.0, -0.1], [False, False])["duration"], [2.0, 0.0]
-    )
-    np.testing.assert_array_equal(
-        duration_infos([2.0, None], [False, True])["duration"], [2.0, 0.0]
-    )
-    assert "weight" not in duration_infos([2.0], [False]) and "weight" in duration_infos(
-        [2.0], [False], Durations({"arrival": "time"})
-    )
-    for given in ([2.0, None], [None, 2.0]):
+    for reported, ended in (([2.0, -0.1], [False, False]), ([2.0, None], [False, True])):
+        assert duration_infos(list(reported), ended)["duration"].tolist() == [2.0, 0.0]
+    assert "weight" not in duration_infos([2.0], [False])
+    assert "weight" in duration_infos([2.0], [False], Durations({"arrival": "time"}))
+    untimed = Durations({})
+    duration_infos([None], [False], untimed)
+    for mixed, before in (([2.0, None], None), ([None, 2.0], None), ([1.0], untimed)):
         with pytest.raises(MesocosmError, match="at some steps and not at others"):
-            duration_infos(list(given), [False, False])
+            duration_infos(list(mixed), [False] * len(mixed), before)
     with pytest.raises(MesocosmError, match=r"info\['duration'\]=nan; give a finite number"):
         duration_infos([float("nan")], [False])
-    with pytest.raises(MesocosmError, match="at some steps and not at others"):
-        untimed = Durations({})
-        duration_infos([None], [False], untimed)
-        duration_infos([1.0], [False], untimed)

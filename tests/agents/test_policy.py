@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,6 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
 from mesocosm.policies.policy import Policy, RandomPolicy
 
-SMALL = {"fcnet_hiddens": [16, 16]}
-
 
 class Bandit(gym.Env[Any, Any]):
     """An environment with the given spaces and random observations."""
@@ -31,32 +31,33 @@ class Bandit(gym.Env[Any, Any]):
     def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]):
         self.observation_space, self.action_space = observation_space, action_space
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
         return self.observation_space.sample(), {}
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> Any:
         assert self.action_space.contains(action), action
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
 def batch_of(space: gym.Space[Any], count: int) -> Any:
     space.seed(1)
-    return concatenate(
-        space, [space.sample() for _ in range(count)], create_empty_array(space, count)
+    values = [space.sample() for _ in range(count)]
+    return concatenate(space, values, create_empty_array(space, count))
+
+
+@contextmanager
+def built(env: gym.Env[Any, Any], algo: str, folder: Path, **model: Any) -> Iterator[Any]:
+    """An algorithm on one environment. `model` may have "params"."""
+    params, model = model.pop("params", {}), {"fcnet_hiddens": [16, 16], **model}
+    setup = Setup(algo, params, model, 1, 128, 0, runners=0, gamma=0.99, seed=0)
+    algorithm = rllib.build(
+        setup, lambda count: AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count)), folder
     )
-
-
-def build(
-    env: gym.Env[Any, Any], algo: str, folder: Path, model: dict[str, Any], **params: Any
-) -> Any:
-    def make(count: int) -> AgentEnv:
-        return AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count))
-
-    setup = Setup(algo, params, SMALL | model, 1, 128, 0, runners=0, gamma=0.99, seed=0)
-    return rllib.build(setup, make, folder)
+    try:
+        yield algorithm
+    finally:
+        algorithm.stop()
 
 
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
@@ -70,121 +71,79 @@ NESTED = spaces.Dict(
     }
 )
 
-CASES = [
-    ("PPO", DISCRETE, {}, {}),
-    (
-        "PPO",
-        BOX,
-        {"vf_share_layers": False, "fcnet_activation": "relu", "fcnet_use_layernorm": True},
-        {},
-    ),
-    (
-        "PPO",
-        FREE,
-        {
-            "free_log_std": True,
-            "log_std_clip_param": 1.0,
-            "head_fcnet_hiddens": [8],
-            "head_fcnet_activation": "silu",
-        },
-        {},
-    ),
-    ("PPO", NESTED, {}, {}),
-    ("IMPALA", DISCRETE, {}, {}),
-    ("APPO", BOX, {}, {}),
-    ("SAC", BOX, {}, {}),
-    ("DQN", DISCRETE, {}, {"dueling": True}),
-    ("DQN", DISCRETE, {}, {"dueling": False, "double_q": False}),
-    ("DQN", DISCRETE, {}, {"dueling": True, "num_atoms": 7, "v_min": -1.0, "v_max": 3.0}),
-]
+NORMED = {"vf_share_layers": False, "fcnet_activation": "relu", "fcnet_use_layernorm": True}
+HEADED = {"free_log_std": True, "log_std_clip_param": 1.0}
+HEADED |= {"head_fcnet_hiddens": [8], "head_fcnet_activation": "silu"}
+ATOMS = {"dueling": True, "num_atoms": 7, "v_min": -1.0, "v_max": 3.0}
 
 
-@pytest.mark.parametrize(("algo", "action_space", "model", "params"), CASES)
+@pytest.mark.parametrize(
+    ("algo", "action_space", "model"),
+    [
+        ("PPO", DISCRETE, {}),
+        ("PPO", BOX, NORMED),
+        ("PPO", FREE, HEADED),
+        ("PPO", NESTED, {}),
+        ("IMPALA", DISCRETE, {}),
+        ("APPO", BOX, {}),
+        ("SAC", BOX, {}),
+        ("DQN", DISCRETE, {"params": {"dueling": True}}),
+        ("DQN", DISCRETE, {"params": {"dueling": False, "double_q": False}}),
+        ("DQN", DISCRETE, {"params": ATOMS}),
+    ],
+)
 def test_export_acts_as_rllib(
-    ray_local: None,
-    tmp_path: Path,
-    algo: str,
-    action_space: Any,
-    model: dict[str, Any],
-    params: dict[str, Any],
+    ray_local: None, tmp_path: Path, algo: str, action_space: Any, model: dict[str, Any]
 ) -> None:
-    algorithm = build(Bandit(OBSERVATION, action_space), algo, tmp_path / "rllib", model, **params)
-    try:
+    env = Bandit(OBSERVATION, action_space)
+    with built(env, algo, tmp_path / "rllib", **model) as algorithm, torch.no_grad():
         module = algorithm.get_module()
-        with torch.no_grad():
-            for parameter in (
-                module.parameters()
-            ):  # weights far from their small initial outputs, so that bounds are reached
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.5
-                )
-        rllib.learner_of(algorithm).module["default_policy"].load_state_dict(
-            module.state_dict(), strict=False
-        )
-        policy = rllib.export(algorithm, (OBSERVATION, action_space))
-        policy.save(tmp_path)
+        for parameter in module.parameters():  # far from their small initial outputs, to the bounds
+            seed = torch.Generator().manual_seed(3)
+            parameter.add_(torch.randn(parameter.shape, generator=seed) * 0.5)
+        learner_module = rllib.learner_of(algorithm).module["default_policy"]
+        learner_module.load_state_dict(module.state_dict(), strict=False)
+        rllib.export(algorithm, (OBSERVATION, action_space)).save(tmp_path)
         policy = Policy.load(tmp_path)
 
         observations = batch_of(OBSERVATION, 200)
         actions = policy.act(observations)
-        with torch.no_grad():
-            out = module.forward_inference({Columns.OBS: torch.from_numpy(observations).float()})
-        if Columns.ACTIONS in out:
-            reference = out[Columns.ACTIONS].numpy()
-        else:
-            distribution = module.get_inference_action_dist_cls().from_logits(
-                out[Columns.ACTION_DIST_INPUTS]
-            )
+        out = module.forward_inference({Columns.OBS: torch.from_numpy(observations).float()})
+        reference = out.get(Columns.ACTIONS)
+        if reference is None:
+            kind = module.get_inference_action_dist_cls()
+            distribution = kind.from_logits(out[Columns.ACTION_DIST_INPUTS])
             reference = distribution.to_deterministic().sample()
-            if isinstance(
-                distribution, TorchSquashedGaussian
-            ):  # RLlib's to_deterministic forgets the tanh that sample() applies
+            if isinstance(distribution, TorchSquashedGaussian):
+                # RLlib's to_deterministic forgets the tanh that sample() applies
                 reference = distribution._squash(reference)
-            reference = reference.numpy()
-        # RLlib's own rescaling and clipping, where the space is one that its connector knows
-        known = isinstance(action_space, spaces.Box)
-        expected = (
-            np.stack([unsquash_action(action, action_space) for action in reference])
-            if known
-            else policy.map.to_raw(reference)
-        )
+        expected = policy.map.to_raw(reference.numpy())
+        if isinstance(action_space, spaces.Box):  # which RLlib's connector rescales and clips
+            expected = np.stack([unsquash_action(a, action_space) for a in reference.numpy()])
         for action, other in zip(_flat(actions), _flat(expected), strict=True):
             assert len(np.unique(action)) > 1
             np.testing.assert_allclose(action, other, atol=1e-5)
         assert action_space.contains(policy.act_one(observations[0]))
-
-        rng = np.random.default_rng(0)
-        drawn = policy.act(batch_of(OBSERVATION, 1).repeat(4000, 0), explore=True, rng=rng)
-        _same_draws(drawn, module, batch_of(OBSERVATION, 1), policy)
-    finally:
-        algorithm.stop()
+        _same_draws(module, policy)
 
 
 def _flat(value: Any) -> list[np.ndarray]:
     if isinstance(value, dict):
-        return [leaf for key in sorted(value) for leaf in _flat(value[key])]
-    return (
-        [leaf for item in value for leaf in _flat(item)]
-        if isinstance(value, tuple)
-        else [np.asarray(value)]
-    )
+        value = tuple(value[key] for key in sorted(value))
+    parts = [_flat(item) for item in value] if isinstance(value, tuple) else [[np.asarray(value)]]
+    return [leaf for part in parts for leaf in part]
 
 
-def _same_draws(drawn: Any, module: Any, observation: Any, policy: Policy) -> None:
-    """Exploring draws have the mean of RLlib's own exploration distribution."""
+def _same_draws(module: Any, policy: Policy) -> None:
+    """Exploring draws have the moments of RLlib's exploration distribution."""
+    observations = batch_of(OBSERVATION, 1).repeat(4000, 0)
+    drawn = policy.act(observations, explore=True, rng=np.random.default_rng(0))
     if policy.algo == "DQN" or isinstance(drawn, dict):
         return
-    with torch.no_grad():
-        out = module.forward_inference(
-            {Columns.OBS: torch.from_numpy(observation).float().repeat(4000, 1)}
-        )
-        torch.manual_seed(0)
-        draws = (
-            module.get_exploration_action_dist_cls()
-            .from_logits(out[Columns.ACTION_DIST_INPUTS])
-            .sample()
-            .numpy()
-        )
+    out = module.forward_inference({Columns.OBS: torch.from_numpy(observations).float()})
+    kind = module.get_exploration_action_dist_cls()
+    torch.manual_seed(0)
+    draws = kind.from_logits(out[Columns.ACTION_DIST_INPUTS]).sample().numpy()
     reference = _flat(policy.map.to_raw(draws))[0].astype(np.float64)
     action = _flat(drawn)[0].astype(np.float64)
     spread = reference.std(0) / np.sqrt(4000) + 1e-9
@@ -210,52 +169,42 @@ KINDS = [
 
 @pytest.mark.parametrize("space", KINDS, ids=lambda s: type(s).__name__)
 def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
-    space.seed(0)
-    values = [space.sample() for _ in range(7)]
-    batch = concatenate(space, values, create_empty_array(space, 7))
-    expected = np.stack(
-        [np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values]
-    )
-    np.testing.assert_array_equal(heads.flatten_batch(space, batch), expected)
-    assert expected.shape[1] == heads.flat_size(space)
+    batch = batch_of(space, 7)
+    values = iterate(batch_space(space, 7), batch)
+    rows = [np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values]
+    np.testing.assert_array_equal(heads.flatten_batch(space, batch), np.stack(rows))
+    assert rows[0].shape == (heads.flat_size(space),)
 
 
 @pytest.mark.parametrize(
-    "space",
+    ("space", "counts"),
     [
-        DISCRETE,
-        NESTED,
-        BOX,
-        spaces.MultiBinary(3),
-        spaces.Dict({"x": BOX, "y": FREE}),
-        spaces.Dict({"a.b": BOX, "a": spaces.Dict({"b": BOX})}),
+        (DISCRETE, [3]),
+        (NESTED, [10, 10, 3, 2, 2]),
+        (BOX, None),
+        (spaces.MultiBinary(3), [2, 2, 2]),
+        (spaces.Dict({"x": BOX, "y": FREE}), None),
+        (spaces.Dict({"a.b": BOX, "a": spaces.Dict({"b": BOX})}), None),
     ],
     ids=str,
 )
-def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
+def test_head_actions_reach_every_raw_action(
+    space: gym.Space[Any], counts: list[int] | None
+) -> None:
     mapping = heads.ActionMap(space)
-    mapping.head.seed(0)
-    head = np.stack([mapping.head.sample() for _ in range(300)])
-    raw = mapping.to_raw(head)
+    raw = mapping.to_raw(batch_of(mapping.head, 300))
     assert all(space.contains(value) for value in iterate(batch_space(space, 300), raw))
-    if mapping.counts is not None:
-        for leaf, count in zip(
-            np.concatenate([x.reshape(300, -1) for x in _flat(raw)], 1).T,
-            sorted_counts(space),
-            strict=True,
-        ):
-            assert len(np.unique(leaf)) == count
-
-
-def sorted_counts(space: gym.Space[Any]) -> list[int]:
-    return [10, 10, 3, 2, 2] if space == NESTED else list(heads.ActionMap(space).counts or [])
+    assert (mapping.counts is None) == (counts is None)
+    if counts is not None:
+        columns = np.concatenate([leaf.reshape(300, -1) for leaf in _flat(raw)], 1).T
+        assert [len(np.unique(column)) for column in columns] == counts
 
 
 def test_spaces_that_no_agent_can_use() -> None:
-    with pytest.raises(UsageError, match="mixes continuous with discrete"):
-        heads.ActionMap(spaces.Dict({"x": BOX, "n": DISCRETE}))
-    with pytest.raises(UsageError, match="text"):
-        heads.ActionMap(spaces.Text(3))
+    mixed = spaces.Dict({"x": BOX, "n": DISCRETE})
+    for space, message in ((mixed, "mixes continuous with discrete"), (spaces.Text(3), "text")):
+        with pytest.raises(UsageError, match=message):
+            heads.ActionMap(space)
     with pytest.raises(UsageError, match="cannot observe"):
         heads.flat_size(spaces.Sequence(DISCRETE))
 
@@ -275,14 +224,10 @@ def test_a_folder_without_a_policy(tmp_path: Path) -> None:
 
 
 def test_torch_export_gives_the_networks_outputs(ray_local: None, tmp_path: Path) -> None:
-    algorithm = build(Bandit(OBSERVATION, DISCRETE), "DQN", tmp_path / "rllib", {})
-    try:
+    with built(Bandit(OBSERVATION, DISCRETE), "DQN", tmp_path / "rllib") as algorithm:
         policy = rllib.export(algorithm, (OBSERVATION, DISCRETE))
-    finally:
-        algorithm.stop()
     policy.export_torch(tmp_path / "policy.pt2")
     observations = batch_of(OBSERVATION, 5)
-    outputs = torch.export.load(tmp_path / "policy.pt2").module()(
-        torch.from_numpy(observations).float()
-    )
+    network = torch.export.load(tmp_path / "policy.pt2").module()
+    outputs = network(torch.from_numpy(observations).float())
     torch.testing.assert_close(outputs, policy.outputs(observations))

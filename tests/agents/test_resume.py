@@ -31,20 +31,11 @@ LENGTH = 12
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 DISCRETE, CONTINUOUS = spaces.Discrete(3), spaces.Box(-1.0, 1.0, (1,), np.float32)
 SMALL = ["world=w", "backend=local", "starts=logged", "num_envs=8", "horizon=20", "snapshots=3"]
-PPO = [
-    "rollout=32",
-    "model.fcnet_hiddens=[16]",
-    "params.minibatch_size=64",
-    "params.entropy_coeff=[[0,0.02],[4000,0.0]]",
-    "params.lr=[[0,0.003],[4000,0.0001]]",
-]
-REPLAY = [
-    "rollout=16",
-    "model.fcnet_hiddens=[16]",
-    "params.num_steps_sampled_before_learning_starts=200",
-    "params.train_batch_size_per_learner=32",
-    "params.training_intensity=4",
-]
+NETWORK = "model.fcnet_hiddens=[16]"
+PPO = ["rollout=32", NETWORK, "params.minibatch_size=64"]
+PPO += ["params.entropy_coeff=[[0,0.02],[4000,0.0]]", "params.lr=[[0,0.003],[4000,0.0001]]"]
+REPLAY = ["rollout=16", NETWORK, "params.num_steps_sampled_before_learning_starts=200"]
+REPLAY += ["params.train_batch_size_per_learner=32", "params.training_intensity=4"]
 DQN = ["algo=DQN", *REPLAY, "params.target_network_update_freq=100"]
 SAC = ["algo=SAC", *REPLAY]
 
@@ -111,8 +102,8 @@ def kill_after(
 
 def files_of(artifact: Artifact) -> dict[str, bytes]:
     """The artifact's files, without COMMIT.json, which has times."""
-    found = (p for p in artifact.path.rglob("*") if p.is_file() and p.name != "COMMIT.json")
-    return {str(p.relative_to(artifact.path)): p.read_bytes() for p in found}
+    paths = (p for p in artifact.path.rglob("*") if p.is_file() and p.name != "COMMIT.json")
+    return {str(p.relative_to(artifact.path)): p.read_bytes() for p in paths}
 
 
 def same_after_kills(
@@ -126,18 +117,18 @@ def same_after_kills(
     whole, lines = train_agent(undisturbed, overrides)
     for iteration, delay in kills:
         id = kill_after(disturbed, overrides, output, iteration, delay)
-    stood = progress_of(disturbed)[1]
+    finished = progress_of(disturbed)[1]
     assert id == whole.id
     again, rest = train_agent(disturbed, overrides)
     assert Storage(disturbed).list("runs/checkpoints") == []
-    assert [line["step"] for line in rest] == list(range(stood, len(lines)))
+    assert [line["step"] for line in rest] == list(range(finished, len(lines)))
     expected, actual = files_of(whole), files_of(again)
     assert expected.keys() == actual.keys() and any("snapshots" in name for name in expected)
     for name, data in expected.items():
         assert actual[name] == data, f"{name} differs"
     for name in ("imagined_steps", "imagined_return", "total_loss", "qf_loss"):
-        key = f"agent/{name}"
-        assert [line.get(key) for line in rest] == [line.get(key) for line in lines[stood:]], name
+        values = [[line.get(f"agent/{name}") for line in part] for part in (rest, lines[finished:])]
+        assert values[0] == values[1], name
 
 
 def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
@@ -178,64 +169,59 @@ def test_another_machine_continues_from_a_bucket(ray_local: None, s3: str, tmp_p
 def test_an_algorithm_that_learns_in_a_thread_continues(ray_local: None, tmp_path: Path) -> None:
     """Its bits depend on the thread's timing, so that only its end is certain."""
     root = make_root(str(tmp_path / "root"))
-    appo = ["algo=APPO", "rollout=32", "model.fcnet_hiddens=[16]", "iterations=30"]
+    appo = ["algo=APPO", "rollout=32", NETWORK, "iterations=30"]
     kill_after(root, appo, tmp_path / "output", 2)
-    stood = progress_of(root)[1]
+    finished = progress_of(root)[1]
     artifact, rest = train_agent(root, appo)
-    assert [line["step"] for line in rest] == list(range(stood, 30))
+    assert [line["step"] for line in rest] == list(range(finished, 30))
     assert {path.name for path in (artifact.path / "snapshots").iterdir()} == {"0", "10", "20"}
 
 
-def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_whole_or_refused(root: str) -> None:
     storage = Storage(root)
-    made = checkpoint.Checkpoints(storage, "a")
-    assert made.latest() is None and made.due()
-    made.save(1, {"x": np.arange(3)}, {"imagined_steps": 8.0})
-    assert not made.due(), "the next one is due after 20 times as long as this one took"
-    made.save(2, {"x": np.arange(4)}, {"imagined_steps": 16.0})
-    other = checkpoint.Checkpoints(storage, "a")
-    progress = other.latest()
+    writer, reader = (checkpoint.Checkpoints(storage, "a") for _ in range(2))
+    assert writer.latest() is None and writer.due()
+    writer.save(1, {"x": np.arange(3)}, {"imagined_steps": 8.0})
+    assert not writer.due(), "the next one is due after 20 times as long as this one took"
+    writer.save(2, {"x": np.arange(4)}, {"imagined_steps": 16.0})
+    progress = reader.latest()
     assert progress is not None and progress.iteration == 2
     assert progress.metrics == {"imagined_steps": 16.0}
-    assert other.load(progress)["x"].tolist() == [0, 1, 2, 3]
-    states = [name for name in storage.list(made.folder) if name.startswith("state")]
+    assert reader.load(progress)["x"].tolist() == [0, 1, 2, 3]
+    states = [name for name in storage.list(writer.folder) if name.startswith("state")]
     assert states == [progress.file], "an earlier state is removed once the next one is named"
-    path = f"{made.folder}/{progress.file}"
+    path = f"{writer.folder}/{progress.file}"
     storage.write(path, b"torn")
     with pytest.raises(UsageError, match=f"agents/a cannot continue: .*{progress.file} .*--force"):
-        other.load(progress)
+        reader.load(progress)
     storage.remove(path)
     with pytest.raises(UsageError, match=r"agents/a cannot continue"):
-        other.load(progress)
-    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", b"{")
-    with pytest.raises(UsageError, match=r"progress.json is missing or damaged"):
-        other.latest()
-    text = json.dumps({"iteration": 1, "file": "s", "sha256": "", "versions": {"ray": "1.0"}})
-    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", text.encode())
-    with pytest.raises(UsageError, match=r"needs ray 1.0, got ray .*--force"):
-        other.latest()
-    # Pickled objects of an earlier version may be of classes that this one does not have.
+        reader.load(progress)
+    # Pickled objects of another version may be of classes that this one does not have.
     record = {"iteration": 1, "file": "s", "sha256": ""}
-    record["versions"] = {**checkpoint.VERSIONS, "mesocosm": "0.2.0"}
-    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", json.dumps(record).encode())
-    with pytest.raises(UsageError, match=r"needs mesocosm 0.2.0, got mesocosm .*--force"):
-        other.latest()
-    other.remove()
-    assert other.latest() is None
+    old = {**checkpoint.VERSIONS, "mesocosm": "0.2.0"}
+    for text, message in (
+        ("{", r"progress.json is missing or damaged"),
+        (json.dumps({**record, "versions": {"ray": "1.0"}}), r"needs ray 1.0, got ray .*--force"),
+        (json.dumps({**record, "versions": old}), r"needs mesocosm 0.2.0, got .*--force"),
+    ):
+        storage.write(f"{writer.folder}/{checkpoint.PROGRESS}", text.encode())
+        with pytest.raises(UsageError, match=message):
+            reader.latest()
+    reader.remove()
+    assert reader.latest() is None
 
 
 def test_snapshots_after_the_checkpoint_are_not_loaded(root: str, tmp_path: Path) -> None:
-    made = checkpoint.Checkpoints(Storage(root), "a")
+    checkpoints = checkpoint.Checkpoints(Storage(root), "a")
     for iteration in (0, 2, 4):
         folder = tmp_path / str(iteration)
         folder.mkdir()
         (folder / "policy.json").write_text(str(iteration))
-        made.save_snapshot(folder, iteration)
-    made.save(3, {}, {})
-    progress = made.latest()
+        checkpoints.save_snapshot(folder, iteration)
+    checkpoints.save(3, {}, {})
+    progress, into = checkpoints.latest(), tmp_path / "into"
     assert progress is not None
-    made.load_snapshots(tmp_path / "into", progress)
-    assert {p.name: (p / "policy.json").read_text() for p in (tmp_path / "into").iterdir()} == {
-        "0": "0",
-        "2": "2",
-    }
+    checkpoints.load_snapshots(into, progress)
+    loaded = {path.name: (path / "policy.json").read_text() for path in into.iterdir()}
+    assert loaded == {"0": "0", "2": "2"}
