@@ -59,6 +59,15 @@ def test_types_of_parquet_that_mean_the_same(tmp_path: Path, import_logs: Import
     assert first.observations[2].tolist() == [0.5, 1.0]
 
 
+def test_a_type_without_a_unit_in_the_schema_is_refused(tmp_path: Path) -> None:
+    """Parquet stores it as an integer, whose unit is in Arrow's type alone."""
+    table = pa.Table.from_pylist(steps(duration=1))
+    column = table["duration"].cast(pa.duration("ms"))
+    table = table.set_column(table.column_names.index("duration"), "duration", column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    refused(r"duration must be number, got duration\[ms\]", tmp_path / "a.parquet")
+
+
 # -- LeRobot
 
 

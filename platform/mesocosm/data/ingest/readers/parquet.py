@@ -59,9 +59,8 @@ def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
 def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
     """(file, its columns with the types that they are read as).
 
-    The Arrow types of the columns are hidden: Arrow cannot read a null among fixed-size lists
-    (apache/arrow#35692: "Expected all lists to be of size=2"). Without them the same column is of
-    lists, which can be null.
+    The file is read without the Arrow types of its columns, as Arrow cannot read a null among
+    fixed-size lists (apache/arrow#35692: "Expected all lists to be of size=2").
     """
     try:
         with open_file(path) as raw:
@@ -70,9 +69,9 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
             raw.seek(-8 - size, os.SEEK_END)
             footer = raw.read(size + 8).replace(b"ARROW:schema", b"arrow-schema")
             metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+            types = [field.with_type(_plain(field.type)) for field in pq.read_schema(raw)]
             with pq.ParquetFile(raw if is_remote(path) else path, metadata=metadata) as file:
-                fields = [field.with_type(_plain(field.type)) for field in file.schema_arrow]
-                yield file, pa.schema(fields)
+                yield file, pa.schema(types)
     except (OSError, pa.ArrowException) as error:
         raise UsageError(
             f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again,"
@@ -81,10 +80,14 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
 
 
 def _plain(type: pa.DataType) -> pa.DataType:
+    if is_.is_dictionary(type):
+        return _plain(type.value_type)
     if is_.is_decimal(type):
         return pa.float64()
     if is_.is_struct(type):
         return pa.struct([field.with_type(_plain(field.type)) for field in type])
-    if is_.is_list(type):
+    if hasattr(type, "value_field"):  # lists of all kinds
         return pa.list_(type.value_field.with_type(_plain(type.value_type)))
-    return type
+    if type in (pa.large_string(), pa.string_view()):
+        return pa.string()
+    return pa.binary() if type in (pa.large_binary(), pa.binary_view()) else type

@@ -7,7 +7,7 @@ follow each other: record with batch_mode="complete_episodes".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -59,8 +59,11 @@ def _table(item: bytes, done: int) -> pa.Table | None:
     """One row per step. None for an episode without steps."""
     try:
         state = msgpack.unpackb(item, object_hook=_decoded, strict_map_key=False)
-        names = ("observations", "actions", "rewards")
-        observations, actions, rewards = (_items(state[name]) for name in names)
+        # A buffer begins with items of the part before (`lookback`).
+        buffers = [state[name] for name in ("observations", "actions", "rewards")]
+        observations, actions, rewards = (
+            _unstacked(buffer["data"])[int(buffer["lookback"]) :] for buffer in buffers
+        )
         length = len(rewards)
         if not length:
             return None
@@ -82,11 +85,6 @@ def _table(item: bytes, done: int) -> pa.Table | None:
         cause = f"{type(error).__name__}: {error}"
         fix = "record it with Ray 2.60's output_write_episodes"
         raise RowError(done, f"the episode cannot be read ({cause}); {fix}") from error
-
-
-def _items(buffer: Mapping[str, Any]) -> list[Any]:
-    """A buffer's items, without the repeated ones of the part before (`lookback`)."""
-    return _unstacked(buffer["data"])[int(buffer["lookback"]) :]
 
 
 def _unstacked(data: Any) -> list[Any]:
