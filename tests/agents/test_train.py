@@ -18,7 +18,7 @@ from mesocosm.agents.training import JOB
 from mesocosm.config import load
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.policies.policy import Policy
 from mesocosm.runs import tracking
@@ -199,7 +199,7 @@ def test_ppo_trained_in_the_world_gains_in_reality(
     for name in WHOLE[1:]:
         snapshot = collapsed.path / "snapshots" / str(best) / name
         assert (collapsed.path / name).read_bytes() == snapshot.read_bytes()
-    with pytest.raises(ArtifactError, match="does not hold weights of this network"):
+    with pytest.raises(UsageError, match="is of another network"):
         train_agent(agent_config(root, f"{init} model.fcnet_hiddens=[16]"))
 
 

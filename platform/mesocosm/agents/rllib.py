@@ -30,7 +30,7 @@ from mesocosm.agents import durations
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, Statistics
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
-from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
+from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.policies.heads import ActionMap, flat_space
 from mesocosm.policies.policy import Head, Layout, Policy, describe
 
@@ -276,15 +276,9 @@ def save_training(algorithm: Algorithm, folder: Path) -> None:
 
 
 def load_training(algorithm: Algorithm, folder: Path) -> None:
-    """Load the weights that `save_training` wrote. Raises ArtifactError for another network."""
+    """Load the weights that `save_training` wrote, which `check_init` has checked."""
     module = learner_of(algorithm).module[DEFAULT_MODULE_ID]
-    try:
-        module.load_state_dict(load_file(folder / TRAINING_STATE))
-    except (OSError, RuntimeError) as error:
-        raise ArtifactError(
-            f"init: {folder} does not hold weights of this network; use the same algo, model and"
-            f" spaces ({str(error).strip().splitlines()[0]})"
-        ) from error
+    module.load_state_dict(load_file(folder / TRAINING_STATE))
     _sync(algorithm)
 
 
