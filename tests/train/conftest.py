@@ -30,9 +30,12 @@ class Pretrained:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
-        ]
+        text = (self.folder / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def line(self, step: int) -> dict[str, Any]:
+        """The first line of `step`."""
+        return next(line for line in self.lines if line["step"] == step)
 
     @property
     def losses(self) -> dict[int, list[float]]:
@@ -49,10 +52,8 @@ class Pretrained:
 
 
 def _load(root: str, *overrides: str) -> PretrainConfig:
-    return load_config(
-        PretrainConfig,
-        overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides),
-    )
+    keys = (f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides)
+    return load_config(PretrainConfig, overrides=keys)
 
 
 def _pretrain(root: str, *overrides: str) -> Pretrained:

@@ -21,14 +21,8 @@ from mesocosm.store.artifacts import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 Make = Callable[..., Any]
-STEPS = (
-    "train.steps=12",
-    "train.checkpoint_every=4",
-    "train.validate_every=6",
-    "train.peak_flops=1e9",
-    "data.datasets=[cart,again]",
-    "data.block=1",
-)
+STEPS = ["train.steps=12", "train.checkpoint_every=4", "train.validate_every=6"]
+STEPS += ["train.peak_flops=1e9", "data.datasets=[cart,again]", "data.block=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,31 +41,21 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
 ) -> None:
     local = Storage(cart_root(tmp_path, 400, shard_rows=50))
     first = Dataset([local.artifact("datasets", "cart").path])
-    facts = {
-        "environment": first.environment,
-        "observation_space": first.observation_space,
-        "action_space": first.action_space,
-    }
-    episodes = [episode for episode in first.iter_episodes() if episode.index % 2]
+    names = ("environment", "observation_space", "action_space")
+    facts = {name: getattr(first, name) for name in names}
     bucket = Storage(f"{s3}/{tmp_path.name}")
-    for storage in (local, bucket):
-        storage.make(
-            "datasets",
-            "again",
-            {},
-            lambda to: (
-                write_dataset(to, episodes, id="again", seed=1, shard_rows=50, **facts) and None
-            ),
-        )
-    bucket.make(
-        "datasets",
-        "cart",
-        {},
-        lambda to: (
-            write_dataset(to, first.iter_episodes(), id="cart", seed=0, shard_rows=50, **facts)
-            and None
-        ),
-    )
+
+    def copy(storage: Storage, id: str, seed: int, episodes: list[Any]) -> None:
+        def fill(folder: Path) -> None:
+            write_dataset(folder, episodes, id=id, seed=seed, shard_rows=50, **facts)
+
+        storage.make("datasets", id, {}, fill)
+
+    episodes = list(first.iter_episodes())
+    odd = [episode for episode in episodes if episode.index % 2]
+    copy(local, "again", 1, odd)
+    copy(bucket, "again", 1, odd)
+    copy(bucket, "cart", 0, episodes)
     datasets = Dataset([local.artifact("datasets", id).path for id in ("cart", "again")])
     sizes = [datasets.shard_bytes(shard) for shard in range(len(datasets.shards))]
     most = 5 * max(sizes)
@@ -80,32 +64,26 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
     whole = pretrain(local.root, *options)
 
     for id in ("cart", "again"):
-        bucket.local_path("cache", "datasets", id).rename(tmp_path / f"away-{id}")
+        bucket.local_path("cache", "datasets", id).rename(tmp_path / f"moved-{id}")
     words = [
         f"storage.root={bucket.root}",
         *SMALL_WORLD,
         "train.lr=3e-3",
         *options,
         "train.workers=2",
+        "--json",
     ]
-    words += ["--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mesocosm", "pretrain", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "mesocosm", "pretrain", *words, "train.workers=2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     world = bucket.artifact("worlds", whole.artifact.id)
-    lines = map(
-        json.loads,
-        (bucket.read(f"runs/pretrain/{world.meta['run']}/metrics.jsonl") or b"").splitlines(),
-    )
+    metrics = bucket.read(f"runs/pretrain/{world.meta['run']}/metrics.jsonl") or b""
+    lines = map(json.loads, metrics.splitlines())
     losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-    assert losses == pytest.approx({step: of[0] for step, of in whole.losses.items()}, abs=1e-4)
-    cached = [
-        file for file in bucket.local_path("cache", "parts").rglob("shards/*/*") if file.is_file()
-    ]
-    assert cached and sum(file.stat().st_size for file in cached) <= most
+    expected = {step: values[0] for step, values in whole.losses.items()}
+    assert losses == pytest.approx(expected, abs=1e-4)
+    files = bucket.local_path("cache", "parts").rglob("shards/*/*")
+    cached = [file.stat().st_size for file in files if file.is_file()]
+    assert cached and sum(cached) <= most
     plain = pretrain(local.root, *STEPS)
     assert plain.artifact.id != whole.artifact.id and plain.losses != whole.losses

@@ -40,9 +40,8 @@ def group(one_rank: None) -> Iterator[None]:
 def start(resume_from: Path | None = None, **options: Any) -> Any:
     net = build(SPEC, MODEL)
     init_(net, 0)
-    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, resume_from)[
-        0
-    ]
+    train = TrainConfig(batch=4, precision="fp32", **options)
+    return engine.start(net, train, ALONE, resume_from)[0]
 
 
 def largest_change(running: Any, steps: int = 3) -> float:
@@ -53,10 +52,8 @@ def largest_change(running: Any, steps: int = 3) -> float:
     for _ in range(steps):
         running.backward(running(windows, base).objective)
         engine.step(running)
-    return max(
-        float((a - b).detach().abs().max())
-        for a, b in zip(running.module.parameters(), before, strict=True)
-    )
+    pairs = zip(running.module.parameters(), before, strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -77,33 +74,24 @@ def test_random_state_and_weights_are_restored() -> None:
     torch.manual_seed(12345)
     again = start(folder)
     assert torch.equal(torch.rand(5), following)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(again.module.parameters(), running.module.parameters(), strict=True)
-    )
-    assert largest_change(again) == largest_change(running), (
-        "the optimiser's moments are restored too"
-    )
+    pairs = zip(again.module.parameters(), running.module.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert largest_change(again) == largest_change(running), "the optimiser's moments are restored"
     shutil.rmtree(folder)
 
 
 def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
-    running = start()
-    whole, other = (
-        checkpoint.save_running(running, TrainingProgress(step=3, steps=9, world_size=2), rank)
-        for rank in range(2)
-    )
+    running, progress = start(), TrainingProgress(step=3, steps=9, world_size=2)
+    whole, other = (checkpoint.save_running(running, progress, rank) for rank in range(2))
     with pytest.raises(MesocosmError, match=r"file 'rank-00001\.json' is missing .*--force"):
         checkpoint.verify(whole)
     shutil.copytree(other, whole, dirs_exist_ok=True)
     checkpoint.verify(whole)
     shard = next((whole / "ds" / "ds").iterdir())
-    shard.write_bytes(b"stale")
-    with pytest.raises(MesocosmError, match=f"file 'ds/ds/{shard.name}' is missing or damaged"):
-        checkpoint.verify(whole)
-    (whole / "progress.json").write_text("{")
-    with pytest.raises(MesocosmError, match=r"file 'progress\.json' is missing or damaged"):
-        checkpoint.verify(whole)
+    for name, data in ((f"ds/ds/{shard.name}", b"stale"), ("progress.json", b"{")):
+        (whole / name).write_bytes(data)
+        with pytest.raises(MesocosmError, match=f"file '{name}' is missing or damaged"):
+            checkpoint.verify(whole)
     for folder in (whole, other):
         shutil.rmtree(folder)
 
@@ -122,9 +110,9 @@ def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
 def test_the_least_memory_follows_zeros_stage(
     options: dict[str, Any], workers: int, bytes_a_parameter: int
 ) -> None:
-    config = TrainConfig(**{"precision": "fp32", **options})
-    memory = engine.least_gib(2**30, config, workers, on_gpu=False)
-    assert memory == pytest.approx(bytes_a_parameter + workers * engine.PROCESS_GIB)
-    assert engine.least_gib(2**30, config, workers, on_gpu=True) == pytest.approx(
-        workers * engine.PROCESS_GIB
+    config, processes = TrainConfig(**{"precision": "fp32"} | options), workers * engine.PROCESS_GIB
+    memory, on_gpu = (
+        engine.least_gib(2**30, config, workers, on_gpu=on_gpu) for on_gpu in (False, True)
     )
+    assert memory == pytest.approx(bytes_a_parameter + processes)
+    assert on_gpu == pytest.approx(processes)
