@@ -144,8 +144,8 @@ class PretrainConfig(JobConfig):
         micro = t.workers * t.accumulate
         for key in ("batch", "events"):
             if (value := getattr(t, key)) % micro:
-                factors = f"train.workers={t.workers} x train.accumulate={t.accumulate}"
-                text = f"train.{key} must be a multiple of {micro} ({factors})"
+                factors = f"(train.workers={t.workers} x train.accumulate={t.accumulate})"
+                text = f"train.{key} must be a multiple of {micro} {factors}"
                 raise UsageError(f"{text}, got {value}")
 
 

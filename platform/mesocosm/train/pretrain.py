@@ -285,8 +285,8 @@ def _raise(error: BaseException, work: TrainWork) -> None:
         workers = f"train.workers={work.train.workers} of pretraining"
         ray_session.stuck(f"{workers} were not to be started in {STARTS + 1} attempts")
     last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-    limit = f"train.max_failures={work.train.max_failures} times"
-    text = f"pretraining's workers failed more than {limit}: {last[0]}"
+    most = work.train.max_failures
+    text = f"pretraining's workers failed more than train.max_failures={most} times: {last[0]}"
     raise MesocosmError(f"{text}; run again to resume") from error
 
 
