@@ -79,7 +79,7 @@ def test_the_same_command_again_does_nothing(cluster: Cluster, collected: dict[s
     ("arguments", "message"),
     [
         ("--cluster wrong", "http://127.0.0.1.* does not accept the token in .*other"),
-        ("--cluster test workers=99", "workers=99 asks for 99 CPUs and cluster 'test' has 4"),
+        ("--cluster test workers=99 lanes=99", "workers=99 asks for 99 CPUs .* 'test' has 4"),
         ("--cluster test reality.env=Nope-v0", "on cluster 'test': .*Nope-v0"),
         ("--cluster local", "--cluster local is this machine"),
         ("--cluster tset", "did you mean 'test'"),
