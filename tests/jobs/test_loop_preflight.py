@@ -222,7 +222,7 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, envs: None) -> Non
     facts = JOB.plan(cfg)
     assert facts["horizon"].startswith("8 steps: all 1 truncated")
     stages = {row["stage"]: row for row in facts["stages"]}
-    assert stages["judging"]["real steps"] == 80
+    assert stages["judge agents"]["real steps"] == 80
 
 
 def test_training_judging_and_baselines_of_a_loop_have_one_horizon(

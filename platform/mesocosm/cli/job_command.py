@@ -64,8 +64,9 @@ class JobCommand(click.Command):
         formatter.write("\nConfig keys and their defaults, by section:\n")
         schema = importlib.import_module(self.job.module).JOB.config
         for section, lines in describe(str(self.name), schema).items():
-            keys = "\n  ".join(lines)
-            formatter.write(f"\n{section}:\n  {keys}\n")
+            if lines:
+                keys = "\n  ".join(lines)
+                formatter.write(f"\n{section}:\n  {keys}\n")
 
 
 def _run_job(

@@ -66,14 +66,21 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         cfg, ready = plan.config, plan.ready
         check_port(cfg)
         price, horizon = cfg.reality.price, ready.warning
+        bought = (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
+        limit = cfg.reality.budget.steps
+        budget = (
+            f"{bought:,} of {'unlimited' if limit is None else f'{limit:,}'} steps, for collect"
+        )
+        budget += " and explore"
         if ready.horizon is not None:
             horizon = f"{ready.limit} steps: {ready.horizon.source}"
         return {
             "environment": cfg.reality.env,
             "rounds": cfg.rounds,
             "horizon": horizon,
-            "price": f"{price.per_step:g} {price.currency} a step, {price.per_reset:g} a reset;"
-            " below, only judging includes its resets",
+            "price": f"{price.per_step:g} {price.currency} a step, {price.per_reset:g} a reset, by"
+            " reality.price; the resets of collect, explore and baselines are not known yet",
+            "budget": budget,
             "stages": _stages(cfg, ready.limit),
         }
 
@@ -107,21 +114,23 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     price, agent, pretrain = cfg.reality.price, cfg.agent, cfg.pretrain
     trained = f"{pretrain.model.family} {pretrain.model.size}, {pretrain.train.steps} steps each"
     imagined = agent.iterations * agent.num_envs * agent.rollout
-    judged = suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds
-    judged += sum(map(model_free.judged, cfg.baselines))
+    episodes = {
+        "judge agents": suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds,
+        "judge baselines": sum(map(model_free.judged, cfg.baselines)),
+    }
     work = [  # stage, times, real steps, work
         ("collect", 0 if cfg.datasets else 1, cfg.collect.steps, ""),
         ("explore", cfg.rounds - 1, (cfg.rounds - 1) * cfg.explore.steps, ""),
         ("pretrain", cfg.rounds, 0, trained),
         ("train-agent", cfg.rounds, 0, f"{imagined:,} imagined steps each"),
         *((f"baseline {b.algo}", 1, b.steps, "") for b in cfg.baselines),
-        ("judging", cfg.rounds, judged * limit, f"{judged} episodes"),
+        *((name, int(n > 0), n * limit, f"{n} episodes") for name, n in episodes.items()),
     ]
     work = [row for row in work if row[1]]
     work.append(("total", 1, sum(row[2] for row in work), ""))
     rows = []
     for stage, times, steps, text in work:
-        resets = judged if stage in ("judging", "total") else 0
+        resets = sum(episodes.values()) if stage == "total" else episodes.get(stage, 0)
         amount = steps * price.per_step + resets * price.per_reset
         at_most = "" if stage in ("collect", "explore") else "at most "
         cost = f"{at_most}{amount:,.2f} {price.currency}" if steps else "-"

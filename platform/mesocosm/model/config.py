@@ -17,7 +17,7 @@ class ModelConfig:
     as PETS.
     """
     size: str = "30k"
-    """A rung of the ladder, 10k to 7b."""
+    """Parameters of the backbone and of one decoder: a rung of `model/ladder.py`, 10k to 7b."""
     members: int = 4
     """K: the number of decoders (sequence) or MLPs (ensemble). Each member has a base of its own
     and trains on its own subset of the episodes.

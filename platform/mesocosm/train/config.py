@@ -31,8 +31,8 @@ class DataConfig:
     to its share of the transitions.
     """
     block: int | None = None
-    """Shuffle the shards, then the windows within this many of them. A machine then holds at most
-    twice as many shards. Defaults to shuffling all windows.
+    """Shuffle within blocks of this many shards (files of a dataset), so that a machine holds at
+    most two blocks on its disk. Defaults to shuffling all data.
     """
     cache_gib: float | None = None
     """Size limit in GiB of a machine's cache of a remote root's shards, shared by all its jobs that
@@ -64,8 +64,8 @@ class TrainConfig:
     batch: int = 32
     """Windows a step, over all workers."""
     events: int = 64
-    """Single transitions a step, over all workers, for the termination network; terminals are
-    oversampled to a third of them.
+    """Single transitions per optimizer step, over all workers, for the termination network.
+    Terminals are oversampled to a third of them.
     """
     lr: float = 6e-3
     """Learning rate at the ladder's base width; see model/mup.py."""
