@@ -77,9 +77,16 @@ class Job(ABC, Generic[C, P]):
         """The id of an artifact: a hash of its kind, `parts`, the job's version and the schema."""
         return fingerprint(self.kind, *parts, VERSIONS[self.name], SCHEMA)
 
+    def preview(self, config: C) -> tuple[dict[str, Any], Resources]:
+        """The summary and resources of a config, without side effects. Raises UsageError as
+        `resolve` does.
+        """
+        plan = self.resolve(config, Storage(config.storage.root))
+        return self.summary(plan), self.resources(plan)
+
     def plan(self, config: C) -> dict[str, Any]:
-        """The summary of a config, without side effects. Raises UsageError as `resolve` does."""
-        return self.summary(self.resolve(config, Storage(config.storage.root)))
+        """The summary of a config, without side effects."""
+        return self.preview(config)[0]
 
     def run(self, config: C, run: Run) -> Artifact:
         """`resolve` a config and `execute` it."""

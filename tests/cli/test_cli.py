@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mesocosm.cli.main import main
+from mesocosm.jobs import import_logs
 from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -178,6 +179,21 @@ def test_a_dry_run_gives_size_and_price_and_does_nothing(root: str, command: Com
     plan = json.loads(command(*words.split()))
     assert plan["real steps"] == 500 and plan["price"] == "250 USD"
     assert not Path(root).exists()
+
+
+def test_a_dry_run_of_an_import_only_reads(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`resolve` would download Minari's datasets, and read all files for their checksums."""
+    monkeypatch.setattr(import_logs.JOB, "resolve", None)
+    row = {"episode": 0, "observation": 0.5, "action": 0, "reward": 1.0}
+    rows = [row | {"step": t, "terminated": t == 2, "truncated": False} for t in range(3)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = json.loads(command("import", str(path), "--dry-run", "--json"))
+    assert plan["transitions"] == 2
+    message = command("import", str(path), "--dry-run", "workers=100000", status=2)
+    assert "workers=100000 asks for 100000 CPUs" in message
 
 
 def test_collect_by_the_command_line(command: Command) -> None:

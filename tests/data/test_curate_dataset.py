@@ -107,6 +107,8 @@ def test_a_dry_run_reports_and_writes_nothing(
         assert [row[column] for row in account[name]] == expected
     assert main(command) == 0
     assert "exact_duplicates" in capsys.readouterr().out
+    assert main([*command, "workers=100000"]) == 2
+    assert "workers=100000 asks for 100000 CPUs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

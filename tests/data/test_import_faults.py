@@ -175,6 +175,13 @@ def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(
     assert (rest["episodes left out"], rest["episodes"], rest["transitions"]) == (1, 2, 9)
 
 
+def test_the_first_integer_without_an_exact_float_is_dropped(tmp_path: Path) -> None:
+    for huge, episodes in ((2**53, 3), (2**53 + 1, 2)):
+        rows = changed(each(steps(), next_observation=0, observation=1), 1, observation=huge)
+        plan = planned(jsonl(tmp_path / "a.jsonl", without(rows, "next_observation")), bad="drop")
+        assert plan["episodes"] == episodes
+
+
 def test_huge_values_of_a_task(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", steps(task={"mass": 1e300}))
     refused(r"row 1: task.mass .*float32.* got 1e\+300 at step 0 of episode 0", path)

@@ -21,7 +21,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.store.artifacts import Artifact
 
-from .logs import columns, each, parquet, planned, refused, report, steps, warns, without
+from .logs import columns, each, jsonl, parquet, planned, refused, report, steps, warns, without
 
 Import = Callable[..., Artifact]
 Column = Callable[[int, int, bool], Any]
@@ -66,6 +66,19 @@ def test_a_type_without_a_unit_in_the_schema_is_refused(tmp_path: Path) -> None:
     table = table.set_column(table.column_names.index("duration"), "duration", column)
     pq.write_table(table, tmp_path / "a.parquet")
     refused(r"duration must be number, got duration\[ms\]", tmp_path / "a.parquet")
+
+
+def test_what_is_wrong_with_a_file_of_parquet(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", steps())
+    path.write_bytes(path.read_bytes()[:-20])
+    refused("cannot be read as Parquet .*magic bytes not found in footer", path)
+    path.write_bytes(b"abc")
+    refused("cannot be read as Parquet .*smaller than the minimum", path)
+
+
+def test_a_name_with_the_characters_of_a_pattern(tmp_path: Path) -> None:
+    jsonl(tmp_path / "run1.jsonl", steps())
+    assert planned(jsonl(tmp_path / "run[1].jsonl", steps((2,))))["transitions"] == 2
 
 
 # -- LeRobot

@@ -21,7 +21,8 @@ from mesocosm.config import load
 from mesocosm.datasets.dataset import Environment, write_dataset
 from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.envs.make import EnvFacts
-from mesocosm.errors import UsageError
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.evaluate.report.report import Stage
 from mesocosm.evaluate.suite import TooFewPolicies
 from mesocosm.jobs import loop_preflight
 from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
@@ -223,6 +224,9 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, envs: None) -> Non
     assert facts["horizon"].startswith("8 steps: all 1 truncated")
     stages = {row["stage"]: row for row in facts["stages"]}
     assert stages["judge agents"]["real steps"] == 80
+    nothing = ["rounds=1", "reality.budget.steps=0"]
+    cfg = loop(root, "reality.env=preflight_envs:Base", "datasets=[own]", *nothing)
+    assert "collect" not in {row["stage"] for row in JOB.plan(cfg)["stages"]}, "nor is it priced"
 
 
 def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
@@ -234,7 +238,7 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     cfg = loop(root, "baselines=[{}]", "evaluate.graded=1")
     horizons: dict[str, Any] = {}
 
-    def stage(self: _Loop, job: Any, config: Any, round: int = 0, name: str = "") -> None:
+    def stage(self: _Loop, job: Any, config: Any, *unused: Any, **rest: Any) -> None:
         horizons[job.name] = config.horizon if job.name == "train-agent" else config.reality.horizon
         if job.name == "evaluate":
             horizons["graded"] = [*horizons.get("graded", []), config.graded]
@@ -261,6 +265,30 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
             expected = dict.fromkeys(("train-agent", "evaluate", "baseline"), horizon)
             assert horizons == expected | {"graded": [1, 0]}
     assert "policies are not compared" in (run.folder / "log.txt").read_text()
+
+
+def test_what_stops_a_deployment_after_real_steps_is_a_failure(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a wrong use: those steps were paid for."""
+
+    def deploy(config: Any) -> None:
+        raise UsageError("the world is gone")
+
+    monkeypatch.setattr("mesocosm.jobs.loop.deploy", deploy)
+    logs(root, "data", "truncated")
+    cfg = loop(root)
+    facts = EnvFacts(Discrete(2), Discrete(2), "version", 100)
+    with tracking.start("loop", cfg, quiet=True) as run:
+        ready = Ready([], facts, None)
+        stages = _Loop(JOB, LoopPlan(config=cfg, inputs={}, facts={}, id="", ready=ready), run)
+        dataset = run.storage.artifact("datasets", "data")
+        with pytest.raises(UsageError, match=r"^the world is gone"):
+            stages.train_agent(0, dataset, None)
+        stages.stages.append(Stage("collect", 1.0, 1))
+        with pytest.raises(MesocosmError, match=r"^train-agent: the world is gone") as error:
+            stages.train_agent(0, dataset, None)
+        assert not isinstance(error.value, UsageError)
 
 
 def test_a_loop_states_what_each_stage_needs(root: str) -> None:

@@ -25,6 +25,7 @@ from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
 from mesocosm.scaling.grid import Grid, lay_out
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.store.artifacts import Storage
 from mesocosm.train.prepare import step_flops
 from mesocosm.train.pretrain import JOB as PRETRAIN
 
@@ -138,7 +139,10 @@ def test_large_cells_are_pretrain_jobs(
     grid = grid_of("large=20000")
     assert {cell.size: cell.large for cell in grid.cells} == {"10k": False, "30k": True}
     assert {t.model.size: t.large for t in grid.trunks(grid.cells)} == {"10k": False, "30k": True}
-    cell, config = grid.cells[-1], sweep_of(cart_root(tmp_path))
+    cell, config = grid.cells[-1], sweep_of(root := cart_root(tmp_path))
+    for large, trunks in ((20_000, 1), (1, 0)):  # large cells take the CPUs that are free
+        plan = SWEEP_JOB.resolve(replace(config, large=large), Storage(root))
+        assert SWEEP_JOB.resources(plan) == {"concurrent=2": (trunks, 0)}
     options = config.training(cell.steps, cell.warmup, cell.decay, "fp32")
     summary = PRETRAIN.plan(config.pretraining(cell.size, cell.seed, 200, options))
     expected = {"params": cell.params, "steps": cell.steps, "unique": 200}

@@ -24,7 +24,6 @@ from mesocosm.cluster.submit import MARK
 from mesocosm.config import JobConfig, RayConfig
 from mesocosm.jobs.registry import JOBS
 from mesocosm.runs import tracking
-from mesocosm.store.artifacts import Storage
 
 
 def report(job: str | None) -> dict[str, Any]:
@@ -47,11 +46,9 @@ def report(job: str | None) -> dict[str, Any]:
         facts[check.name] = {"ok": check.ok, "said": tracking.redact(check.found), "fix": check.fix}
     if declared is not None:
         try:
-            plan = declared.resolve(loaded, Storage(loaded.storage.root))
-            facts["plan"] = declared.summary(plan)
+            facts["plan"], needs = declared.preview(loaded)
             facts["needs"] = [
-                {"key": key, "cpus": cpus, "gpus": gpus}
-                for key, (cpus, gpus) in declared.resources(plan).items()
+                {"key": key, "cpus": cpus, "gpus": gpus} for key, (cpus, gpus) in needs.items()
             ]
         except Exception as error:
             message = tracking.redact(" ".join(str(error).split()))

@@ -105,13 +105,13 @@ def _run_job(
         if as_json:
             output.facts(facts, as_json)
         return 1 if follow and facts["state"] != "SUCCEEDED" else 0
-    plan = job.resolve(loaded, Storage(loaded.storage.root))
     if dry_run:
-        facts = job.summary(plan)
-        if cluster is None and (resources := job.resources(plan)):
+        facts, resources = job.preview(loaded)
+        if cluster is None and resources:
             preflight.check_resources(loaded, resources)
         output.facts(facts, as_json)
         return 0
+    plan = job.resolve(loaded, Storage(loaded.storage.root))
     with tracking.start(name, loaded, id=os.environ.get(JOB), quiet=as_json) as run:
         tracking.replay_in_background(loaded)
         try:

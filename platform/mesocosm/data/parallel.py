@@ -28,6 +28,11 @@ def worker_count(workers: int | None, size: int, ray_config: RayConfig) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def resources(workers: int | None) -> dict[str, tuple[float, float]]:
+    """`Job.resources` of `workers`; the default asks for none."""
+    return {f"workers={workers}": (workers, 0)} if workers else {}
+
+
 def ordered(
     function: Callable[[T], Iterable[R]], items: Sequence[T], workers: int, ray_config: RayConfig
 ) -> Iterator[R]:

@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 
 from mesocosm import checks
 from mesocosm.config import JobConfig, identity
+from mesocosm.data import parallel
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import Scan, size
 from mesocosm.data.curation.table import EpisodeTable
-from mesocosm.data.parallel import worker_count
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import ARRAYS, OUTCOMES, SPLITS
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.errors import UsageError
-from mesocosm.job import Job, Plan
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -142,6 +142,9 @@ class Curate(Job[CurateConfig, Curation]):
             **{name: rows for name, rows in optional.items() if rows},
         }
 
+    def resources(self, plan: Curation) -> Resources:
+        return parallel.resources(plan.config.workers)
+
     def make(self, plan: Curation, run: Run) -> Artifact:
         cfg = plan.config
         with run.progress("curate") as update:
@@ -201,7 +204,7 @@ def _curate(
 ) -> tuple[EpisodeTable, dict[str, Any]]:
     """Run the operations. Returns the table and the report."""
     cfg, dataset = plan.config, Dataset([artifact.path for artifact in plan.datasets])
-    workers = worker_count(workers, size(dataset), cfg.ray)
+    workers = parallel.worker_count(workers, size(dataset), cfg.ray)
     table = EpisodeTable(dataset, cfg.seed)
     scan = Scan(dataset, cfg.storage.root, workers, cfg.ray, progress)
     entries = work(table, scan, plan.operations, say)

@@ -28,7 +28,7 @@ from mesocosm.data.ingest.readers.files import sha256, stamp
 from mesocosm.data.ingest.report import ImportTally, Inspection
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
-from mesocosm.data.parallel import ordered, worker_count
+from mesocosm.data.parallel import ordered, resources, worker_count
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import SpaceCodec, check_spaces
@@ -36,7 +36,7 @@ from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest
-from mesocosm.job import Job, Plan
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -95,15 +95,17 @@ class ImportLogs(Job[ImportConfig, Import]):
         if cfg.reality.success is not None:
             parse_success(cfg.reality.success)
 
-    def plan(self, config: ImportConfig) -> dict[str, Any]:
-        """The dataset that `run` would make. Reads the logs here, and remote ones in place."""
+    def preview(self, config: ImportConfig) -> tuple[dict[str, Any], Resources]:
+        """The dataset that `run` would make. Reads the logs here, and remote ones in place:
+        `resolve` would download Minari's and take the checksums of all.
+        """
         self.check(config)
         files = sources(config.paths, fetch=False)
         inspection = _inspect(config, files, 0, lambda rows: None)
         report = inspection.report()
         counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
         optional = {"left out": report["left_out"], "warnings": report["warnings"]}
-        return {
+        summary = {
             "environment": config.reality.env or "none given: the spaces are inferred",
             "files": len(files),
             **{name.replace("_", " "): value for name, value in counts.items()},
@@ -113,6 +115,7 @@ class ImportLogs(Job[ImportConfig, Import]):
             "columns": report["columns"],
             **{name: rows for name, rows in optional.items() if rows},
         }
+        return summary, resources(config.workers)
 
     def resolve(self, config: ImportConfig, storage: Storage) -> Import:
         self.check(config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,14 +206,17 @@ class _Loop:
 
     def train_agent(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
         cfg = self.cfg
-        if not self.served and cfg.agent.backend == "serve":
-            deploy(replace(fill(cfg.serve, cfg, round), world=world.id, name=self.app))
-            self.served = True
+
+        def serve() -> None:
+            if not self.served and cfg.agent.backend == "serve":
+                deploy(replace(fill(cfg.serve, cfg, round), world=world.id, name=self.app))
+                self.served = True
+
         config = replace(fill(cfg.agent, cfg, round), world=world.id, app=self.app)
         if former is not None and cfg.warm_start:
             config.init = former.name
         config.horizon = config.horizon or self._reality().horizon
-        return self._stage(agents.JOB, config, round)
+        return self._stage(agents.JOB, config, round, first=serve)
 
     def evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
         cfg, storage = self.cfg, self.run.storage
@@ -267,11 +271,17 @@ class _Loop:
         return replace(reality, horizon=UNKNOWN)
 
     def _stage(
-        self, job: Job[Any, Any], config: JobConfig, round: int | None = None, name: str = ""
+        self,
+        job: Job[Any, Any],
+        config: JobConfig,
+        round: int | None = None,
+        name: str = "",
+        first: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """Run a job as a child of this run, and record the time that making its artifact took."""
+        """Run a job as a child of this run, after `first`, and record the time that both took."""
         name, began = name or job.name, time.monotonic()
         try:
+            first()
             with self.run.child(job.name, config) as child:
                 artifact = job.run(config, child)
         except suite.TooFewPolicies:

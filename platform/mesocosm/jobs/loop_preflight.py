@@ -6,13 +6,14 @@ They take no real step. A loop that fails later has wasted the steps of a round.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesocosm.agents import training as agents
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.datasets.manifest import Manifest, current_id
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set, suite
@@ -98,7 +99,10 @@ def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
 def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
     """The environment, its spaces, and every behaviour that does not wait for an agent."""
     with stage("collect"):
-        facts = collect.JOB.resolve(fill(cfg.collect, cfg, 0), storage).environment
+        block = fill(cfg.collect, cfg, 0)
+        # `check` has compared the budget with the steps that will be collected.
+        block.reality = replace(block.reality, budget=BudgetConfig())
+        facts = collect.JOB.resolve(block, storage).environment
     if cfg.rounds > 1:
         named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
         with stage("explore"):

@@ -83,7 +83,8 @@ class Sweep(Job[SweepConfig, SweepPlan]):
         return {"sweep": f"laws/{plan.id}"} | plan.grid.summary(done)
 
     def resources(self, plan: SweepPlan) -> Resources:
-        at_once = min(plan.config.concurrent, len(plan.grid.trunks(plan.grid.cells)))
+        small = plan.grid.trunks(cell for cell in plan.grid.cells if not cell.large)
+        at_once = min(plan.config.concurrent, len(small))
         return {f"concurrent={plan.config.concurrent}": (at_once, 0)}
 
     def make(self, plan: SweepPlan, run: Run) -> Artifact:

@@ -209,7 +209,8 @@ class _CheckedRows:
         if kind == "f":
             self._check_elements(leaf, flat, mask, ~np.isfinite(flat), "not finite", "finite")
         if kind in "fiu" and values.dtype.itemsize == 8:
-            limit, most = (float(EXACT), "within 2**53")
+            limit: float = EXACT  # an int: as a float, 2**53 + 1 would equal it
+            most = "within 2**53"
             if kind == "f":
                 limit, most = FLOAT32, "within 3.4e38 (worlds compute in float32)"
             beyond = (flat > limit) | (flat < -limit)

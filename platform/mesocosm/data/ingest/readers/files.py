@@ -69,8 +69,10 @@ def expand(word: str, suffixes: Sequence[str]) -> list[str]:
         paths = [REMOTE + name for name in client.find(word)]
     elif os.path.isdir(word):
         paths = [str(path) for path in Path(word).rglob("*") if path.is_file()]
+    elif os.path.isfile(word):  # a name may have a pattern's characters, as part[1].jsonl
+        return [word]
     else:
-        return sorted_naturally(glob.glob(word, recursive=True)) or [word] * os.path.isfile(word)
+        return sorted_naturally(glob.glob(word, recursive=True))
     return sorted_naturally(
         path
         for path in paths

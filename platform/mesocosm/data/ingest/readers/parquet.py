@@ -64,12 +64,14 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
     """
     try:
         with open_file(path) as raw:
+            # First, as it says what is wrong with a file that is cut or of another format.
+            schema = pq.read_schema(raw)
             raw.seek(-8, os.SEEK_END)
             size = int.from_bytes(raw.read(4), "little")
             raw.seek(-8 - size, os.SEEK_END)
             footer = raw.read(size + 8).replace(b"ARROW:schema", b"arrow-schema")
             metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-            types = [field.with_type(_plain(field.type)) for field in pq.read_schema(raw)]
+            types = [field.with_type(_plain(field.type)) for field in schema]
             with pq.ParquetFile(raw if is_remote(path) else path, metadata=metadata) as file:
                 yield file, pa.schema(types)
     except (OSError, pa.ArrowException) as error:
