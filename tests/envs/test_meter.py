@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
 import threading
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from factories import wait_until
 
 from mesocosm.envs.config import BudgetConfig, DrawnOption, PriceConfig, RealityConfig
 from mesocosm.envs.episode import EpisodeError, episode_seed
-from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.ledger import Ledger, Reservation
 from mesocosm.envs.make import make_env
 from mesocosm.envs.meter import Meter, MeteredEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, MesocosmError
@@ -74,6 +75,24 @@ def test_the_budget_is_met_exactly_and_never_passed(user_module: None, root: str
     assert totals.spent == 37 and totals.remaining == 0 and totals.unconfirmed == ()
     with pytest.raises(BudgetSpent):
         env.reset(seed=1)
+
+
+def test_steps_count_once_when_ctrl_c_comes_while_a_block_is_reserved(
+    user_module: None, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = opened(root)
+    env, reserve = metered(ledger, block=4), ledger.reserve
+    take(env, 4)
+
+    def interrupted(*words: Any, **options: Any) -> Reservation:
+        signal.raise_signal(signal.SIGINT)
+        return reserve(*words, **options)
+
+    monkeypatch.setattr(ledger, "reserve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(STILL)
+    env.close()
+    assert ledger.totals().steps == env.meter.steps == 4 and ledger.totals().unconfirmed == ()
 
 
 def test_the_limit_of_a_meter_reserves_no_more(user_module: None, root: str) -> None:

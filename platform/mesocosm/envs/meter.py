@@ -139,12 +139,13 @@ class Meter:
                     holder=self.holder,
                     confirming=usage,
                 )
+                # Before a signal: `close` would confirm what was used once more.
+                if not self.deferred:
+                    self._used = (0, 0, 0.0)
         except BudgetSpent:
             if not self.deferred:
                 self._release()
             raise
-        if not self.deferred:
-            self._used = (0, 0, 0.0)
         now = time.monotonic()
         self._cost_s, self._grown = now - began, (block, self.steps, now)
 
