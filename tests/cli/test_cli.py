@@ -39,6 +39,15 @@ def command(root: str, capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+@pytest.mark.parametrize("words", [[], ["data"]])
+def test_without_a_command_the_help_is_printed(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("Usage: mesocosm") and not err
+
+
 def test_an_unknown_command_or_option_gets_the_nearest(command: Command) -> None:
     assert "Did you mean 'pretrain'?" in command("pretrian", status=2)
     message = command("collect", "--dry-rum", status=2)

@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         sys.stdout.flush()  # a closed pipe raises here, not at exit
         except click.exceptions.Exit as end:  # --help, --version
             return end.exit_code
+        except click.exceptions.NoArgsIsHelpError as error:
+            print(error.format_message())
+            return 2
         except BrokenPipeError:  # `mesocosm data list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
@@ -99,8 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: BaseException) -> tuple[int, str]:
     """The exit status and the message of an error."""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return 2, error.format_message()
     if isinstance(error, click.UsageError):
         message = " ".join(error.format_message().split())
         command = error.ctx.command_path if error.ctx else "mesocosm"
