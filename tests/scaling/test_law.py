@@ -84,6 +84,10 @@ def test_paths_that_cannot_be_read_or_written(law: Law, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="the law cannot be written"):
         law.write(tmp_path / "file" / "law.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="the law cannot be written"):
+        law.write(tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 @pytest.mark.parametrize(

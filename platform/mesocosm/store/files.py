@@ -50,7 +50,12 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file durably. A reader sees the old or the new content, also after a crash."""
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     write_synced(temporary, data)
-    replace(temporary, path)
+    try:
+        replace(temporary, path)
+    except OSError:  # `path` is a folder
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def replace(source: str | Path, target: str | Path) -> None:
