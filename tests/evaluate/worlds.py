@@ -18,10 +18,11 @@ from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
+from mesocosm.model.carry import StepOut
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import WindowLosses
 from mesocosm.model.spec import Parts, Windows
-from mesocosm.model.world import StepOut, World
+from mesocosm.model.world import World
 from mesocosm.policies.policy import RandomPolicy
 
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)

@@ -8,9 +8,10 @@ from torch import Tensor
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
+from mesocosm.model.groups import MemberGroups
 from mesocosm.model.mup import init_
-from mesocosm.model.net import WorldNet
-from mesocosm.model.spec import Parts, Spec, Transition
+from mesocosm.model.net import BaseOut, WorldNet
+from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
 torch.set_num_threads(1)
 
@@ -40,6 +41,26 @@ def repeated(transition: Transition, rows: int) -> Transition:
     index = torch.zeros(rows, dtype=torch.int64)
     parts = transition.observation, transition.action, transition.task
     return Transition(*(part[index] for part in parts))
+
+
+def draw(
+    net: WorldNet,
+    features: Tensor | None,
+    token: Transition,
+    base: BaseOut,
+    member: Tensor,
+    keys: Tensor,
+) -> Outcome:
+    """`net.draw` for rows [B], each by its own member; `base` is of all members."""
+    groups = MemberGroups(member, net.members)
+    change = base.change[member, torch.arange(len(member))]
+    drawn = net.draw(
+        None if features is None else groups.split(features),
+        groups.split_transition(token),
+        BaseOut(groups.split(change), base.scale),
+        groups.split(keys),
+    )
+    return Outcome(groups.join_parts(drawn.observation), groups.join(drawn.duration))
 
 
 def random_nets(spec: Spec, config: ModelConfig) -> tuple[WorldNet, Base]:

@@ -16,13 +16,15 @@ from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
+from mesocosm.model.carry import Carry, Context, StepOut
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.groups import MemberGroups
 from mesocosm.model.net import BaseOut
 from mesocosm.model.sequence import Sequence
 from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, TextSpan, Transition
-from mesocosm.model.world import Carry, Context, StepOut, World
+from mesocosm.model.world import World
 
-from .nets import random_nets
+from .nets import draw, random_nets
 
 B, W = 5, 8
 SPEC = Spec(
@@ -104,21 +106,108 @@ def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
         assert torch.allclose(a, b, atol=1e-4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
 @torch.inference_mode()
-def test_a_drawn_step_disagrees_as_the_same_step_would_if_it_were_logged() -> None:
-    """The slot-by-slot decoder and the parallel one agree on what each member expects."""
-    world = make_world()
+def test_a_drawn_step_is_possible(family: str) -> None:
+    world = make_world(family)
     carry = begin(world)
     token = Transition(carry.observation, actions(0), carry.task)
     features = world.net.advance(world.net.new_cache(B), 0, carry.start_column, token)
-    base = base_out(world, token)
-    draw = world.net.draw(features, token, base, carry.member, rng.keys(3, torch.arange(B), 0, 0))
-    outcome = Outcome(draw.observation, draw.duration)
+    base, keys = base_out(world, token), rng.keys(3, torch.arange(B), 0, 0)
+    outcome = draw(world.net, features, token, base, carry.member, keys)
     log_prob, duration = world.net.log_prob(features, token, outcome, base)
-    assert (log_prob <= 0).all() and duration is not None and (duration <= 0).all()
-    logged = world.net.disagreement(features, token, outcome, base)
-    assert (draw.disagreement > 0).all()
-    assert torch.allclose(draw.disagreement, logged, rtol=1e-3, atol=1e-5)
+    mine = log_prob[carry.member, torch.arange(B)]
+    assert torch.isfinite(mine).all() and (log_prob <= 0).all()
+    assert duration is not None and (duration <= 0).all()
+
+
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_a_row_is_imagined_by_its_own_member(family: str) -> None:
+    """The same trajectories as where every row has that member, and whether or not the others are
+    asked for their disagreement.
+    """
+    world = make_world(family)
+    first = begin(world)
+    assert len(first.member.unique()) > 1
+    carry, quiet = first, begin(world)
+    alone = [replace_member(world, begin(world), k) for k in range(world.config.members)]
+    for step in range(W + 2):
+        carry, out = advance(world, carry, step)
+        keys = rng.keys(3, torch.arange(B), 0, step)
+        quiet, silent = world.step(quiet, actions(step, world.spec), keys, disagreement=False)
+        assert out.disagreement is not None and (out.disagreement > 0).all()
+        assert silent.disagreement is None
+        assert torch.equal(silent.observation.numbers, out.observation.numbers)
+        assert torch.equal(silent.reward, out.reward)
+        for k, each in enumerate(alone):
+            alone[k], expected = advance(world, each, step)
+            rows = first.member == k
+            assert torch.equal(
+                out.observation.categories[rows], expected.observation.categories[rows]
+            )
+            for name in ("reward", "p_terminated", "duration"):
+                actual, other = getattr(out, name)[rows], getattr(expected, name)[rows]
+                assert torch.allclose(actual, other, atol=1e-4), name
+            numbers = out.observation.numbers[rows], expected.observation.numbers[rows]
+            assert torch.allclose(*numbers, atol=1e-4)
+
+
+def replace_member(world: World, carry: Carry, k: int) -> Carry:
+    """The carry with member k in every row."""
+    return world.begin(carry.task, carry.observation, torch.full((B,), k))
+
+
+@pytest.mark.parametrize("members", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4, 17])
+def test_groups_join_what_they_split(members: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    member = torch.randint(members, (rows,), generator=generator)
+    groups, x = MemberGroups(member, members), torch.randn(rows, 2, generator=generator)
+    split = groups.split(x)
+    assert torch.equal(groups.join(split), x)
+    number = torch.arange(members).unsqueeze(1).expand(split.shape[:2])
+    assert torch.equal(groups.join(number), member)
+
+
+def test_a_predicted_step_is_the_mean_of_drawn_ones_and_differentiable() -> None:
+    spec = Spec(
+        PartSpec(3, (1e-3,) * 3), PartSpec(2, (1e-3,) * 2), PartSpec(1, (1e-3,)), terminal_rate=0.1
+    )
+    world = make_world("ensemble", spec)
+    rows = 4000
+    one = begin(world)
+    index = torch.zeros(rows, dtype=torch.int64)
+    carry = world.begin(one.task[index], one.observation[index], one.member[index])
+    action = actions(0, spec)[index]
+    _, out = world.step(carry, action, rng.keys(5, torch.arange(rows), 0, 0))
+    groups = MemberGroups(one.member[:1], world.config.members)
+    observation = Parts(one.observation.numbers[:1].clone(), one.observation.categories[:1].clone())
+    chosen = Parts(action.numbers[:1].clone().requires_grad_(), action.categories[:1])
+    task = Parts(one.task.numbers[:1].clone(), one.task.categories[:1].clone())
+    numbers, reward, p = world.predict(observation, chosen, task, groups)
+    drawn = out.observation.numbers
+    error = drawn.std(0) / rows**0.5
+    assert ((drawn.mean(0) - numbers[0].detach()).abs() < 5 * error + 1e-4).all()
+    assert reward.shape == p.shape == (1,)
+    gradient = torch.autograd.grad(numbers.sum() + reward.sum(), chosen.numbers)[0]
+    nudge = torch.tensor([[1e-2, 0.0]])
+
+    def value(shift: torch.Tensor) -> float:
+        with torch.no_grad():
+            moved = Parts(chosen.numbers + shift, chosen.categories)
+            numbers, reward, _ = world.predict(observation, moved, task, groups)
+        return float(numbers.sum() + reward.sum())
+
+    slope = (value(nudge) - value(-nudge)) / 2e-2
+    assert slope == pytest.approx(float(gradient[0, 0]), rel=0.05, abs=1e-3)
+
+
+def test_a_world_with_history_or_categories_predicts_nothing() -> None:
+    for family in ("sequence", "ensemble"):
+        world = make_world(family)
+        carry = begin(world)
+        with pytest.raises(ValueError, match="family"):
+            world.predict(carry.observation, actions(0), carry.task, carry.groups)
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.rng import left_out, member_mask
-from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.spec import Parts, PartSpec, Spec, Transition
 
 MAX_CARDINALITY = 16
 """Category slots with more values (text) do not enter the base."""
@@ -82,8 +82,17 @@ class Base(nn.Module):
             return observation.numbers.new_zeros(self.members, *lead, self.spec.observation.numbers)
         x = self.features(observation, action, task)
         x = x.reshape(-1, x.shape[-1]).expand(self.members, -1, -1)
-        change = torch.baddbmm(_mlp(self.mlp, x) * self.scale, x, self.ridge)
+        change = self._change(x)
         return change.reshape(self.members, *lead, change.shape[-1])
+
+    def of_groups(self, token: Transition) -> Tensor:
+        """[K, M, n] float32: the same of `token` [K, M], where each member has its own rows."""
+        if not self.enabled:
+            return torch.zeros_like(token.observation.numbers)
+        return self._change(self.features(token.observation, token.action, token.task))
+
+    def _change(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(_mlp(self.mlp, x) * self.scale, x, self.ridge)
 
     @staticmethod
     @torch.no_grad()

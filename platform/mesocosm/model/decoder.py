@@ -225,72 +225,64 @@ class Decoder(nn.Module):
     # One slot after another: the values are drawn.
 
     def draw(
-        self,
-        context: Tensor | None,
-        scale: Scale,
-        member: Tensor,
-        keys: Tensor,
-        now: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Sample all slots; row i draws from `member[i]` with `keys[i]`. Later slots read the
-        numbers, plus `now` [N, n].
+        self, context: Tensor | None, scale: Scale, keys: Tensor, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample all slots of K groups of M rows, by each member for its own group.
+
+        Args:
+            context: [K, M, inputs], or None for the start model.
+            scale: Its shift is [K, M, n].
+            keys: [K, M] int64.
+            now: [K, M, n]: later slots read `now` + numbers; by default the numbers alone.
 
         Returns:
-            numbers [N, n] in the units of `scale`, categories [N, m], and every member's
-            expectations of each slot, given the sample before it, as `expected` returns them.
+            numbers [K, M, n] in the units of `scale`, categories [K, M, m].
         """
-        k, n, s = self.members, len(keys), self.slots
-        u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
-        rows = member * n + torch.arange(n, device=u.device)
+        (k, m), s = keys.shape, self.slots
+        u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(k, m, s, 2)
         quantiles = torch.logit(u[..., 1])
         bins, offsets = self.bins(scale.scale) / scale.scale, self.offsets(u)
-        shift = scale.shift.flatten(0, 1).index_select(0, rows)
+        members = torch.arange(k, device=u.device).unsqueeze(1)
         x0 = self.slot.unsqueeze(2)
         if self.project is not None:
             x0 = x0 + self.project(context).unsqueeze(1)
         blocks = cast(list[SlotBlock], list(self.blocks))
-        caches = [x0.new_empty(2, s, k, n, block.heads, block.head) for block in blocks]
-        numbers = u.new_empty(n, self.part.numbers)
-        categories = member.new_empty(n, len(self.part.categories))
-        params, probabilities = [], []
+        caches = [x0.new_empty(2, s, k, m, block.heads, block.head) for block in blocks]
+        numbers = u.new_empty(k, m, self.part.numbers)
+        categories = keys.new_empty(k, m, len(self.part.categories))
         value: Tensor | None = None
         for slot, (kind, j) in enumerate(self.order):
-            x = x0[:, slot].expand(k, n, -1) if value is None else x0[:, slot] + value
+            x = x0[:, slot].expand(k, m, -1) if value is None else x0[:, slot] + value
             for block, cache in zip(blocks, caches, strict=True):
                 x = block.step(x, cache, slot)
             x = self.norm(x)
             last = slot + 1 == s
             if kind == "number":
                 assert self.density is not None and self.density_bias is not None
-                params.append(self.density(x).float() + self.density_bias[:, j : j + 1])
-                m = density.mixture(params[-1].flatten(0, 1).index_select(0, rows), bins[j])
-                r = density.sample(m, u[:, slot, 0], quantiles[:, slot])
-                numbers[:, j] = number = torch.addcmul(shift[:, j], r, scale.scale[j])
+                params = self.density(x).float() + self.density_bias[:, j : j + 1]
+                mixture = density.mixture(params, bins[j])
+                r = density.sample(mixture, u[:, :, slot, 0], quantiles[:, :, slot])
+                number = torch.addcmul(scale.shift[..., j], r, scale.scale[j])
+                numbers[..., j] = number
                 if self.value is not None and not last:
-                    seen = (number - scale.shift[:, :, j]) / scale.scale[j]
-                    features = value_features(seen, number if now is None else number + now[:, j])
+                    features = value_features(r, number if now is None else number + now[..., j])
                     value = torch.bmm(features.to(self.value.dtype), self.value[j])
             else:
                 assert self.logits is not None and self.logits_bias is not None
                 logits = self.logits(x).float() + self.logits_bias[:, j : j + 1]
                 logits = logits.masked_fill(~self._allowed_at(j, categories), -torch.inf)
-                mine = logits.flatten(0, 1).index_select(0, rows)
-                categories[:, j] = category = density.categorical(mine, u[:, slot, 0])
-                probabilities.append(F.softmax(logits, -1))
+                category = density.categorical(logits, u[:, :, slot, 0])
+                categories[..., j] = category
                 if self.table is not None and not last:
-                    value = self.table[category + offsets[j]].transpose(0, 1)
-        means = scale.shift.expand(k, n, -1)
-        if params:  # all numbers at once: no slot needs the expectations of another
-            mixtures = density.mixture(torch.stack(params, 2), bins)
-            means = density.mean(mixtures) + scale.shift / scale.scale
-        return numbers, categories, means, torch.stack(probabilities, 2) if probabilities else None
+                    value = self.table[category + offsets[j], members]
+        return numbers, categories
 
     def _allowed_at(self, j: int, categories: Tensor) -> Tensor:
         """`_allowed` of category slot j alone."""
         allowed = self.allowed(categories)[j]
         if j not in self.inside_text:
             return allowed
-        ended = (categories[:, j - 1] == 0).unsqueeze(-1)
+        ended = (categories[..., j - 1] == 0).unsqueeze(-1)
         return torch.where(ended, torch.arange(self.most, device=ended.device) == 0, allowed)
 
 

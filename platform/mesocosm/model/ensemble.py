@@ -19,8 +19,8 @@ from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import text_ended
 from mesocosm.model.ladder import dims, ensemble_dims
-from mesocosm.model.layers import Constant, Linear, PartsEmbedding, member_rows, read
-from mesocosm.model.net import BaseOut, Draw, Features, WorldNet, spread
+from mesocosm.model.layers import Constant, Linear, PartsEmbedding, read
+from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
 
@@ -57,11 +57,10 @@ class Ensemble(WorldNet):
         return None
 
     def _outputs(self, transition: Transition) -> tuple[Tensor, Tensor, Tensor]:
-        """Each member's means and raw log-scales [K, N, n] and logits [K, N, m, most], float32, the
-        leading dimensions joined.
+        """Each member's means and raw log-scales [K, N, n] and logits [K, N, m, most], float32, of
+        the same rows [N], or of its own rows [K, N].
         """
-        parts = (transition.observation, transition.action, transition.task)
-        embedded = self.embed(read(*(part.flatten() for part in parts)))
+        embedded = self.embed(read(transition.observation, transition.action, transition.task))
         x = F.silu(embedded, inplace=not torch.is_grad_enabled())
         layers = cast(list[Linear], list(self.hidden))
         for layer in layers[:-1]:
@@ -77,7 +76,7 @@ class Ensemble(WorldNet):
     ) -> tuple[Tensor, Tensor | None]:
         lead, n = outcome.observation.numbers.shape[:-1], self.spec.observation.numbers
         now, following = transition.observation.flatten(), outcome.observation.flatten()
-        mu, raw, logits = self._outputs(transition)
+        mu, raw, logits = self._outputs(transition.flatten())
         change = following.numbers - now.numbers
         if self.spec.durations:
             change = torch.cat((change, outcome.duration.reshape(-1, 1)), -1)
@@ -104,37 +103,38 @@ class Ensemble(WorldNet):
         return log_prob
 
     def draw(
-        self,
-        features: Features,
-        transition: Transition,
-        base: BaseOut,
-        member: Tensor,
-        keys: Tensor,
-    ) -> Draw:
-        n, o = self.spec.observation.numbers, self.spec.observation
+        self, features: Features, transition: Transition, base: BaseOut, keys: Tensor
+    ) -> Outcome:
+        o = self.spec.observation
         mu, raw, logits = self._outputs(transition)
-        rows = member_rows(member)
         shift, scale = base.flat(self.spec.durations)
-        widths = raw.exp() + density.FLOOR * (self.bins(scale) / scale)
+        width = raw.exp() + density.FLOOR * (self.bins(scale) / scale)
         slots = torch.arange(self.numbers + len(o.categories), device=keys.device)
         u = rng.uniform(keys.unsqueeze(-1), slots + rng.OBSERVATION)
-        mean, width, origin = (t.flatten(0, 1).index_select(0, rows) for t in (mu, widths, shift))
-        change = origin + (mean + width * torch.logit(u[:, : self.numbers])) * scale
-        categories = torch.zeros(len(keys), 0, dtype=torch.int64, device=keys.device)
+        change = shift + (mu + width * torch.logit(u[..., : self.numbers])) * scale
+        categories = keys.new_zeros(*keys.shape, 0)
         if self.most:
-            mine = logits.flatten(0, 1).index_select(0, rows)
-            categories = density.categorical(mine, u[:, self.numbers :])
+            categories = density.categorical(logits, u[..., self.numbers :])
             for text in o.texts:
                 span = slice(text.start, text.start + text.length)
-                categories[:, span] *= (categories[:, span] != 0).cumprod(1)
-        duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
-        observation = Parts(transition.observation.numbers + change[:, :n], categories)
-        return Draw(observation, duration, self._spread(mu, logits, base))
+                categories[..., span] *= (categories[..., span] != 0).cumprod(-1)
+        return self._outcome(transition, change, categories)
+
+    def expected(self, features: Features, transition: Transition, base: BaseOut) -> Outcome:
+        mu, _, _ = self._outputs(transition)
+        shift, scale = base.flat(self.spec.durations)
+        categories = torch.zeros_like(transition.observation.categories)
+        return self._outcome(transition, shift + mu * scale, categories)
+
+    def _outcome(self, transition: Transition, change: Tensor, categories: Tensor) -> Outcome:
+        n, now = self.spec.observation.numbers, transition.observation.numbers
+        duration = change[..., n] if self.spec.durations else change.new_zeros(change.shape[:-1])
+        return Outcome(Parts(now + change[..., :n], categories), duration)
 
     def disagreement(
         self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
-        mu, _, logits = self._outputs(transition)
+        mu, _, logits = self._outputs(transition.flatten())
         return self._spread(mu, logits, base).view(transition.observation.numbers.shape[:-1])
 
     def _spread(self, mu: Tensor, logits: Tensor, base: BaseOut) -> Tensor:

@@ -14,7 +14,7 @@ from mesocosm.model import density
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Scale, slot_order
 from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH
-from mesocosm.model.layers import Constant, Inputs, Linear, MemberMLP, member_rows, read
+from mesocosm.model.layers import Constant, Inputs, Linear, MemberMLP, read
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Transition, Windows
 
 REWARD_COMPONENTS = 2
@@ -50,8 +50,8 @@ class StartModel(nn.Module):
 
     def draw(self, keys: Tensor) -> tuple[Parts, Parts]:
         """(task, o_0) for each of `keys` [B] int64."""
-        member = torch.zeros_like(keys)
-        numbers, categories, _, _ = self.decoder.draw(None, self._scale(keys), member, keys)
+        drawn = self.decoder.draw(None, self._scale(keys), keys.unsqueeze(0))
+        numbers, categories = (values.squeeze(0) for values in drawn)
         n, m = self.spec.task.numbers, len(self.spec.task.categories)
         return Parts(numbers[:, :n], categories[:, :m]), Parts(numbers[:, n:], categories[:, m:])
 
@@ -72,7 +72,7 @@ class Head(nn.Module):
         self.correction = Linear(features, outputs, width=width, **output) if features else None
 
     def correct(self, features: Tensor | None) -> Tensor | float:
-        """[N, d] -> [K, N, out] float32, or 0 without history."""
+        """[N, d] or [K, N, d] -> [K, N, out] float32, or 0 without history."""
         if self.correction is None or features is None:
             return 0.0
         corrected: Tensor = self.correction(features.detach())
@@ -108,13 +108,20 @@ class RewardHead(nn.Module):
             return density.categorical_log_prob(outputs, reward.long())
         return density.log_prob(self._mixture(outputs), reward)
 
-    def draw(self, inputs: Inputs, features: Tensor | None, member: Tensor, u: Tensor) -> Tensor:
-        """[B] float32 raw rewards, by each row's member and uniforms u [B, 2]."""
-        outputs = self.head(inputs, features).flatten(0, 1).index_select(0, member_rows(member))
+    def draw(self, inputs: Inputs, features: Tensor | None, u: Tensor) -> Tensor:
+        """[K, M] float32 raw rewards of each member's own rows, with uniforms u [K, M, 2]."""
+        outputs = self.head(inputs, features)
         if self.categorical:
-            return self.values(outputs)[density.categorical(outputs, u[:, 0])]
-        reward = density.sample(self._mixture(outputs), u[:, 0], torch.logit(u[:, 1]))
+            return self.values(outputs)[density.categorical(outputs, u[..., 0])]
+        reward = density.sample(self._mixture(outputs), u[..., 0], torch.logit(u[..., 1]))
         return self.mean + self.scale * reward
+
+    def expected(self, inputs: Inputs, features: Tensor | None) -> Tensor:
+        """[K, M] float32: the expected raw rewards of each member's own rows; differentiable."""
+        outputs = self.head(inputs, features)
+        if self.categorical:
+            return F.softmax(outputs, -1) @ self.values(outputs)
+        return self.mean + self.scale * density.mean(self._mixture(outputs))
 
 
 class TerminationHead(nn.Module):
@@ -155,14 +162,6 @@ class TerminationHead(nn.Module):
             weight = trained_by(events.episode) * events.weight
             objective = objective + (loss * weight).sum() / weight.numel()
         return log_prob, objective
-
-    def draw(
-        self, inputs: Inputs, features: Tensor | None, member: Tensor, u: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(p [B] float32, a draw from it [B] bool), by each row's member and uniform u [B]."""
-        logit = self.logit(inputs, features).flatten(0, 1).index_select(0, member_rows(member))
-        p = torch.sigmoid(logit)
-        return p, u < p
 
 
 def head_inputs(t: Transition, following: Parts) -> Inputs:

@@ -144,8 +144,9 @@ class TransformerBlock(nn.Module):
 
 
 class PartsEmbedding(nn.Module):
-    """The summed linear embedding of several `Parts`: [...] -> [..., width], and with K members
-    [N] -> [K, N, width].
+    """The summed linear embedding of several `Parts`: a matrix for squashed numbers, tables for
+    categories. Without `members` [...] -> [..., width]. With K members [N] -> [K, N, width], or
+    [K, N] -> [K, N, width] where each member has its own rows.
     """
 
     def __init__(self, *parts: PartSpec, width: int, members: int | None = None, gain: float = 1.0):
@@ -165,6 +166,8 @@ class PartsEmbedding(nn.Module):
         self.offsets = Constant(first_rows(cardinalities))
 
     def forward(self, x: Inputs) -> Tensor:
+        if self.members is not None and x.numbers.dim() == 3:
+            return self._of_groups(x, self.members)
         y: Tensor = self.bias
         if self.numbers is not None:
             y = F.linear(x.numbers.to(y.dtype), self.numbers, y)
@@ -174,9 +177,24 @@ class PartsEmbedding(nn.Module):
             y = y + summed.view(*rows.shape[:-1], -1)
         return y if self.members is None else y.view(-1, self.members, self.width).transpose(0, 1)
 
+    def _of_groups(self, x: Inputs, members: int) -> Tensor:
+        y = self.bias.view(members, 1, self.width)
+        if self.numbers is not None:
+            weight = self.numbers.view(members, self.width, -1).transpose(1, 2)
+            y = torch.baddbmm(y, x.numbers.to(y.dtype), weight)
+        if self.table is not None:
+            rows = (x.categories + self.offsets(x.categories)) * members
+            rows = rows + torch.arange(members, device=rows.device)[:, None, None]
+            table = self.table.view(-1, self.width)
+            summed = F.embedding_bag(rows.flatten(0, 1), table, mode="sum")
+            y = y + summed.view(*rows.shape[:2], -1)
+        return y.expand(-1, x.numbers.shape[1], -1)
+
 
 class MemberMLP(nn.Module):
-    """K MLPs with two hidden SiLU layers and a linear skip path: [N] -> [K, N, out] float32."""
+    """K MLPs with two hidden SiLU layers and a linear skip path: inputs of leading shape [N], or
+    [K, N] where each member has its own rows -> [K, N, out] float32.
+    """
 
     def __init__(self, *parts: PartSpec, members: int, hidden: int, outputs: int, width: float):
         super().__init__()
@@ -195,8 +213,3 @@ def first_rows(cardinalities: Sequence[int]) -> Tensor:
     """int64 [m]: the first row of each slot in a table that holds all slots' categories in turn."""
     starts = [sum(cardinalities[:i]) for i in range(len(cardinalities))]
     return torch.tensor(starts, dtype=torch.int64)
-
-
-def member_rows(member: Tensor) -> Tensor:
-    """int64 [N]: the row of environment i's `member[i]` in [K, N, ...] as [K * N, ...]."""
-    return member * len(member) + torch.arange(len(member), device=member.device)

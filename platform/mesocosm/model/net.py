@@ -42,13 +42,6 @@ class BaseOut:
 
 
 @dataclass(frozen=True)
-class Draw(Outcome):
-    """A sampled next step for B environments, float32; the duration is 0 without durations."""
-
-    disagreement: Tensor  # [B] `spread` of the members' predictions, not yet on the world's scale
-
-
-@dataclass(frozen=True)
 class WindowLosses:
     """Sums over the valid transitions of a batch, so that batches and ranks add up."""
 
@@ -108,18 +101,29 @@ class WorldNet(nn.Module, ABC):
     def disagreement(
         self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
-        """[...] float32: `Draw.disagreement` for an o_{t+1} that is logged instead of drawn."""
+        """[...] float32: the `spread` of the members' predictions of an outcome, for any leading
+        shape; not yet on the world's scale.
+        """
 
     @abstractmethod
     def draw(
-        self,
-        features: Features,
-        transition: Transition,
-        base: BaseOut,
-        member: Tensor,
-        keys: Tensor,
-    ) -> Draw:
-        """One step for B environments; environment i draws from `member[i]` with `keys[i]`."""
+        self, features: Features, transition: Transition, base: BaseOut, keys: Tensor
+    ) -> Outcome:
+        """Sample outcomes of K groups of M environments, by each member for its own group.
+
+        Args:
+            features: [K, M, d], or None without history.
+            transition: [K, M] leading.
+            base: Of the groups: its change is [K, M, n].
+            keys: [K, M] int64.
+
+        Returns:
+            Outcomes, [K, M] leading, float32. The duration is 0 without durations.
+        """
+
+    def expected(self, features: Features, transition: Transition, base: BaseOut) -> Outcome:
+        """The numbers that `draw` expects, differentiable. Only for a family without history."""
+        raise NotImplementedError
 
     def new_cache(self, batch: int) -> Tensor | None:
         """An empty cache for `batch` environments, in columns 0 .. W-1 that all of them share."""

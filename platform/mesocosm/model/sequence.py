@@ -18,7 +18,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Scale, slot_order
 from mesocosm.model.ladder import HEAD, dims
 from mesocosm.model.layers import Constant, PartsEmbedding, RMSNorm, TransformerBlock, read
-from mesocosm.model.net import BaseOut, Draw, Features, WorldNet, spread
+from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
 ROPE_BASE = 10000.0
@@ -175,22 +175,14 @@ class Sequence(WorldNet):
         return log_prob[..., :-1].sum(-1), log_prob[..., -1]
 
     def draw(
-        self,
-        features: Features,
-        transition: Transition,
-        base: BaseOut,
-        member: Tensor,
-        keys: Tensor,
-    ) -> Draw:
+        self, features: Features, transition: Transition, base: BaseOut, keys: Tensor
+    ) -> Outcome:
         n, now = self.spec.observation.numbers, transition.observation.numbers
         absolute = F.pad(now, (0, 1)) if self.spec.durations else now
         scale = Scale(*base.flat(self.spec.durations))
-        change, categories, means, probabilities = self.decoder.draw(
-            features, scale, member, keys, absolute
-        )
-        duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
-        disagreement = spread(means[..., :n], probabilities)
-        return Draw(Parts(now + change[:, :n], categories), duration, disagreement)
+        change, categories = self.decoder.draw(features, scale, keys, absolute)
+        duration = change[..., n] if self.spec.durations else change.new_zeros(keys.shape)
+        return Outcome(Parts(now + change[..., :n], categories), duration)
 
     def disagreement(
         self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut

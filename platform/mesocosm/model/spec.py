@@ -141,6 +141,11 @@ class Transition:
     action: Parts
     task: Parts
 
+    def flatten(self) -> Transition:
+        """Join the leading dimensions into one."""
+        parts = (self.observation, self.action, self.task)
+        return Transition(*(part.flatten() for part in parts))
+
 
 @dataclass(frozen=True)
 class Outcome:

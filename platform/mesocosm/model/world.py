@@ -11,14 +11,11 @@ columns, so that nothing of an evicted step survives in deeper layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,108 +23,15 @@ from torch import Tensor
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
 from mesocosm.model.base import Base
+from mesocosm.model.carry import Carry, Context, StepOut
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
-from mesocosm.model.heads import head_inputs
-from mesocosm.model.layers import Constant
+from mesocosm.model.groups import MemberGroups
+from mesocosm.model.layers import Constant, read
 from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, Transition, Windows
+from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, Transition, Windows
 
 SCHEMA = 2
-
-
-@dataclass(frozen=True)
-class Context:
-    """Everything that the future of a session depends on, beside its keys: pure data, float32 and
-    int64, on the CPU or the world's device.
-    """
-
-    clock: int  # steps of the session so far
-    past_observation: Parts
-    """[B, C, ...]: o_t of the steps in columns 0 .. C-1 of the window (C = 0 without history)"""
-    past_action: Parts  # [B, C, ...]
-    start_column: Tensor  # [B] int64: where each environment's present episode begins
-    observation: Parts  # [B, ...] the present observation
-    task: Parts  # [B, ...]
-    member: Tensor  # [B] int64
-
-    def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Flat arrays for a wire without pickle."""
-        arrays: dict[str, NDArray[Any]] = {"clock": np.asarray(self.clock, dtype=np.int64)}
-        for field in fields(Context):
-            value = getattr(self, field.name)
-            if isinstance(value, Parts):
-                arrays[f"{field.name}.numbers"] = value.numbers.cpu().numpy()
-                arrays[f"{field.name}.categories"] = value.categories.cpu().numpy()
-            elif isinstance(value, Tensor):
-                arrays[field.name] = value.cpu().numpy()
-        return arrays
-
-    @staticmethod
-    def from_numpy(arrays: Mapping[str, NDArray[Any]]) -> Context:
-        """The inverse of `to_numpy`. Raises ValueError that names a missing or ill-typed array."""
-
-        def tensor(name: str, dtype: type = np.int64) -> Tensor:
-            actual = arrays[name].dtype if name in arrays else "no array"
-            if actual != dtype:
-                raise ValueError(f"context array {name!r} must be {np.dtype(dtype)}, got {actual}")
-            return torch.from_numpy(np.array(arrays[name]))
-
-        def parts(name: str) -> Parts:
-            return Parts(tensor(f"{name}.numbers", np.float32), tensor(f"{name}.categories"))
-
-        return Context(
-            int(tensor("clock")),
-            parts("past_observation"),
-            parts("past_action"),
-            tensor("start_column"),
-            parts("observation"),
-            parts("task"),
-            tensor("member"),
-        )
-
-
-@dataclass(frozen=True)
-class Carry(Context):
-    """The state of B environments between steps: the past has W columns, of which `position` are
-    written. `World.step` consumes it: the cache and the past are written in place.
-    """
-
-    position: int  # the column that the next step writes; W: the cache is rebuilt first
-    cache: Tensor | None
-
-    @property
-    def context(self) -> Context:
-        """A copy that later steps do not change."""
-        past = slice(0, self.position)
-        return Context(
-            self.clock,
-            self.past_observation[:, past].clone(),
-            self.past_action[:, past].clone(),
-            self.start_column.clone(),
-            self.observation.clone(),
-            self.task.clone(),
-            self.member.clone(),
-        )
-
-
-@dataclass(frozen=True)
-class StepOut:
-    """The result of a step for each of B environments."""
-
-    observation: Parts  # [B, ...] o_{t+1}, normalised
-    reward: Tensor  # [B] float32, raw units
-    terminated: Tensor  # [B] bool, drawn with probability `p_terminated`
-    p_terminated: Tensor  # [B] float32
-    duration: Tensor  # [B] float32, raw units; zeros without durations
-    disagreement: Tensor
-    """[B] float32: how far the members' expectations lie apart (`net.spread`); a tenth of held-out
-    transitions exceed 1. 0 for one member.
-    """
-    diverged: Tensor
-    """[B] bool: the draw was not finite, as happens with unstable dynamics far from the data. The
-    environment stays where it was, with no reward and not terminated; end its episode.
-    """
 
 
 class World:
@@ -135,7 +39,7 @@ class World:
 
     def __init__(self, net: WorldNet, base: Base, codec: dict[str, Any] | None = None):
         """`codec`: opaque JSON that describes how raw spaces become parts."""
-        self.net = net.float().eval().requires_grad_(False)
+        self.net: WorldNet = net.float().eval().requires_grad_(False)
         self.base = base.eval()
         self.spec: Spec = net.spec
         self.config: ModelConfig = net.config
@@ -176,44 +80,95 @@ class World:
             observation=observation,
             task=task,
             member=member,
+            groups=MemberGroups(member, self.config.members),
             position=0,
             cache=self.net.new_cache(batch),
         )
 
     @torch.inference_mode()
-    def step(self, carry: Carry, action: Parts, keys: Tensor) -> tuple[Carry, StepOut]:
-        """One step of B environments, with keys [B] int64 from `rng.keys(seed, env, episode,
-        step)`. A terminated environment continues until `reset`.
+    def step(
+        self, carry: Carry, action: Parts, keys: Tensor, *, disagreement: bool = True
+    ) -> tuple[Carry, StepOut]:
+        """One step of B environments, each by its own member alone.
+
+        A terminated environment continues until `reset`.
+
+        Args:
+            keys: [B] int64 from `rng.keys(seed, env, episode, step)`.
+            disagreement: Also ask all members what they expect, for `StepOut.disagreement`. It
+                takes more time and changes nothing else.
         """
-        spec = self.spec
+        spec, groups = self.spec, carry.groups
         if self.net.memory:
             carry = self._rebuilt(carry) if carry.position == self.net.memory else carry
             _write(carry.past_observation, carry.position, carry.observation)
             _write(carry.past_action, carry.position, action)
         token = Transition(carry.observation, action, carry.task)
         features = self.net.advance(carry.cache, carry.position, carry.start_column, token)
-        base = BaseOut(self.base(carry.observation, action, carry.task), self.base.residual_scale)
-        draw = self.net.draw(features, token, base, carry.member, keys)
-        following = self._observation_grid(draw.observation)
-        inputs = head_inputs(token, following)
-        u = rng.uniform(keys.unsqueeze(1), self._head_slots(keys))
-        reward = self.net.reward.draw(inputs, features, carry.member, u[:, :2])
-        p, terminated = self.net.termination.draw(inputs, features, carry.member, u[:, 2])
-        duration = draw.duration
+        own, own_keys = groups.split_transition(token), groups.split(keys)
+        own_features = None if features is None else groups.split(features)
+        base = BaseOut(self.base.of_groups(own), self.base.residual_scale)
+        drawn = self.net.draw(own_features, own, base, own_keys)
+        following = self._observation_grid(drawn.observation)
+        inputs = read(own.observation, own.action, own.task, following)
+        u = rng.uniform(own_keys.unsqueeze(-1), self._head_slots(own_keys))
+        own_reward = self.net.reward.draw(inputs, own_features, u[..., :2])
+        own_p = torch.sigmoid(self.net.termination.logit(inputs, own_features))
+        reward, p, ended, duration = map(
+            groups.join, (own_reward, own_p, u[..., 2] < own_p, drawn.duration)
+        )
+        observation = groups.join_parts(following)
         if spec.durations:
             duration = duration * spec.duration_scale + spec.duration_mean
-        finite = torch.isfinite(following.numbers.sum(-1) + reward + duration + draw.disagreement)
-        observation = following.where(finite, carry.observation)
-        disagreement = draw.disagreement / self.disagreement_scale
-        reward, p, duration, disagreement = (
-            torch.where(finite, x, 0.0) for x in (reward, p, duration, disagreement)
-        )
+        finite = torch.isfinite(observation.numbers.sum(-1) + reward + duration)
+        apart = None
+        if disagreement:
+            outcome = Outcome(observation, groups.join(drawn.duration))
+            apart = torch.where(finite, self._disagreement(features, token, outcome), 0.0)
+        observation = observation.where(finite, carry.observation)
+        reward, p, duration = (torch.where(finite, x, 0.0) for x in (reward, p, duration))
         position = carry.position + 1 if self.net.memory else 0
         carry = replace(carry, clock=carry.clock + 1, position=position, observation=observation)
-        terminated = terminated & finite
-        return carry, StepOut(
-            observation, reward, terminated, p, duration, disagreement, diverged=~finite
-        )
+        return carry, StepOut(observation, reward, ended & finite, p, duration, apart, ~finite)
+
+    def _disagreement(self, features: Tensor | None, token: Transition, outcome: Outcome) -> Tensor:
+        """[B] float32, on the world's scale; the largest float where a member's is not finite."""
+        change = self.base(token.observation, token.action, token.task)
+        base = BaseOut(change, self.base.residual_scale)
+        apart = self.net.disagreement(features, token, outcome, base) / self.disagreement_scale
+        most = torch.finfo(apart.dtype).max
+        return apart.nan_to_num(nan=most, posinf=most)
+
+    def predict(
+        self, observation: Parts, action: Parts, task: Parts, groups: MemberGroups
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The expected next step, differentiable with respect to the numbers of all arguments.
+
+        Args:
+            observation, action, task: [B, ...], normalised.
+            groups: Of the members [B] that predict.
+
+        Returns:
+            The expected numbers of o_{t+1} [B, n], normalised; rewards [B], raw units; and
+            probabilities of termination [B]. Rewards and probabilities are of that expected
+            o_{t+1}.
+
+        Raises:
+            ValueError: The world has history, or predicts categories.
+        """
+        if self.net.memory or self.spec.observation.categories:
+            raise ValueError(
+                "predict needs a world without history that observes numbers only (model.family="
+                f"ensemble), got family {self.config.family!r} with"
+                f" {len(self.spec.observation.categories)} categories"
+            )
+        own = groups.split_transition(Transition(observation, action, task))
+        base = BaseOut(self.base.of_groups(own), self.base.residual_scale)
+        following = self.net.expected(None, own, base).observation
+        inputs = read(own.observation, own.action, own.task, following)
+        reward = self.net.reward.expected(inputs, None)
+        p = torch.sigmoid(self.net.termination.logit(inputs))
+        return groups.join(following.numbers), groups.join(reward), groups.join(p)
 
     @torch.inference_mode()
     def reset(
@@ -222,12 +177,14 @@ class World:
         """New episodes for the environments where `mask` [B] bool is true; the other rows of the
         arguments are ignored.
         """
+        member = torch.where(mask, member, carry.member)
         return replace(
             carry,
             start_column=torch.where(mask, carry.position, carry.start_column),
             task=task.where(mask, carry.task),
             observation=observation.where(mask, carry.observation),
-            member=torch.where(mask, member, carry.member),
+            member=member,
+            groups=MemberGroups(member, self.config.members),
         )
 
     @torch.inference_mode()
@@ -352,8 +309,8 @@ class _Grid:
             return parts
         numbers = parts.numbers.clone()
         zeros, bins = self._zeros(numbers), self._bins(numbers)
-        steps = torch.round((numbers[:, self._columns] - zeros) / bins)
-        numbers[:, self._columns] = zeros + steps * bins
+        steps = torch.round((numbers[..., self._columns] - zeros) / bins)
+        numbers[..., self._columns] = zeros + steps * bins
         return Parts(numbers, parts.categories)
 
 

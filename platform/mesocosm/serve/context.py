@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mesocosm.model.carry import Context
 from mesocosm.model.spec import Parts, PartSpec
-from mesocosm.model.world import Context
 
 
 class History:

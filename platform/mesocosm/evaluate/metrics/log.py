@@ -14,8 +14,9 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
+from mesocosm.model.carry import Carry, Context, StepOut
 from mesocosm.model.spec import Parts
-from mesocosm.model.world import Carry, Context, StepOut, World
+from mesocosm.model.world import World
 
 Array = NDArray[Any]
 ROWS = 2048

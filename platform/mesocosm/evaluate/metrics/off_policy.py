@@ -114,6 +114,7 @@ def one_step_errors(
             ((codes != true.categories[:, None]).double().mean(1) > 0.5).double(),
         )
         error[rows] = torch.cat(squares, -1).mean(-1).sqrt().numpy()
+        assert out.disagreement is not None
         disagreement[rows] = out.disagreement.cpu().double().reshape(shape).mean(1).numpy()
         diverged[rows] = out.diverged.cpu().reshape(shape).any(1).numpy()
     most = np.finfo(np.float64).max

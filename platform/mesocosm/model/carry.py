@@ -1,0 +1,110 @@
+"""The state of a vector of environments in a world, between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mesocosm.model.groups import MemberGroups
+from mesocosm.model.spec import Parts
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that the future of a session depends on, beside its keys: pure data, float32 and
+    int64, on the CPU or the world's device.
+    """
+
+    clock: int  # steps of the session so far
+    past_observation: Parts
+    """[B, C, ...]: o_t of the steps in columns 0 .. C-1 of the window (C = 0 without history)"""
+    past_action: Parts  # [B, C, ...]
+    start_column: Tensor  # [B] int64: where each environment's present episode begins
+    observation: Parts  # [B, ...] the present observation
+    task: Parts  # [B, ...]
+    member: Tensor  # [B] int64
+
+    def to_numpy(self) -> dict[str, NDArray[Any]]:
+        """Flat arrays for a wire without pickle."""
+        arrays: dict[str, NDArray[Any]] = {"clock": np.asarray(self.clock, dtype=np.int64)}
+        for field in fields(Context):
+            value = getattr(self, field.name)
+            if isinstance(value, Parts):
+                arrays[f"{field.name}.numbers"] = value.numbers.cpu().numpy()
+                arrays[f"{field.name}.categories"] = value.categories.cpu().numpy()
+            elif isinstance(value, Tensor):
+                arrays[field.name] = value.cpu().numpy()
+        return arrays
+
+    @staticmethod
+    def from_numpy(arrays: Mapping[str, NDArray[Any]]) -> Context:
+        """The inverse of `to_numpy`. Raises ValueError that names a missing or ill-typed array."""
+
+        def tensor(name: str, dtype: type = np.int64) -> Tensor:
+            actual = arrays[name].dtype if name in arrays else "no array"
+            if actual != dtype:
+                raise ValueError(f"context array {name!r} must be {np.dtype(dtype)}, got {actual}")
+            return torch.from_numpy(np.array(arrays[name]))
+
+        def parts(name: str) -> Parts:
+            return Parts(tensor(f"{name}.numbers", np.float32), tensor(f"{name}.categories"))
+
+        return Context(
+            int(tensor("clock")),
+            parts("past_observation"),
+            parts("past_action"),
+            tensor("start_column"),
+            parts("observation"),
+            parts("task"),
+            tensor("member"),
+        )
+
+
+@dataclass(frozen=True)
+class Carry(Context):
+    """The state of B environments between steps: the past has W columns, of which `position` are
+    written. `World.step` consumes it: the cache and the past are written in place.
+    """
+
+    groups: MemberGroups
+    position: int  # the column that the next step writes; W: the cache is rebuilt first
+    cache: Tensor | None
+
+    @property
+    def context(self) -> Context:
+        """A copy that later steps do not change."""
+        past = slice(0, self.position)
+        return Context(
+            self.clock,
+            self.past_observation[:, past].clone(),
+            self.past_action[:, past].clone(),
+            self.start_column.clone(),
+            self.observation.clone(),
+            self.task.clone(),
+            self.member.clone(),
+        )
+
+
+@dataclass(frozen=True)
+class StepOut:
+    """The result of a step for each of B environments."""
+
+    observation: Parts  # [B, ...] o_{t+1}, normalised
+    reward: Tensor  # [B] float32, raw units
+    terminated: Tensor  # [B] bool, drawn with probability `p_terminated`
+    p_terminated: Tensor  # [B] float32
+    duration: Tensor  # [B] float32, raw units; zeros without durations
+    disagreement: Tensor | None
+    """[B] float32: how far the members' expectations lie apart (`net.spread`); a tenth of held-out
+    transitions exceed 1. 0 for one member; None where it was not asked for.
+    """
+    diverged: Tensor
+    """[B] bool: the draw was not finite, as happens with unstable dynamics far from the data. The
+    environment stays where it was, with no reward and not terminated; end its episode.
+    """
