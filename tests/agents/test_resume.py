@@ -37,7 +37,13 @@ PPO += ["params.entropy_coeff=[[0,0.02],[4000,0.0]]", "params.lr=[[0,0.003],[400
 REPLAY = ["rollout=16", NETWORK, "params.num_steps_sampled_before_learning_starts=200"]
 REPLAY += ["params.train_batch_size_per_learner=32", "params.training_intensity=4"]
 DQN = ["algo=DQN", *REPLAY, "params.target_network_update_freq=100"]
-SAC = ["algo=SAC", *REPLAY]
+SAC = [
+    "algo=SAC",
+    "rollout=15",
+    "model.fcnet_hiddens=[16]",
+    "params.train_batch_size_per_learner=32",
+    "updates_per_real_step=0.4",
+]
 
 
 def make_root(root: str, actions: Any = DISCRETE, family: str = "ensemble") -> str:
@@ -144,6 +150,7 @@ def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: 
     ("case", "overrides", "actions", "family"),
     [
         ("sac", [*SAC, "iterations=10"], CONTINUOUS, "ensemble"),
+        ("sac, discrete, two runners", [*SAC, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
         ("dqn", [*DQN, "iterations=14"], DISCRETE, "ensemble"),
         ("two runners", [*PPO, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
         ("history", [*PPO, "iterations=8"], CONTINUOUS, "sequence"),

@@ -203,6 +203,27 @@ def test_ppo_trained_in_the_world_gains_in_reality(
         train_agent(agent_config(root, f"{init} model.fcnet_hiddens=[16]"))
 
 
+def test_sac_learns_from_branches_and_from_the_logs(
+    ray_local: None, seek: tuple[str, Artifact]
+) -> None:
+    """It gains in reality, and its policy reads observations as they are."""
+    root, _ = seek
+    config = agent_config(root, "algo=SAC starts=null iterations=8 rollout=10 snapshots=2")
+    artifact, lines, _ = train_agent(config)
+    assert [line["step"] for line in lines] == list(range(8))
+    assert lines[-1]["agent/imagined_steps"] == 8 * 10 * 32
+    assert lines[-1]["agent/qf_loss"] < lines[0]["agent/qf_loss"]
+    policy = Policy.load(artifact.path)
+    assert real_return(policy) > -7.5, "a random policy earns -14"
+    again = artifact.meta["config"]
+    assert again["starts"] == "logged" and again["branch"] == 5 and again["real_share"] == 0.1
+    init = agent_config(root, f"algo=SAC iterations=1 rollout=5 init={artifact.id} seed=1")
+    continued, _, _ = train_agent(init)
+    assert continued.meta["metrics"]["former_return"] == pytest.approx(
+        artifact.meta["metrics"]["best_return"], abs=2.0
+    )
+
+
 def test_dqn_trains_from_generated_starts_with_a_penalty(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:
@@ -245,6 +266,9 @@ def test_a_return_that_the_logs_cannot_explain_is_a_warning(
         ("model.use_lstm=true", "cannot be exported"),
         ("horizon=0", "horizon must be >= 1, got 0"),
         ("starts=loged", "starts must be one of .* got 'loged'; did you mean 'logged'"),
+        ("algo=SAC branch=13", "branch must be <= 12, the longest episode of the data, got 13"),
+        ("real_share=1.5", "real_share must be .* got 1.5"),
+        ("updates_per_real_step=0", "updates_per_real_step must be .* got 0"),
         ("backend=remote", "backend must be one of .* got 'remote'"),
         ("penalty=-1", "penalty must be .* got -1"),
         ("world=nothere", "no artifact worlds/nothere"),

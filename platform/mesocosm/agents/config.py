@@ -50,12 +50,20 @@ class AgentConfig(JobConfig):
     world's data. Short horizons from logged starts rely less on the world, and teach less about
     late events.
     """
-    starts: str = "generated"
+    starts: str | None = None
     """`generated`: imagined episodes begin at samples of the world; `logged`: uniformly at
-    observations of the world's datasets.
+    observations of the world's datasets. Defaults to `logged` for SAC, `generated` for the others.
     """
     datasets: list[str] = field(default_factory=list)
-    """Datasets of logged starts. Defaults to those that the world was trained on."""
+    """Datasets of logged starts, and of SAC's real transitions. Defaults to those that the world
+    was trained on.
+    """
+    branch: int = 5
+    """SAC: imagined steps from a start."""
+    real_share: float = 0.1
+    """SAC: share of a batch that is logged transitions."""
+    updates_per_real_step: float = 5.0
+    """SAC: updates of the whole training for each logged transition."""
     objective: str = "return"
     """`return`, or `disagreement` for an adversary that seeks disagreement between the members, for
     evaluate's off-policy table.

@@ -23,6 +23,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import learner_of, runners
 from mesocosm.config import fingerprint
 
@@ -94,7 +95,10 @@ def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
         getattr(learner, SCHEDULERS)[DEFAULT_MODULE_ID].update(timestep=sampled)
     states = {part["index"]: part for part in state["runners"] if part is not None}
     runners(algorithm).foreach_env_runner(partial(_restore_runner, states))
-    if state["replay"] is not None:
+    if isinstance(algorithm, WorldSAC):
+        algorithm.imagined.restore(state["replay"]["imagined"])
+        learner.updates = state["replay"]["updates"]
+    elif state["replay"] is not None:
         buffer: Any = algorithm.local_replay_buffer
         buffer.episodes = state["replay"]["episodes"]
         buffer.set_state(state["replay"])  # keeps the existing episodes
@@ -102,6 +106,8 @@ def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
 
 def _replay_state(algorithm: Algorithm) -> dict[str, Any] | None:
     """The replay buffer's state. Its episodes stay objects: converting each one is slow."""
+    if isinstance(algorithm, WorldSAC):
+        return {"imagined": algorithm.imagined.state(), "updates": learner_of(algorithm).updates}
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is None:
         return None

@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mesocosm import checks
-from mesocosm.agents import durations
+from mesocosm.agents import durations, mbpo
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, Statistics
+from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.policies.heads import ActionMap, flat_space
@@ -93,6 +94,8 @@ def _configure(config: AlgorithmConfig, setup: Setup) -> None:
         batch["train_batch_size_per_learner"] = steps
     config.training(**{"gamma": setup.gamma, **batch, **setup.params})
     config.debugging(seed=setup.seed)
+    if setup.branches:
+        mbpo.configure(config)
 
 
 def check_agent(setup: Setup, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> Any:
@@ -135,7 +138,9 @@ def _refused(algo: str, error: Exception) -> UsageError:
     return UsageError(f"RLlib's {algo} refuses its settings: {reason}")
 
 
-def build(setup: Setup, make_env: Callable[[int], AgentEnv], folder: Path) -> Algorithm:
+def build(
+    setup: Setup, make_env: Callable[[int], AgentEnv | mbpo.BranchEnv], folder: Path
+) -> Algorithm:
     """Build an algorithm on `make_env(num_envs)`, with RLlib's files in `folder`.
 
     Every environment runner calls `make_env`; without runners this process does.
@@ -146,18 +151,18 @@ def build(setup: Setup, make_env: Callable[[int], AgentEnv], folder: Path) -> Al
     torch.set_num_threads(1)  # several threads make small updates ten times slower
     name = f"mesocosm-{os.getpid()}-{id(make_env)}"
     tune.register_env(name, lambda context: make_env(context["num_envs"]))  # type: ignore[arg-type]
-    base = get_trainable_cls(setup.algo)
+    base = mbpo.WorldSAC if setup.branches else get_trainable_cls(setup.algo)
     folder.mkdir(parents=True, exist_ok=True)
     in_folder = {"_setup_logdir": lambda self: setattr(self, "_logdir", str(folder))}
     config: AlgorithmConfig = base.get_default_config()
-    config.algo_class = type(base.__name__, (base,), in_folder)
+    config.algo_class = type(setup.algo, (base,), in_folder)
     try:
         # AgentEnv rescales and clips whole batches. RLlib's connector does it action by action, at
         # a fifth of all sampling time.
         off: dict[str, Any] = {"normalize_actions": False, "clip_actions": False}
         config.environment(name, disable_env_checking=True, **off)
         _configure(config, setup)
-        steps = setup.iteration_steps
+        steps = 0 if setup.branches else setup.iteration_steps
         config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=steps)
         with warnings.catch_warnings():  # Gymnasium's, of an id that RLlib registers repeatedly
             warnings.simplefilter("ignore")
@@ -166,7 +171,8 @@ def build(setup: Setup, make_env: Callable[[int], AgentEnv], folder: Path) -> Al
         raise _refused(setup.algo, error) from error
     if setup.algo in ON_POLICY:
         _start_small(algorithm)
-    durations.install(algorithm)
+    if not setup.branches:
+        durations.install(algorithm)
     return algorithm
 
 
@@ -254,6 +260,9 @@ def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) 
         getattr(policy.network, name).load_state_dict(part.state_dict())
     if log_std is not None:
         policy.network.load_state_dict({"log_std": log_std}, strict=False)
+    if isinstance(algorithm, mbpo.WorldSAC):
+        first: Any = policy.network.trunk[0]
+        first.load_state_dict(unnormalized(first, module))
     return policy
 
 

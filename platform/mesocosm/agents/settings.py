@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
@@ -24,7 +24,7 @@ IMAGINED: Settings = {
     "PPO": _PPO
     | {"minibatch_size": 256, "num_epochs": 8}
     | {"entropy_coeff": 0.005, "kl_coeff": 0.2, "kl_target": 0.03},
-    "SAC": dict.fromkeys(_SAC_RATES, 7e-4) | {_BATCH: 256, _WARMUP: 1024},
+    "SAC": dict.fromkeys(_SAC_RATES, 1e-3) | {_BATCH: 128},
     "DQN": {"lr": 1e-3, _BATCH: 256, _WARMUP: 1024, _UPDATE: 1024},
 }
 """In a world, where steps are cheap and come by hundreds at once"""
@@ -47,6 +47,12 @@ SHAPE = {"PPO": (4, 256), "APPO": (4, 64), "IMPALA": (4, 64), "SAC": (1, 8), "DQ
 _SMALL = {"fcnet_hiddens": [64, 64], "vf_share_layers": False}
 _WIDE = {"fcnet_hiddens": [256, 256], "fcnet_activation": "relu"}
 MODEL: Settings = dict.fromkeys(ON_POLICY, _SMALL) | dict.fromkeys(REPLAY, _WIDE)
+"""Networks in reality. In a world, where a step costs less than an update, SAC's are smaller."""
+IMAGINED_MODEL: Settings = MODEL | {"SAC": _WIDE | {"fcnet_hiddens": [128, 128]}}
+INITIAL_ALPHA = 0.1
+"""SAC's initial temperature in a world: this many times the root mean square of the data's rewards,
+and at most this. RLlib's default of 1 takes thousands of updates to fall where rewards are small.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,28 @@ class Setup:
     runners: int
     gamma: float
     seed: int
+    imagined: bool
+    """It trains in a world, where SAC is `mbpo.WorldSAC`."""
+
+    @property
+    def branches(self) -> bool:
+        """It learns from short branches (`mbpo`)."""
+        return self.imagined and self.algo == "SAC"
 
 
-def imagined(config: AgentConfig) -> Setup:
-    """The setup of training in a world."""
+def imagined(config: AgentConfig, reward_size: float = 1.0) -> Setup:
+    """The setup of training in a world.
+
+    Args:
+        reward_size: Root mean square of the rewards of the world's data.
+    """
+    if config.algo == "SAC" and "initial_alpha" not in config.params:
+        alpha = INITIAL_ALPHA * min(reward_size, 1.0)
+        config = replace(config, params=config.params | {"initial_alpha": alpha})
     steps = config.num_envs * config.rollout
     rollout = config.rollout if config.algo in ON_POLICY else 1
-    return _setup(config, IMAGINED, steps, config.num_envs, rollout, steps, config.runners)
+    tables = IMAGINED, IMAGINED_MODEL
+    return _setup(config, tables, steps, config.num_envs, rollout, steps, config.runners)
 
 
 def real(config: BaselineConfig) -> Setup:
@@ -82,21 +103,24 @@ def real(config: BaselineConfig) -> Setup:
     num_envs = num_envs if config.num_envs is None else config.num_envs
     rollout = rollout if config.rollout is None else config.rollout
     steps = config.iteration_steps if config.algo in REPLAY else 0
-    return _setup(config, REAL, num_envs * rollout, num_envs, rollout, steps, runners=0)
+    tables = REAL, MODEL
+    return _setup(config, tables, num_envs * rollout, num_envs, rollout, steps, runners=0)
 
 
 def _setup(
     config: AgentConfig | BaselineConfig,
-    defaults: Settings,
+    tables: tuple[Settings, Settings],
     batch: int,
     num_envs: int,
     rollout: int,
     iteration_steps: int,
     runners: int,
 ) -> Setup:
+    defaults, models = tables
     params = {**defaults.get(config.algo, {}), **config.params}
     if "minibatch_size" in params and "minibatch_size" not in config.params:
         params["minibatch_size"] = min(params["minibatch_size"], batch)
-    model = {**MODEL[config.algo], **config.model}
+    model = {**models[config.algo], **config.model}
     shape = num_envs, rollout, iteration_steps, runners
-    return Setup(config.algo, params, model, *shape, config.gamma, config.seed)
+    imagined = models is IMAGINED_MODEL
+    return Setup(config.algo, params, model, *shape, config.gamma, config.seed, imagined)

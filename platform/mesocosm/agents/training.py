@@ -22,12 +22,13 @@ import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import checks
-from mesocosm.agents import learner_state, rllib, settings
+from mesocosm.agents import learner_state, mbpo, rllib, settings
 from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.agents.settings import Setup
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
@@ -46,6 +47,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
+SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
 MAX_STARTS = 50_000
 """The most observations of the datasets that serve as logged starts."""
 
@@ -55,7 +57,11 @@ def check(config: AgentConfig) -> None:
     rllib.check(config)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
     checks.at_least(config, 0, "snapshots", "runners")
-    checks.one_of(config, STARTS, "starts")
+    if config.starts is not None:
+        checks.one_of(config, STARTS, "starts")
+    checks.at_least(config, 1, "branch")
+    checks.within(config, 0, 1, "real_share", open="]")
+    checks.within(config, 0, math.inf, "updates_per_real_step", open="[]")
     checks.one_of(config, BACKENDS, "backend")
     checks.one_of(config, OBJECTIVES, "objective")
     checks.within(config, 0, math.inf, "penalty", open="]")
@@ -93,6 +99,7 @@ class TrainAgentPlan(Plan[AgentConfig]):
     former: Artifact | None
     """The initial agent."""
     horizon: Horizon
+    setup: Setup
 
     @property
     def spaces(self) -> Spaces:
@@ -129,9 +136,11 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "datasets": [d.id for d in datasets],
             "agents": [] if former is None else [former.id],
         }
-        setup = settings.imagined(config)
-        facts = identity(config, without=["world", "backend", "app", "datasets", "init"])
+        setup = settings.imagined(config, codec.spec.reward_size)
+        elsewhere = ["world", "backend", "app", "datasets", "init"]
+        facts = identity(config, without=elsewhere if setup.branches else [*elsewhere, *SAC_KEYS])
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
+        facts["starts"] = _starts(config)
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
@@ -142,15 +151,19 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             datasets=datasets,
             former=former,
             horizon=horizon,
+            setup=setup,
         )
 
     def summary(self, plan: TrainAgentPlan) -> dict[str, Any]:
         config = plan.config
         steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
+        learning: dict[str, Any] = {"params": plan.setup.params}
+        if plan.setup.branches:
+            learning |= {key: getattr(config, key) for key in SAC_KEYS}
         return {
             "world": plan.world.name,
             "algo": config.algo,
-            "params": settings.imagined(config).params,
+            **learning,
             "horizon": f"{plan.horizon.steps} steps: {plan.horizon.source}",
             "imagined steps": steps,
             "real steps": 0,
@@ -225,21 +238,35 @@ def _check_members(config: AgentConfig, world: Artifact) -> None:
 
 
 def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
-    if config.starts != "logged":
+    sac = config.algo == "SAC"
+    if _starts(config) != "logged" and not sac:
         return []
     names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
     if not names:
+        key, fix = ("algo=SAC", "") if sac else ("starts='logged'", " or starts=generated")
         raise UsageError(
-            f"starts='logged' needs the data that {world.name} was trained on, which it does not"
-            " name; set datasets or starts=generated"
+            f"{key} needs the data that {world.name} was trained on, which it does not name; set"
+            f" datasets{fix}"
         )
-    return [storage.artifact("datasets", name) for name in names]
+    datasets = [storage.artifact("datasets", name) for name in names]
+    if sac:
+        longest = max(int(Dataset([d.path]).table["length"].max()) for d in datasets)
+        if config.branch > longest:
+            raise UsageError(
+                f"branch must be <= {longest}, the longest episode of the data, got"
+                f" {config.branch}; a longer branch leaves the data behind"
+            )
+    return datasets
+
+
+def _starts(config: AgentConfig) -> str:
+    return config.starts or ("logged" if config.algo == "SAC" else "generated")
 
 
 def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
     config, starts = plan.config, None
-    if plan.datasets:
+    if _starts(config) == "logged":
         data = Dataset([d.path for d in plan.datasets])
         starts = observation_parts(data, plan.codec, "train", MAX_STARTS, config.seed)
     return {
@@ -264,6 +291,16 @@ def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
     return AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
+def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
+    config, folder = plan.config, run.folder / "rllib"
+    if not plan.setup.branches:
+        return rllib.build(plan.setup, partial(_make_env, arguments), folder)
+    make_env = partial(mbpo.make_env, arguments, config.gamma)
+    algorithm = rllib.build(plan.setup, make_env, folder)
+    mbpo.prepare(algorithm, config, [Dataset([d.path]) for d in plan.datasets])
+    return algorithm
+
+
 def _train(
     plan: TrainAgentPlan,
     run: Run,
@@ -278,8 +315,7 @@ def _train(
         The metrics of the last iteration.
     """
     config = plan.config
-    make_env = partial(_make_env, arguments)
-    algorithm = rllib.build(settings.imagined(config), make_env, run.folder / "rllib")
+    algorithm = _build(plan, run, arguments)
     snapshots = {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
     def save(to: Path) -> None:

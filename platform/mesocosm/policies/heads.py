@@ -157,6 +157,29 @@ class ActionMap:
             raw.append(values.astype(leaf.dtype))
         return _build(self.space, iter(raw))
 
+    def to_head(self, actions: Any) -> NDArray[Any]:
+        """The inverse of `to_raw`: a batch of actions to head actions, float32 or int64."""
+        columns: list[NDArray[Any]] = []
+        for leaf, (_, _, values) in zip(
+            self._leaves, _leaves(self.space, "action", actions), strict=True
+        ):
+            flat = np.asarray(values).reshape(len(values), -1)
+            if isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
+                flat = flat - np.ravel(leaf.start)
+            elif _is_float(leaf):
+                bounded = _bounded(leaf).ravel()
+                low, high = (np.where(bounded, x.ravel(), 0.0) for x in (leaf.low, leaf.high))
+                scaled = 2.0 * (flat - low) / np.where(bounded, high - low, 1.0) - 1.0
+                flat = np.where(bounded, scaled, flat)
+            elif isinstance(leaf, spaces.Box):
+                flat = flat - leaf.low.ravel()
+            columns.append(flat)
+        joined = np.concatenate(columns, axis=1)
+        if isinstance(self.head, spaces.Box):
+            return joined.astype(np.float32)
+        head = joined.astype(np.int64)
+        return head[:, 0] if isinstance(self.head, spaces.Discrete) else head
+
 
 def _is_float(space: gym.Space[Any]) -> bool:
     return isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
