@@ -40,7 +40,7 @@ IMAGINED = 100_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """What an iteration does."""
+    """The work of an iteration."""
 
     branch: int
     """Steps of a branch."""

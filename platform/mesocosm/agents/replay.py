@@ -32,13 +32,13 @@ class Replay:
         if self._columns is None:
             empty = (c.new_zeros(self.capacity, *c.shape[1:]) for c in rows)
             self._columns = Columns(*empty)
-        kept = len(rows.reward)
-        first = self._next + count - kept
-        places = (torch.arange(kept) + first) % self.capacity
+        stored = len(rows.reward)
+        first = self._next + count - stored
+        places = (torch.arange(stored) + first) % self.capacity
         for column, values in zip(self._columns, rows, strict=True):
             column[places] = values
-        self._next = (first + kept) % self.capacity
-        self.size = min(self.capacity, self.size + kept)
+        self._next = (first + stored) % self.capacity
+        self.size = min(self.capacity, self.size + stored)
 
     @property
     def observations(self) -> Tensor:
@@ -53,7 +53,7 @@ class Replay:
         return Columns(*(column[rows] for column in self._columns))
 
     def state(self) -> dict[str, object]:
-        """What `restore` needs, without copies."""
+        """The state for `restore`, without copies."""
         held = None if self._columns is None else tuple(c[: self.size] for c in self._columns)
         return {"columns": held, "next": self._next}
 

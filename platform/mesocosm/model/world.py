@@ -105,17 +105,17 @@ class World:
             _write(carry.past_action, carry.position, action)
         token = Transition(carry.observation, action, carry.task)
         features = self.net.advance(carry.cache, carry.position, carry.start_column, token)
-        own, own_keys = groups.split_transition(token), groups.split(keys)
-        own_features = None if features is None else groups.split(features)
-        base = BaseOut(self.base.of_groups(own), self.base.residual_scale)
-        drawn = self.net.draw(own_features, own, base, own_keys)
+        grouped, grouped_keys = groups.split_transition(token), groups.split(keys)
+        grouped_features = None if features is None else groups.split(features)
+        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale)
+        drawn = self.net.draw(grouped_features, grouped, base, grouped_keys)
         following = self._observation_grid(drawn.observation)
-        inputs = read(own.observation, own.action, own.task, following)
-        u = rng.uniform(own_keys.unsqueeze(-1), self._head_slots(own_keys))
-        own_reward = self.net.reward.draw(inputs, own_features, u[..., :2])
-        own_p = torch.sigmoid(self.net.termination.logit(inputs, own_features))
+        inputs = read(grouped.observation, grouped.action, grouped.task, following)
+        u = rng.uniform(grouped_keys.unsqueeze(-1), self._head_slots(grouped_keys))
+        grouped_reward = self.net.reward.draw(inputs, grouped_features, u[..., :2])
+        grouped_p = torch.sigmoid(self.net.termination.logit(inputs, grouped_features))
         reward, p, ended, duration = map(
-            groups.join, (own_reward, own_p, u[..., 2] < own_p, drawn.duration)
+            groups.join, (grouped_reward, grouped_p, u[..., 2] < grouped_p, drawn.duration)
         )
         observation = groups.join_parts(following)
         if spec.durations:
@@ -162,10 +162,10 @@ class World:
                 f"ensemble), got family {self.config.family!r} with"
                 f" {len(self.spec.observation.categories)} categories"
             )
-        own = groups.split_transition(Transition(observation, action, task))
-        base = BaseOut(self.base.of_groups(own), self.base.residual_scale)
-        following = self.net.expected(None, own, base).observation
-        inputs = read(own.observation, own.action, own.task, following)
+        grouped = groups.split_transition(Transition(observation, action, task))
+        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale)
+        following = self.net.expected(None, grouped, base).observation
+        inputs = read(grouped.observation, grouped.action, grouped.task, following)
         reward = self.net.reward.expected(inputs, None)
         p = torch.sigmoid(self.net.termination.logit(inputs))
         return groups.join(following.numbers), groups.join(reward), groups.join(p)
