@@ -30,13 +30,13 @@ test-unit: install
 	$(PYTEST) -m unit
 
 test: install
-	$(PYTEST) -m 'unit or integration'
+	$(PYTEST) -m 'not slow'
 
 test-all: install
 	$(PYTEST)
 
 coverage: install
-	$(PYTEST) -m 'unit or integration' --cov --cov-report term --cov-report html
+	$(PYTEST) -m 'not slow' --cov --cov-report term --cov-report html
 
 lint: install
 	$(BIN)/ruff check .

@@ -73,7 +73,7 @@ class Setup:
     runners: int
     gamma: float
     seed: int
-    imagined: bool
+    imagined: bool = False
     """It trains in a world, where SAC is `mbpo.WorldSAC`."""
 
     @property
