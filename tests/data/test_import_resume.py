@@ -15,6 +15,8 @@ import pytest
 from factories import SMALL_WORLD
 
 from mesocosm.cli.main import main
+from mesocosm.cluster import ray_session
+from mesocosm.config import RayConfig
 from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.data.parallel import ordered
 from mesocosm.datasets.dataset import Dataset
@@ -110,6 +112,12 @@ def test_a_broken_import_goes_on_where_it_was(
         assert len(added) == 12 - shard_of.index(shard_of[last]), "whole shards were written again"
         assert checksums(result) == checksums(whole) and not list(to.glob("scratch/*"))
         added.clear()
+
+
+def test_nothing_that_is_left_to_read_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after the last shard, before the commit."""
+    monkeypatch.setattr(ray_session, "ensure", None)
+    assert list(ordered(lambda item: [item], [], 2, RayConfig())) == []
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def ordered(
         workers: Tasks of Ray Data at a time, no further ahead than its memory allows. 0 calls in
             this process.
     """
-    if not workers:
+    if not workers or not items:  # Ray Data refuses a pool of no tasks
         for item in items:
             yield from function(item)
         return
