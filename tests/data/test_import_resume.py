@@ -114,6 +114,19 @@ def test_a_broken_import_goes_on_where_it_was(
         added.clear()
 
 
+def test_progress_of_an_earlier_version_begins_anew(
+    tmp_path: Path, import_logs: Import, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = parquet(tmp_path / "a.parquet", logs(3))
+    expected = import_logs(path)
+    folder = tmp_path / "other" / "scratch" / f"import-{expected.id}"
+    (folder / "data" / "shards" / "00000").mkdir(parents=True)
+    state = {"next": [0, 0], "number": 0, "names": [], "writer": {}}
+    (folder / "00000.json").write_text(json.dumps(state))
+    (folder / "00000.npy").touch()
+    assert checksums(import_logs(path, to=str(tmp_path / "other"))) == checksums(expected)
+
+
 def test_nothing_that_is_left_to_read_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill after the last shard, before the commit."""
     monkeypatch.setattr(ray_session, "ensure", None)

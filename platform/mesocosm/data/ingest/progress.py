@@ -30,6 +30,8 @@ class ImportProgress:
 
     def __init__(self, folder: Path):
         self.folder, self.data, self._tally = folder, folder / "data", folder / "looked.json"
+        if any(folder.glob("*.npy")):  # an earlier version's, which stored episodes apart
+            shutil.rmtree(folder)
         self.data.mkdir(parents=True, exist_ok=True)
         self._saved_names = 0
 
