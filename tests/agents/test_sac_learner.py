@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import pickle
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from ray import cloudpickle
 from ray.rllib.algorithms.sac import SACConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
-from mesocosm.agents.mbpo import configure
+from mesocosm.agents import mbpo
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.mbpo import BranchEnv, Schedule, WorldSAC, configure
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.policies.heads import ActionMap
@@ -57,6 +62,12 @@ def test_a_restored_replay_buffer_goes_on_alike(count: int) -> None:
     assert torch.equal(batch.reward, other.sample(50).reward)
 
 
+def test_a_checkpoint_holds_no_empty_rows() -> None:
+    replay = Replay(100_000)
+    replay.add(rows(0, 10))
+    assert len(pickle.dumps(replay.state())) < 5000
+
+
 def test_batches_mix_real_and_imagined_transitions() -> None:
     real, imagined, empty = Replay(10), Replay(10), Replay(10)
     real.add(rows(0, 10))
@@ -96,6 +107,8 @@ def test_continuous_actions_are_learned() -> None:
     metrics = sac.update_many(replay.sample, 600)
     assert set(metrics) == {"qf_loss", "qf_mean", "policy_loss", "alpha_value"}
     assert metrics["alpha_value"] != pytest.approx(0.02)
+    target = sac.module[DEFAULT_MODULE_ID].target_critics.parameters()
+    assert all(p.grad_fn is None for p in target), "an autograd graph grows with the updates"
     test = far_from_zero(200)
     module = sac.module[DEFAULT_MODULE_ID]
     mean = torch.tanh(module.logits(test).detach()[:, 0])
@@ -147,3 +160,68 @@ def test_logged_actions_become_head_actions(space: Any) -> None:
     flat = [batch, again] if not isinstance(batch, dict) else [*batch.values(), *again.values()]
     for x, y in zip(flat[: len(flat) // 2], flat[len(flat) // 2 :], strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+class Unstable:
+    """Two environments; the second diverges at each step, the first has a negative duration."""
+
+    horizon, num_envs = None, 2
+    single_observation_space, single_action_space = OBSERVATIONS, spaces.Discrete(3)
+
+    def close(self) -> None:
+        pass
+
+    def reset(self, seed: int) -> Any:
+        return np.zeros((2, 2), np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        no, second = np.zeros(2, np.bool_), np.array([False, True])
+        last = {"disagreement": np.array([0.0, 3.0]), "diverged": second}
+        infos = {"disagreement": np.array([1.0, 0.0]), "diverged": no, "final_info": last}
+        infos["duration"] = np.array([-4.0, 0.0])
+        return np.zeros((2, 2), np.float32), np.ones(2), no, second, infos
+
+
+def test_branches_report_divergence_and_never_multiply_values() -> None:
+    env = BranchEnv(cast(Any, Unstable()), 0.9)
+    module: Any = SimpleNamespace(discrete=True, logits=lambda observation: torch.zeros(2, 3))
+    columns = env.imagine(module, 3, seed=0)
+    assert columns.discount.tolist() == [1.0, 1.0, 1.0], "only the first environment's steps"
+    statistics = env.statistics()
+    assert (statistics.steps, statistics.diverged, statistics.disagreement) == (6, 3, 12.0)
+
+
+def test_runners_do_not_receive_the_real_transitions() -> None:
+    real = Replay(100_000)
+    real.add(rows(0, 100_000))
+    sizes: list[int] = []
+
+    def foreach_env_runner(function: Any) -> list[Any]:
+        sizes.append(len(cloudpickle.dumps(function)))
+        return []
+
+    algorithm: Any = SimpleNamespace(
+        schedule=Schedule(branch=5, branches=2, updates=1, real_share=0.1, real=real),
+        env_runner_group=SimpleNamespace(
+            sync_weights=lambda **_: None, foreach_env_runner=foreach_env_runner
+        ),
+        learner_group=SimpleNamespace(_learner=SimpleNamespace(update_many=lambda *_: {})),
+        metrics=SimpleNamespace(),
+    )
+    WorldSAC.training_step(algorithm)
+    assert len(sizes) == 2 and max(sizes) < 10_000
+
+
+@pytest.mark.parametrize(("objective", "share"), [("return", 0.1), ("disagreement", 0.0)])
+def test_an_adversary_learns_no_logged_rewards(
+    objective: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Replay(10)
+    real.add(rows(0, 10))
+    monkeypatch.setattr(mbpo, "logged", lambda datasets, gamma: real)
+    algorithm: Any = WorldSAC.__new__(WorldSAC)
+    algorithm.learner_group = SimpleNamespace(
+        _learner=SimpleNamespace(normalize_by=lambda observations: None)
+    )
+    mbpo.prepare(algorithm, AgentConfig(algo="SAC", objective=objective), [])
+    assert algorithm.schedule.real_share == share

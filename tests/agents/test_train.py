@@ -224,6 +224,12 @@ def test_sac_learns_from_branches_and_from_the_logs(
     )
 
 
+def test_a_dry_run_of_sac_counts_whole_branches(seek: tuple[str, Artifact]) -> None:
+    root, _ = seek
+    plan = JOB.resolve(agent_config(root, "algo=SAC iterations=3 rollout=16"), Storage(root))
+    assert JOB.summary(plan)["imagined steps"] == 3 * 32 * 20
+
+
 def test_dqn_trains_from_generated_starts_with_a_penalty(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:
@@ -267,6 +273,9 @@ def test_a_return_that_the_logs_cannot_explain_is_a_warning(
         ("horizon=0", "horizon must be >= 1, got 0"),
         ("starts=loged", "starts must be one of .* got 'loged'; did you mean 'logged'"),
         ("algo=SAC branch=13", "branch must be <= 12, the longest episode of the data, got 13"),
+        ("algo=SAC params.training_intensity=4", "params.training_intensity is not used by SAC"),
+        ("algo=SAC params.critic_lr=[[0,0.1],[9,0]]", "params.critic_lr must be one value"),
+        ("algo=SAC model.fcnet_activation=elu", "fcnet_activation must be one of .* got 'elu'"),
         ("real_share=1.5", "real_share must be .* got 1.5"),
         ("updates_per_real_step=0", "updates_per_real_step must be .* got 0"),
         ("backend=remote", "backend must be one of .* got 'remote'"),

@@ -35,7 +35,9 @@ class AgentConfig(JobConfig):
     num_envs: int = 64
     """Imagined environments of an environment runner, stepped together."""
     rollout: int = 64
-    """Steps of each environment in an iteration, which takes num_envs x rollout imagined steps."""
+    """Steps of each environment in an iteration, which takes num_envs x rollout imagined steps. SAC
+    rounds it up to whole branches.
+    """
     snapshots: int = 8
     """Policies saved during training, evenly spread over the iterations: `agents/ID@ITERATION`.
     The agent is the best of them and the last, by greedy imagined episodes. 0 saves none.
@@ -61,7 +63,9 @@ class AgentConfig(JobConfig):
     branch: int = 5
     """SAC: imagined steps from a start."""
     real_share: float = 0.1
-    """SAC: share of a batch that is logged transitions."""
+    """SAC: share of a batch that is logged transitions. `objective=disagreement` uses none: their
+    rewards are the environment's.
+    """
     updates_per_real_step: float = 5.0
     """SAC: updates of the whole training for each logged transition."""
     objective: str = "return"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -88,6 +89,7 @@ class BranchEnv(VectorEnv[Any, Any, Any]):
             )
             following = self._flat(raw)
             duration = infos.get("duration", np.ones(self.num_envs))
+            duration = np.maximum(duration, 0.0)  # a world may imagine a negative one
             discount = np.where(terminated, 0.0, self.gamma**duration)
             columns = [np.asarray(x, np.float32) for x in (reward, discount)]
             reward_column, discount_column = map(torch.from_numpy, columns)
@@ -95,8 +97,10 @@ class BranchEnv(VectorEnv[Any, Any, Any]):
             step = Columns(observation, action, reward_column, following, discount_column)
             rows.append(Columns(*(column[keep] for column in step)))
             self._statistics.steps += self.num_envs
-            self._statistics.disagreement += float(infos["disagreement"].sum())
-            self._statistics.diverged += int(infos["diverged"].sum())
+            for part in (infos, infos.get("final_info")):  # the last has the ended episodes' steps
+                if part is not None:
+                    self._statistics.disagreement += float(part["disagreement"].sum())
+                    self._statistics.diverged += int(part["diverged"].sum())
             observation = following
         return Columns(*map(torch.cat, zip(*rows, strict=True)))
 
@@ -154,10 +158,9 @@ class WorldSAC(SAC):
             timeout_seconds=None,
             inference_only=True,
         )
+        imagine = partial(_imagine, schedule.branch)  # without the real data, which stay here
         for _ in range(schedule.branches):
-            for columns in group.foreach_env_runner(
-                lambda runner: runner.imagine(schedule.branch) if runner.env is not None else None
-            ):
+            for columns in group.foreach_env_runner(imagine):
                 if columns is not None:
                     self.imagined.add(columns)
         learners: Any = self.learner_group
@@ -168,6 +171,11 @@ class WorldSAC(SAC):
         assert self.metrics is not None
         for name, value in metrics.items():
             self.metrics.log_value((LEARNER_RESULTS, DEFAULT_MODULE_ID, name), value, window=1)
+
+
+def _imagine(steps: int, runner: Any) -> Columns | None:
+    """A runner's branches; None for one without environments."""
+    return runner.imagine(steps) if runner.env is not None else None
 
 
 def configure(config: AlgorithmConfig) -> None:
@@ -183,15 +191,20 @@ def make_env(arguments: Mapping[str, Any], gamma: float, num_envs: int) -> Branc
     return BranchEnv(WorldVectorEnv(num_envs, **{**arguments, **mode}), gamma)
 
 
+def rounds(config: AgentConfig) -> int:
+    """Rounds of branches in an iteration, of at least `rollout` steps together."""
+    return math.ceil(config.rollout / config.branch)
+
+
 def prepare(algorithm: Algorithm, config: AgentConfig, datasets: Sequence[Dataset]) -> None:
     """Give a new `WorldSAC` its schedule and its real transitions, which fix the normalization."""
     assert isinstance(algorithm, WorldSAC)
     real = logged(datasets, config.gamma)
     algorithm.schedule = Schedule(
         branch=config.branch,
-        branches=math.ceil(config.rollout / config.branch),
+        branches=rounds(config),
         updates=max(1, round(config.updates_per_real_step * real.size / config.iterations)),
-        real_share=config.real_share,
+        real_share=0.0 if config.objective == "disagreement" else config.real_share,
         real=real,
     )
     learners: Any = algorithm.learner_group

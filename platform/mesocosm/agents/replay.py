@@ -53,8 +53,9 @@ class Replay:
         return Columns(*(column[rows] for column in self._columns))
 
     def state(self) -> dict[str, object]:
-        """The state for `restore`, without copies."""
-        held = None if self._columns is None else tuple(c[: self.size] for c in self._columns)
+        """The state for `restore`, without the empty rows (a pickled view has all of them)."""
+        columns = self._columns
+        held = None if columns is None else tuple(c[: self.size].clone() for c in columns)
         return {"columns": held, "next": self._next}
 
     def restore(self, state: dict[str, object]) -> None:

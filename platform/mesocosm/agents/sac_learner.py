@@ -43,7 +43,10 @@ class Critics(nn.Module):
 
     def __init__(self, inputs: int, hidden: list[int], outputs: int, activation: str):
         super().__init__()
-        self.activation = activation
+        if activation.lower() not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"fcnet_activation must be one of {names}, got {activation!r}")
+        self.activation = ACTIVATIONS[activation.lower()]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in pairwise([inputs, *hidden, outputs]):
             bound = 1 / math.sqrt(fan_in)
@@ -52,12 +55,11 @@ class Critics(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs] -> [2, N, outputs]"""
-        activation = ACTIVATIONS[self.activation]
         y = x.expand(2, -1, -1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = torch.baddbmm(bias, y, weight)
-            y = y if layer == last else activation(y)
+            y = y if layer == last else self.activation(y)
         return y
 
 
@@ -86,7 +88,7 @@ class WorldSACModule(DefaultSACTorchRLModule):
                 inputs,
                 list(config["fcnet_hiddens"]),
                 int(action.n) if discrete else 1,
-                config["fcnet_activation"],
+                str(config["fcnet_activation"]),
             )
 
     def normalize_by(self, observations: Tensor) -> None:
@@ -195,7 +197,8 @@ class WorldSACLearner(SACTorchLearner):
                 loss, more = self._actor_loss(batch.observation)
                 _descend(loss, {name: groups[name] for name in ("policy", "alpha")}, optimizers)
                 metrics |= more
-            torch._foreach_lerp_(target, groups["critics"], self._settings.tau)
+            with torch.no_grad():  # or every update would extend the targets' autograd graph
+                torch._foreach_lerp_(target, groups["critics"], self._settings.tau)
             self.updates += 1
             if 10 * (i + ACTOR_EVERY) >= 9 * updates:
                 for name, value in metrics.items():

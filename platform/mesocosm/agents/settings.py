@@ -49,6 +49,8 @@ _WIDE = {"fcnet_hiddens": [256, 256], "fcnet_activation": "relu"}
 MODEL: Settings = dict.fromkeys(ON_POLICY, _SMALL) | dict.fromkeys(REPLAY, _WIDE)
 """Networks in reality. In a world, where a step costs less than an update, SAC's are smaller."""
 IMAGINED_MODEL: Settings = MODEL | {"SAC": _WIDE | {"fcnet_hiddens": [128, 128]}}
+WORLD_SAC_PARAMS = (*_SAC_RATES, _BATCH, "initial_alpha", "target_entropy", "tau")
+"""RLlib's parameters that `mbpo.WorldSAC` uses"""
 INITIAL_ALPHA = 0.1
 """SAC's initial temperature in a world: this many times the root mean square of the data's rewards,
 and at most this. RLlib's default of 1 takes thousands of updates to fall where rewards are small.

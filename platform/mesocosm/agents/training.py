@@ -62,6 +62,12 @@ def check(config: AgentConfig) -> None:
     checks.at_least(config, 1, "branch")
     checks.within(config, 0, 1, "real_share", open="]")
     checks.within(config, 0, math.inf, "updates_per_real_step", open="[]")
+    for name, value in config.params.items() if config.algo == "SAC" else ():
+        if name not in settings.WORLD_SAC_PARAMS:
+            names = ", ".join(settings.WORLD_SAC_PARAMS)
+            raise UsageError(f"params.{name} is not used by SAC in a world; use one of {names}")
+        if isinstance(value, list):
+            raise UsageError(f"params.{name} must be one value for SAC in a world, got {value}")
     checks.one_of(config, BACKENDS, "backend")
     checks.one_of(config, OBJECTIVES, "objective")
     checks.within(config, 0, math.inf, "penalty", open="]")
@@ -156,7 +162,10 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
 
     def summary(self, plan: TrainAgentPlan) -> dict[str, Any]:
         config = plan.config
-        steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
+        rollout = config.rollout
+        if plan.setup.branches:
+            rollout = mbpo.rounds(config) * config.branch
+        steps = config.iterations * config.num_envs * rollout * max(config.runners, 1)
         learning: dict[str, Any] = {"params": plan.setup.params}
         if plan.setup.branches:
             learning |= {key: getattr(config, key) for key in SAC_KEYS}
