@@ -230,6 +230,29 @@ def test_a_dry_run_of_sac_counts_whole_branches(seek: tuple[str, Artifact]) -> N
     assert JOB.summary(plan)["imagined steps"] == 3 * 32 * 20
 
 
+def test_sac_refuses_data_of_other_spaces(seek: tuple[str, Artifact]) -> None:
+    root, _ = seek
+    space, zero = spaces.Box(-1.0, 1.0, (3,), np.float32), np.zeros(3, np.float32)
+    episode = Episode(0, 0, "random", [zero, zero], [zero], np.zeros(1), "truncated")
+
+    def write(folder: Path) -> None:
+        write_dataset(
+            folder,
+            [episode],
+            id="other",
+            seed=0,
+            valid_fraction=0.0,
+            environment=Environment(id="Seek-v0", max_episode_steps=LENGTH),
+            observation_space=space,
+            action_space=space,
+        )
+
+    storage = Storage(root)
+    storage.make("datasets", "other", {}, write)
+    with pytest.raises(UsageError, match="datasets/other has other spaces than the world"):
+        JOB.resolve(agent_config(root, "algo=SAC branch=1 datasets=[other]"), storage)
+
+
 def test_dqn_trains_from_generated_starts_with_a_penalty(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:

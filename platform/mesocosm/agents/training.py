@@ -128,7 +128,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
-        datasets = _datasets(config, storage, world)
+        spaces = codec.observation_space, codec.action_space
+        datasets = _datasets(config, storage, world, spaces)
         _check_members(config, world)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
@@ -136,7 +137,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             limit = codec.environment["max_episode_steps"]
             horizon = horizon_of(storage, world, limit, "horizon")
         former = None if config.init is None else storage.artifact("agents", config.init)
-        check_spaces(config, (codec.observation_space, codec.action_space), former)
+        check_spaces(config, spaces, former)
         inputs = {
             "worlds": [world.id],
             "datasets": [d.id for d in datasets],
@@ -246,7 +247,9 @@ def _check_members(config: AgentConfig, world: Artifact) -> None:
                 )
 
 
-def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
+def _datasets(
+    config: AgentConfig, storage: Storage, world: Artifact, spaces: Spaces
+) -> list[Artifact]:
     sac = config.algo == "SAC"
     if _starts(config) != "logged" and not sac:
         return []
@@ -259,7 +262,14 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
         )
     datasets = [storage.artifact("datasets", name) for name in names]
     if sac:
-        longest = max(int(Dataset([d.path]).table["length"].max()) for d in datasets)
+        opened = [Dataset([d.path]) for d in datasets]
+        for artifact, data in zip(datasets, opened, strict=True):
+            if (data.observation_space, data.action_space) != spaces:
+                fix = f"use data of the environment of {world.name}"
+                raise UsageError(
+                    f"datasets: {artifact.name} has other spaces than the world; {fix}"
+                )
+        longest = max(int(data.table["length"].max(initial=0)) for data in opened)
         if config.branch > longest:
             raise UsageError(
                 f"branch must be <= {longest}, the longest episode of the data, got"
