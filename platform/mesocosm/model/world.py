@@ -145,7 +145,9 @@ class World:
         """The expected next step, differentiable with respect to the numbers of all arguments.
 
         Args:
-            observation, action, task: [B, ...], normalised.
+            observation: [B, ...], normalised.
+            action: [B, ...], normalised.
+            task: [B, ...], normalised.
             groups: Of the members [B] that predict.
 
         Returns:
