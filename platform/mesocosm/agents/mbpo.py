@@ -32,8 +32,10 @@ from mesocosm.agents.env import Statistics
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.errors import UsageError
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
 from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.store.artifacts import Artifact
 
 IMAGINED = 100_000
 """Capacity of the buffer of imagined transitions."""
@@ -209,6 +211,27 @@ def prepare(algorithm: Algorithm, config: AgentConfig, datasets: Sequence[Datase
     )
     learners: Any = algorithm.learner_group
     learners._learner.normalize_by(real.observations)
+
+
+def check_data(
+    branch: int,
+    datasets: Sequence[Artifact],
+    world: str,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+) -> None:
+    """Raise UsageError for data of other spaces than the world's, or too short for a branch."""
+    longest = 0
+    for artifact in datasets:
+        data = Dataset([artifact.path])
+        if (data.observation_space, data.action_space) != spaces:
+            fix = f"use data of the environment of {world}"
+            raise UsageError(f"datasets: {artifact.name} has other spaces than the world; {fix}")
+        longest = max(longest, int(data.table["length"].max(initial=0)))
+    if branch > longest:
+        raise UsageError(
+            f"branch must be <= {longest}, the longest episode of the data, got {branch}; a longer"
+            " branch leaves the data behind"
+        )
 
 
 def logged(datasets: Sequence[Dataset], gamma: float) -> Replay:

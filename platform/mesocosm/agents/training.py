@@ -262,19 +262,7 @@ def _datasets(
         )
     datasets = [storage.artifact("datasets", name) for name in names]
     if sac:
-        opened = [Dataset([d.path]) for d in datasets]
-        for artifact, data in zip(datasets, opened, strict=True):
-            if (data.observation_space, data.action_space) != spaces:
-                fix = f"use data of the environment of {world.name}"
-                raise UsageError(
-                    f"datasets: {artifact.name} has other spaces than the world; {fix}"
-                )
-        longest = max(int(data.table["length"].max(initial=0)) for data in opened)
-        if config.branch > longest:
-            raise UsageError(
-                f"branch must be <= {longest}, the longest episode of the data, got"
-                f" {config.branch}; a longer branch leaves the data behind"
-            )
+        mbpo.check_data(config.branch, datasets, world.name, spaces)
     return datasets
 
 
