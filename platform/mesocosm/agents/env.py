@@ -115,3 +115,12 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.env.close(**kwargs)
+
+
+def make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
+    """An imagined environment; `arguments` are those of its `WorldVectorEnv`.
+
+    RLlib resets each runner's environment with another seed, so that runners imagine different
+    episodes.
+    """
+    return AgentEnv(WorldVectorEnv(num_envs, **arguments))

@@ -26,7 +26,7 @@ from mesocosm.agents import learner_state, mbpo, rllib, settings
 from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.env import make_env
 from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.agents.settings import Setup
 from mesocosm.cluster import ray_session
@@ -39,7 +39,7 @@ from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.policies.policy import SNAPSHOTS, Policy
 from mesocosm.runs.tracking import Run
-from mesocosm.serve.client import BACKENDS, WorldVectorEnv
+from mesocosm.serve.client import BACKENDS
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
@@ -291,19 +291,12 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     }
 
 
-def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
-    """RLlib resets each runner's environment with another seed, so that runners imagine different
-    episodes.
-    """
-    return AgentEnv(WorldVectorEnv(num_envs, **arguments))
-
-
 def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
     config, folder = plan.config, run.folder / "rllib"
     if not plan.setup.branches:
-        return rllib.build(plan.setup, partial(_make_env, arguments), folder)
-    make_env = partial(mbpo.make_env, arguments, config.gamma)
-    algorithm = rllib.build(plan.setup, make_env, folder)
+        return rllib.build(plan.setup, partial(make_env, arguments), folder)
+    branches = partial(mbpo.make_env, arguments, config.gamma)
+    algorithm = rllib.build(plan.setup, branches, folder)
     mbpo.prepare(algorithm, config, [Dataset([d.path]) for d in plan.datasets])
     return algorithm
 
