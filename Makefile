@@ -13,7 +13,9 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
+.PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world \
+    bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
+    bench-storage bench-loader bench-buy clean
 
 install: $(STAMP)
 

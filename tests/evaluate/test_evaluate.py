@@ -116,8 +116,8 @@ def test_policies_are_compared_and_every_real_step_is_counted(
     assert lab.figures["policy_value/error"] == value["ranking"]["error"]
     assert lab.figures["starts/validity"] == suite["starts"]["validity"]
     assert rows[3]["world"]["mean"] == suite["agent"]["world"], "the agent has one value"
-    found = lab.evaluate(replace(cfg, judge_steps=None))
-    assert found.id == artifact.id, "a bound is not part of the id"
+    unbounded = lab.evaluate(replace(cfg, judge_steps=None))
+    assert unbounded.id == artifact.id, "a bound is not part of the id"
     assert Ledger(lab.storage, artifact.id).totals().steps == ledger.steps
     monkeypatch.setattr(worlds, "slow", lambda observation, rng: np.array([5.0, 7.0]))
     with pytest.raises(MesocosmError, match="not in the action space"):

@@ -96,6 +96,9 @@ class WorldSACModule(DefaultSACTorchRLModule):
         self.mean.copy_(observations.mean(0))
         self.scale.copy_(observations.std(0).clamp(min=LEAST_SCALE))
 
+    def _normalized(self, observation: Tensor) -> Tensor:
+        return (observation - self.mean) / self.scale
+
     def make_target_networks(self) -> None:
         self.target_critics = make_target_network(self.critics)
 
@@ -111,8 +114,7 @@ class WorldSACModule(DefaultSACTorchRLModule):
 
     def logits(self, observation: Tensor) -> Tensor:
         """The policy's outputs for observations [N, n]."""
-        normalized = (observation - self.mean) / self.scale
-        encoded = self.pi_encoder({RLlibColumns.OBS: normalized})[ENCODER_OUT]
+        encoded = self.pi_encoder({RLlibColumns.OBS: self._normalized(observation)})[ENCODER_OUT]
         return cast(Tensor, self.pi(encoded))
 
     def act(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,7 @@ class WorldSACModule(DefaultSACTorchRLModule):
         them.
         """
         critics = self.target_critics if target else self.critics
-        observation = (observation - self.mean) / self.scale
+        observation = self._normalized(observation)
         if not self.discrete:
             assert action is not None
             return cast(Tensor, critics(torch.cat((observation, action), -1))).squeeze(-1)
