@@ -8,7 +8,6 @@ from which another training can start.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,18 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import checks
-from mesocosm.agents import learner_state, mbpo, rllib, settings
+from mesocosm.agents import learner_state, mbpo, rllib, settings, validation
 from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import make_env
-from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.agents.settings import Setup
+from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
@@ -37,64 +34,14 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
-from mesocosm.policies.policy import SNAPSHOTS, Policy
+from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.runs.tracking import Run
-from mesocosm.serve.client import BACKENDS
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
 
-Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
-STARTS = ("logged", "generated")
-OBJECTIVES = ("return", "disagreement")
-SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
 MAX_STARTS = 50_000
 """The most observations of the datasets that serve as logged starts."""
-
-
-def check(config: AgentConfig) -> None:
-    """Raise UsageError at the first invalid value. Reads no storage."""
-    rllib.check(config)
-    checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
-    checks.at_least(config, 0, "snapshots", "runners")
-    if config.starts is not None:
-        checks.one_of(config, STARTS, "starts")
-    checks.at_least(config, 1, "branch")
-    checks.within(config, 0, 1, "real_share", open="]")
-    checks.within(config, 0, math.inf, "updates_per_real_step", open="[]")
-    for name, value in config.params.items() if config.algo == "SAC" else ():
-        if name not in settings.WORLD_SAC_PARAMS:
-            names = ", ".join(settings.WORLD_SAC_PARAMS)
-            raise UsageError(f"params.{name} is not used by SAC in a world; use one of {names}")
-        if isinstance(value, list):
-            raise UsageError(f"params.{name} must be one value for SAC in a world, got {value}")
-    checks.one_of(config, BACKENDS, "backend")
-    checks.one_of(config, OBJECTIVES, "objective")
-    checks.within(config, 0, math.inf, "penalty", open="]")
-    checks.within(config, 0, 1, "gamma", open="[")
-    if config.max_disagreement is not None:
-        checks.within(config, 0, math.inf, "max_disagreement", open="[")
-    steps = config.num_envs * config.rollout * max(config.runners, 1)
-    minibatch = config.params.get("minibatch_size")
-    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
-        fix = "lower it, or raise num_envs or rollout"
-        message = f"params.minibatch_size must be <= the {steps} steps of an iteration"
-        raise UsageError(f"{message}, got {minibatch}; {fix}")
-
-
-def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -> None:
-    """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
-
-    `former` is the initial agent.
-    """
-    module = check_agent(settings.imagined(config), spaces)
-    if former is None:
-        return
-    policy = Policy.load(former.path)
-    if (policy.observation_space, policy.action_space) != spaces:
-        fix = "use an agent of this environment"
-        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
-    check_init(module, former.path, former.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,21 +70,21 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     name, kind, config = "train-agent", "agents", AgentConfig
 
     def resolve(self, config: AgentConfig, storage: Storage) -> TrainAgentPlan:
-        check(config)
+        validation.check(config)
         if not config.world:
             raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         spaces = codec.observation_space, codec.action_space
-        datasets = _datasets(config, storage, world, spaces)
-        _check_members(config, world)
+        datasets = validation.datasets_of(config, storage, world, spaces)
+        validation.check_members(config, world)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
         else:
             limit = codec.environment["max_episode_steps"]
             horizon = horizon_of(storage, world, limit, "horizon")
         former = None if config.init is None else storage.artifact("agents", config.init)
-        check_spaces(config, spaces, former)
+        validation.check_spaces(config, spaces, former)
         inputs = {
             "worlds": [world.id],
             "datasets": [d.id for d in datasets],
@@ -147,7 +94,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         elsewhere = ["world", "backend", "app", "datasets", "init"]
         facts = identity(config, without=elsewhere if setup.branches else [*elsewhere, *SAC_KEYS])
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
-        facts["starts"] = _starts(config)
+        facts["starts"] = starts_of(config)
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
@@ -232,48 +179,10 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
         undeploy(config.app)
 
 
-def _check_members(config: AgentConfig, world: Artifact) -> None:
-    """Raise UsageError where an option needs disagreement and the world has one member."""
-    options: dict[str, Any] = {
-        "max_disagreement": config.max_disagreement,
-        "objective": None if config.objective == "return" else config.objective,
-    }
-    if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
-        for key, value in options.items():
-            if value is not None:
-                raise UsageError(
-                    f"{key}={value} needs members that can disagree, and {world.name} has one;"
-                    f" pretrain with model.members=4, or leave {key} out"
-                )
-
-
-def _datasets(
-    config: AgentConfig, storage: Storage, world: Artifact, spaces: Spaces
-) -> list[Artifact]:
-    sac = config.algo == "SAC"
-    if _starts(config) != "logged" and not sac:
-        return []
-    names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
-    if not names:
-        key, fix = ("algo=SAC", "") if sac else ("starts='logged'", " or starts=generated")
-        raise UsageError(
-            f"{key} needs the data that {world.name} was trained on, which it does not name; set"
-            f" datasets{fix}"
-        )
-    datasets = [storage.artifact("datasets", name) for name in names]
-    if sac:
-        mbpo.check_data(config.branch, datasets, world.name, spaces)
-    return datasets
-
-
-def _starts(config: AgentConfig) -> str:
-    return config.starts or ("logged" if config.algo == "SAC" else "generated")
-
-
 def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
     config, starts = plan.config, None
-    if _starts(config) == "logged":
+    if starts_of(config) == "logged":
         data = Dataset([d.path for d in plan.datasets])
         starts = observation_parts(data, plan.codec, "train", MAX_STARTS, config.seed)
     return {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from mesocosm.agents import training as agents
+from mesocosm.agents import validation as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
 from mesocosm.data.collecting import config as collecting

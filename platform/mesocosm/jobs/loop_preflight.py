@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, replace
 
-from mesocosm.agents import training as agents
+from mesocosm.agents import validation as agents
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.datasets.manifest import Manifest, current_id

@@ -1,0 +1,112 @@
+"""Checks of `train-agent`: its config, the spaces, the data and the members of the world."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import gymnasium
+
+from mesocosm import checks
+from mesocosm.agents import mbpo, rllib, settings
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.errors import UsageError
+from mesocosm.policies.policy import Policy
+from mesocosm.serve.client import BACKENDS
+from mesocosm.store.artifacts import Artifact, Storage
+
+Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
+STARTS = ("logged", "generated")
+OBJECTIVES = ("return", "disagreement")
+SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
+
+
+def check(config: AgentConfig) -> None:
+    """Raise UsageError at the first invalid value. Reads no storage."""
+    rllib.check(config)
+    checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
+    checks.at_least(config, 0, "snapshots", "runners")
+    if config.starts is not None:
+        checks.one_of(config, STARTS, "starts")
+    checks.at_least(config, 1, "branch")
+    checks.within(config, 0, 1, "real_share", open="]")
+    checks.within(config, 0, math.inf, "updates_per_real_step", open="[]")
+    for name, value in config.params.items() if config.algo == "SAC" else ():
+        if name not in settings.WORLD_SAC_PARAMS:
+            names = ", ".join(settings.WORLD_SAC_PARAMS)
+            raise UsageError(f"params.{name} is not used by SAC in a world; use one of {names}")
+        if isinstance(value, list):
+            raise UsageError(f"params.{name} must be one value for SAC in a world, got {value}")
+    checks.one_of(config, BACKENDS, "backend")
+    checks.one_of(config, OBJECTIVES, "objective")
+    checks.within(config, 0, math.inf, "penalty", open="]")
+    checks.within(config, 0, 1, "gamma", open="[")
+    if config.max_disagreement is not None:
+        checks.within(config, 0, math.inf, "max_disagreement", open="[")
+    steps = config.num_envs * config.rollout * max(config.runners, 1)
+    minibatch = config.params.get("minibatch_size")
+    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
+        fix = "lower it, or raise num_envs or rollout"
+        message = f"params.minibatch_size must be <= the {steps} steps of an iteration"
+        raise UsageError(f"{message}, got {minibatch}; {fix}")
+
+
+def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -> None:
+    """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
+
+    `former` is the initial agent.
+    """
+    module = check_agent(settings.imagined(config), spaces)
+    if former is None:
+        return
+    policy = Policy.load(former.path)
+    if (policy.observation_space, policy.action_space) != spaces:
+        fix = "use an agent of this environment"
+        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
+    check_init(module, former.path, former.name)
+
+
+def check_members(config: AgentConfig, world: Artifact) -> None:
+    """Raise UsageError where an option needs disagreement and the world has one member."""
+    options: dict[str, Any] = {
+        "max_disagreement": config.max_disagreement,
+        "objective": None if config.objective == "return" else config.objective,
+    }
+    if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
+        for key, value in options.items():
+            if value is not None:
+                raise UsageError(
+                    f"{key}={value} needs members that can disagree, and {world.name} has one;"
+                    f" pretrain with model.members=4, or leave {key} out"
+                )
+
+
+def datasets_of(
+    config: AgentConfig, storage: Storage, world: Artifact, spaces: Spaces
+) -> list[Artifact]:
+    """The datasets of logged starts and of SAC's real transitions; [] where none are used.
+
+    Raises:
+        UsageError: They are needed and unknown, or SAC cannot use them.
+    """
+    sac = config.algo == "SAC"
+    if starts_of(config) != "logged" and not sac:
+        return []
+    names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
+    if not names:
+        key, fix = ("algo=SAC", "") if sac else ("starts='logged'", " or starts=generated")
+        raise UsageError(
+            f"{key} needs the data that {world.name} was trained on, which it does not name; set"
+            f" datasets{fix}"
+        )
+    datasets = [storage.artifact("datasets", name) for name in names]
+    if sac:
+        mbpo.check_data(config.branch, datasets, world.name, spaces)
+    return datasets
+
+
+def starts_of(config: AgentConfig) -> str:
+    """The source of the first observations of imagined episodes: `generated` or `logged`."""
+    return config.starts or ("logged" if config.algo == "SAC" else "generated")
