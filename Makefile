@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 run: install
-	$(BIN)/mesocosm loop -c configs/loop/quickstart.yaml
+	$(BIN)/mesocosm loop -c loop/quickstart
 
 test-unit: install
 	$(PYTEST) -m unit

@@ -64,7 +64,7 @@ SHORT = {
     "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
 }
 """What a job's command is given beside its own words."""
-BESIDES = {"/plan.yaml": "data.datasets=[ID]", "collect/halfcheetah.yaml": "reality.horizon=50"}
+BESIDES = {"/plan.yaml": "data.datasets=[ID]", "collect/halfcheetah": "reality.horizon=50"}
 """What a command with such a word is given, too: the newest plan may be of a law without data of
 its own, and few steps must make enough episodes.
 """
@@ -124,9 +124,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     for text in (
-        "mesocosm collect -c configs/collect/pendulum.yaml",
-        "mesocosm pretrain -c configs/pretrain/pendulum.yaml data.datasets=[ID]",
-        "mesocosm train-agent -c configs/agent/pendulum-ppo.yaml world=ID",
+        "mesocosm collect -c collect/pendulum",
+        "mesocosm pretrain -c pretrain/pendulum data.datasets=[ID]",
+        "mesocosm train-agent -c agent/pendulum-ppo world=ID",
     ):
         _run(_filled(text, folder, {}), folder, env)
     (folder / "configs").unlink()

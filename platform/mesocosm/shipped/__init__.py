@@ -1,6 +1,6 @@
 """Configs and clusters that come with the package: links to `configs/` and `clusters/`.
 
-A wheel holds copies of them, so that `mesocosm loop -c quickstart` works anywhere.
+A wheel holds copies of them, so that `mesocosm loop -c loop/quickstart` works anywhere.
 """
 
 from __future__ import annotations
