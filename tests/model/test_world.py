@@ -184,19 +184,23 @@ def test_a_predicted_step_is_the_mean_of_drawn_ones_and_differentiable() -> None
     observation = Parts(one.observation.numbers[:1].clone(), one.observation.categories[:1].clone())
     chosen = Parts(action.numbers[:1].clone().requires_grad_(), action.categories[:1])
     task = Parts(one.task.numbers[:1].clone(), one.task.categories[:1].clone())
-    numbers, reward, p = world.predict(observation, chosen, task, groups)
+    predicted = world.predict(observation, chosen, task, groups, disagreement=True)
+    numbers, reward, p = predicted.numbers, predicted.reward, predicted.p_terminated
     drawn = out.observation.numbers
     error = drawn.std(0) / rows**0.5
     assert ((drawn.mean(0) - numbers[0].detach()).abs() < 5 * error + 1e-4).all()
     assert reward.shape == p.shape == (1,)
-    gradient = torch.autograd.grad(numbers.sum() + reward.sum(), chosen.numbers)[0]
+    assert predicted.disagreement is not None
+    value_here = numbers.sum() + reward.sum() + predicted.disagreement.sum()
+    gradient = torch.autograd.grad(value_here, chosen.numbers)[0]
     nudge = torch.tensor([[1e-2, 0.0]])
 
     def value(shift: torch.Tensor) -> float:
         with torch.no_grad():
             moved = Parts(chosen.numbers + shift, chosen.categories)
-            numbers, reward, _ = world.predict(observation, moved, task, groups)
-        return float(numbers.sum() + reward.sum())
+            some = world.predict(observation, moved, task, groups, disagreement=True)
+        assert some.disagreement is not None
+        return float(some.numbers.sum() + some.reward.sum() + some.disagreement.sum())
 
     slope = (value(nudge) - value(-nudge)) / 2e-2
     assert slope == pytest.approx(float(gradient[0, 0]), rel=0.05, abs=1e-3)

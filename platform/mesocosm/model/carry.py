@@ -108,3 +108,14 @@ class StepOut:
     """[B] bool: the draw was not finite, as happens with unstable dynamics far from the data. The
     environment stays where it was, with no reward and not terminated; end its episode.
     """
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The expected next step of B environments, differentiable."""
+
+    numbers: Tensor  # [B, n] of o_{t+1}, normalised
+    reward: Tensor  # [B] raw units, of that o_{t+1}
+    p_terminated: Tensor  # [B] of that o_{t+1}
+    duration: Tensor  # [B] raw units, >= 0; zeros without durations
+    disagreement: Tensor | None  # [B] as `StepOut.disagreement`; None where it was not asked for

@@ -23,7 +23,7 @@ from torch import Tensor
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
 from mesocosm.model.base import Base
-from mesocosm.model.carry import Carry, Context, StepOut
+from mesocosm.model.carry import Carry, Context, Prediction, StepOut
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.groups import MemberGroups
@@ -140,8 +140,14 @@ class World:
         return apart.nan_to_num(nan=most, posinf=most)
 
     def predict(
-        self, observation: Parts, action: Parts, task: Parts, groups: MemberGroups
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        observation: Parts,
+        action: Parts,
+        task: Parts,
+        groups: MemberGroups,
+        *,
+        disagreement: bool = False,
+    ) -> Prediction:
         """The expected next step, differentiable with respect to the numbers of all arguments.
 
         Args:
@@ -149,28 +155,34 @@ class World:
             action: [B, ...], normalised.
             task: [B, ...], normalised.
             groups: Of the members [B] that predict.
-
-        Returns:
-            The expected numbers of o_{t+1} [B, n], normalised; rewards [B], raw units; and
-            probabilities of termination [B]. Rewards and probabilities are of that expected
-            o_{t+1}.
+            disagreement: Also ask all members what they expect, which takes more time.
 
         Raises:
             ValueError: The world has history, or predicts categories.
         """
-        if self.net.memory or self.spec.observation.categories:
+        spec = self.spec
+        if self.net.memory or spec.observation.categories:
             raise ValueError(
                 "predict needs a world without history that observes numbers only (model.family="
                 f"ensemble), got family {self.config.family!r} with"
-                f" {len(self.spec.observation.categories)} categories"
+                f" {len(spec.observation.categories)} categories"
             )
-        grouped = groups.split_transition(Transition(observation, action, task))
+        token = Transition(observation, action, task)
+        grouped = groups.split_transition(token)
         base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale)
-        following = self.net.expected(None, grouped, base).observation
+        expected = self.net.expected(None, grouped, base)
+        following = expected.observation
         inputs = read(grouped.observation, grouped.action, grouped.task, following)
-        reward = self.net.reward.expected(inputs, None)
-        p = torch.sigmoid(self.net.termination.logit(inputs))
-        return groups.join(following.numbers), groups.join(reward), groups.join(p)
+        reward = groups.join(self.net.reward.expected(inputs, None))
+        p = groups.join(torch.sigmoid(self.net.termination.logit(inputs)))
+        duration = groups.join(expected.duration)
+        if spec.durations:
+            duration = (duration * spec.duration_scale + spec.duration_mean).clamp(min=0.0)
+        numbers, apart = groups.join(following.numbers), None
+        if disagreement:
+            outcome = Outcome(Parts(numbers, observation.categories), duration)
+            apart = self._disagreement(None, token, outcome)
+        return Prediction(numbers, reward, p, duration, apart)
 
     @torch.inference_mode()
     def reset(
