@@ -19,10 +19,12 @@ from ray.rllib.utils.spaces.space_utils import unsquash_action
 
 from mesocosm.agents import rllib
 from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
 from mesocosm.policies.policy import Policy, RandomPolicy
+from mesocosm.policies.value import Value
 
 
 class Bandit(gym.Env[Any, Any]):
@@ -125,6 +127,36 @@ def test_export_acts_as_rllib(
             np.testing.assert_allclose(action, other, atol=1e-5)
         assert action_space.contains(policy.act_one(observations[0]))
         _same_draws(module, policy)
+
+
+@pytest.mark.parametrize(
+    ("algo", "action_space", "model"),
+    [
+        ("PPO", DISCRETE, {"vf_share_layers": True}),
+        ("PPO", BOX, NORMED),
+        ("DQN", DISCRETE, {"params": {"dueling": True}}),
+    ],
+)
+def test_an_exported_value_is_that_of_rllib(
+    ray_local: None, tmp_path: Path, algo: str, action_space: Any, model: dict[str, Any]
+) -> None:
+    env = Bandit(OBSERVATION, action_space)
+    with built(env, algo, tmp_path / "rllib", **model) as algorithm, torch.no_grad():
+        save_agent(algorithm, (OBSERVATION, action_space), tmp_path)
+        policy, value = Policy.load(tmp_path), Value.load(tmp_path)
+        observations = torch.from_numpy(batch_of(OBSERVATION, 20)).float()
+        module = rllib.learner_of(algorithm).module["default_policy"]
+        if algo == "DQN":
+            expected = module.compute_q_values({Columns.OBS: observations})["qf_preds"].amax(-1)
+        else:
+            expected = module.compute_values({Columns.OBS: observations})
+        torch.testing.assert_close(value(policy, observations), expected, atol=1e-5, rtol=1e-5)
+        assert value.gamma == 0.99 and len(expected.unique()) > 1
+
+
+def test_an_agent_without_a_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"value\.json.*train the agent again, with --force"):
+        Value.load(tmp_path)
 
 
 def _flat(value: Any) -> list[np.ndarray]:

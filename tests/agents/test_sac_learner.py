@@ -17,6 +17,7 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
 from mesocosm.agents import mbpo
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.export import critic
 from mesocosm.agents.mbpo import BranchEnv, Schedule, WorldSAC, configure
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import unnormalized
@@ -225,3 +226,18 @@ def test_an_adversary_learns_no_logged_rewards(
     )
     mbpo.prepare(algorithm, AgentConfig(algo="SAC", objective=objective), [])
     assert algorithm.schedule.real_share == share
+
+
+@pytest.mark.parametrize("actions", [spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(3)])
+def test_an_exported_critic_is_that_of_the_learner(actions: Any) -> None:
+    made = learner(actions)
+    made.normalize_by(torch.randn(50, 2) * 3 + 5)
+    module = made.module[DEFAULT_MODULE_ID]
+    observations = torch.randn(7, 2) * 3 + 5
+    inputs, action = observations, None
+    if isinstance(actions, spaces.Box):
+        action = torch.rand(7, 2) * 2 - 1
+        inputs = torch.cat((observations, action), -1)
+    expected = module.values(observations, action, target=False)
+    exported = torch.stack([critic(module, i)(inputs) for i in range(2)])
+    torch.testing.assert_close(exported.view_as(expected), expected, atol=1e-5, rtol=1e-5)

@@ -146,7 +146,7 @@ def test_horizon_from_the_logs_or_the_config(seek: tuple[str, Artifact]) -> None
     assert plan["horizon"] == "7 steps: as configured"
 
 
-WHOLE = ("policy.json", "policy.safetensors", "training.safetensors")
+WHOLE = ("policy.json", "policy.safetensors", "value.safetensors", "training.safetensors")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
+from mesocosm.policies.value import VALUE_JSON, VALUE_WEIGHTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
@@ -65,7 +66,7 @@ def choose_best(
     if former is not None:
         metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
-        for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
+        for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, rllib.TRAINING_STATE):
             shutil.copyfile(candidates[iteration] / name, folder / name)
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:

@@ -1,8 +1,9 @@
 """The job `train-agent`: train an RLlib agent inside a world. After a kill, the same command
 continues from the last checkpoint and ends with the same policy.
 
-An `agents` artifact is policy.json and policy.safetensors, which act, and training.safetensors,
-from which another training can start.
+An `agents` artifact is policy.json and policy.safetensors, which act, value.json and
+value.safetensors, with which a planner values the ends of its plans, and training.safetensors, from
+which another training can start.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import make_env
+from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
 from mesocosm.cluster import ray_session
@@ -227,14 +229,9 @@ def _train(
     algorithm = _build(plan, run, arguments)
     snapshots = {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
-    def save(to: Path) -> None:
-        to.mkdir(parents=True, exist_ok=True)
-        rllib.export(algorithm, plan.spaces).save(to)
-        rllib.save_training(algorithm, to)
-
     def snapshot(iteration: int) -> None:
         if iteration in snapshots:
-            save(to := folder / SNAPSHOTS / str(iteration))
+            save_agent(algorithm, plan.spaces, to := folder / SNAPSHOTS / str(iteration))
             checkpoints.save_snapshot(to, iteration)
 
     try:
@@ -247,7 +244,7 @@ def _train(
                 rllib.load_training(algorithm, plan.former.path)
             snapshot(0)
         metrics = _iterate(config, run, algorithm, checkpoints, progress, snapshot)
-        save(folder)
+        save_agent(algorithm, plan.spaces, folder)
     finally:
         algorithm.stop()
     return metrics

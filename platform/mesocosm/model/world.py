@@ -230,6 +230,28 @@ class World:
             self.net.advance(carry.cache, column, carry.start_column, Transition(*past, task))
         return replace(carry, position=columns)
 
+    @torch.inference_mode()
+    def copy_rows(self, carry: Carry, rows: Tensor, member: Tensor) -> Carry:
+        """A carry of N copies of the environments of another one, which stays as it is.
+
+        Args:
+            carry: The carry of B environments.
+            rows: [N] int64 in 0 .. B-1, the environment that each row copies.
+            member: [N] int64, the member that imagines each row from here on.
+        """
+        cache = carry.cache  # [layers, 2, W, B, ...]
+        return replace(
+            carry,
+            past_observation=carry.past_observation[rows],
+            past_action=carry.past_action[rows],
+            start_column=carry.start_column[rows],
+            observation=carry.observation[rows],
+            task=carry.task[rows],
+            member=member,
+            groups=MemberGroups(member, self.config.members),
+            cache=None if cache is None else cache.index_select(3, rows),
+        )
+
     def _columns(self, clock: int) -> tuple[int, int]:
         """At a clock: how many columns the last rebuild filled, and how many are filled now."""
         window = self.net.memory

@@ -68,9 +68,9 @@ class Network(nn.Module):
     def __init__(self, layout: Layout, actions: int):
         super().__init__()
         self.layout, self.actions = layout, actions
-        self.trunk = _sequential(layout.trunk)
-        self.advantage = _sequential(layout.advantage)
-        self.value = _sequential(layout.value)
+        self.trunk = sequential(layout.trunk)
+        self.advantage = sequential(layout.advantage)
+        self.value = sequential(layout.value)
         size = layout.free_log_std
         self.log_std = nn.Parameter(torch.zeros(size)) if size else None
 
@@ -98,7 +98,8 @@ class Network(nn.Module):
         return (logits.softmax(-1) * support).sum(-1)
 
 
-def _sequential(layers: list[dict[str, Any]]) -> nn.Sequential:
+def sequential(layers: list[dict[str, Any]]) -> nn.Sequential:
+    """The network of these layers (`Layout`), with new weights."""
     modules: list[nn.Module] = []
     for layer in layers:
         if layer["kind"] == "linear":

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
+from mesocosm.model.history import History
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.connection import Connection, Served, reply_of
-from mesocosm.serve.context import History
 from mesocosm.serve.protocol import CONTEXT, Message, get, put
 from mesocosm.serve.session import START, Sessions, Worlds
 

@@ -220,6 +220,17 @@ class Codec:
         """A name for each number of an action: `action.push[0]`."""
         return self._action.labels()
 
+    def action_bounds(self) -> tuple[Tensor, Tensor]:
+        """(low, high) of each number of an action, [n] float32 normalised; infinite where it has
+        none.
+        """
+        leaves = [leaf for leaf in self._action.leaves if leaf.numbers.stop > leaf.numbers.start]
+        boxes: list[Any] = [leaf.space for leaf in leaves]
+        low = np.concatenate([np.zeros(0), *(box.low.ravel() for box in boxes)])
+        high = np.concatenate([np.zeros(0), *(box.high.ravel() for box in boxes)])
+        scaling = self._scalings["action"]
+        return scaling.normalise(low), scaling.normalise(high)
+
     # -- raw columns -> parts
 
     def observation_parts(self, numbers: Array, categories: Array) -> Parts:

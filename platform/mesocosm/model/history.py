@@ -56,6 +56,16 @@ class History:
             member=torch.from_numpy(member),
         )
 
+    def restore(self, context: Context, action: PartSpec) -> None:
+        """Continue from a `context` of this history."""
+        self.begin(context.task, context.observation, action)
+        self.clock, self._start_column = context.clock, context.start_column.numpy()
+        columns = range(context.past_observation.numbers.shape[1])
+        self._steps = [
+            (context.past_observation[:, column], context.past_action[:, column])
+            for column in columns
+        ]
+
 
 def _columns(steps: list[Parts], like: Parts) -> Parts:
     """Stack C steps [B, ...] to [B, C, ...]; C may be 0."""

@@ -1,0 +1,79 @@
+"""The files of a trained agent: its policy, its value function and its training state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from torch import Tensor, nn
+
+from mesocosm.agents.mbpo import WorldSAC
+from mesocosm.agents.rllib import export, learner_of, save_training
+from mesocosm.policies.policy import describe, sequential
+from mesocosm.policies.value import Value
+
+ACTIVATIONS = {"swish": "silu"}
+"""Names of activations that differ between RLlib and `policies.policy`"""
+
+
+def save_agent(
+    algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]], folder: Path
+) -> None:
+    """Write an algorithm's policy, value function and training state into `folder`.
+
+    Args:
+        algorithm: An algorithm that trains in a world.
+        spaces: The world's (observation, action) spaces.
+        folder: Made where it does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    export(algorithm, spaces).save(folder)
+    export_value(algorithm).save(folder)
+    save_training(algorithm, folder)
+
+
+def export_value(algorithm: Algorithm) -> Value:
+    """The value function of a trained algorithm: the critics of SAC in a world, the value network
+    of PPO, APPO and IMPALA, and DQN's own action values.
+    """
+    module: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID]
+    gamma = float(algorithm.config.gamma)  # type: ignore[union-attr]
+    if isinstance(algorithm, WorldSAC):
+        kind = "actions" if module.discrete else "state_action"
+        return Value(kind, [critic(module, i) for i in range(2)], gamma)  # type: ignore[arg-type]
+    if type(algorithm).__name__ == "DQN":
+        return Value("policy", [], gamma)
+    encoder = getattr(module.encoder, "critic_encoder", None) or module.encoder.encoder
+    layers = nn.Sequential(*encoder.net.mlp, *module.vf.net.mlp)
+    with torch.random.fork_rng([]):  # the initial weights are replaced
+        network = sequential(describe(layers))
+    network.load_state_dict(layers.state_dict())
+    return Value("state", [network], gamma)
+
+
+def critic(module: Any, index: int) -> nn.Sequential:
+    """One of the two critics of a `WorldSACModule`, for observations that are not normalized."""
+    weights = [weight.detach()[index].T for weight in module.critics.weights]
+    biases = [bias.detach()[index, 0] for bias in module.critics.biases]
+    observed = len(module.mean)
+    first: Tensor = weights[0].clone()
+    first[:, :observed] /= module.scale
+    biases[0] = biases[0] - first[:, :observed] @ module.mean
+    weights[0] = first
+    name = str(module.model_config["fcnet_activation"]).lower()
+    layers: list[dict[str, Any]] = []
+    for weight in weights:
+        layers.append({"kind": "linear", "in": weight.shape[1], "out": weight.shape[0]})
+        layers.append({"kind": ACTIVATIONS.get(name, name)})
+    with torch.random.fork_rng([]):
+        network = sequential(layers[:-1])
+    linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for layer, weight, bias in zip(linears, weights, biases, strict=True):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    return network
