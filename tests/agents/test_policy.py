@@ -24,7 +24,7 @@ from mesocosm.agents.settings import Setup
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
 from mesocosm.policies.policy import Policy, RandomPolicy
-from mesocosm.policies.value import Value
+from mesocosm.policies.value import ValueFunction
 
 
 class Bandit(gym.Env[Any, Any]):
@@ -143,7 +143,7 @@ def test_an_exported_value_is_that_of_rllib(
     env = Bandit(OBSERVATION, action_space)
     with built(env, algo, tmp_path / "rllib", **model) as algorithm, torch.no_grad():
         save_agent(algorithm, (OBSERVATION, action_space), tmp_path)
-        policy, value = Policy.load(tmp_path), Value.load(tmp_path)
+        policy, value = Policy.load(tmp_path), ValueFunction.load(tmp_path)
         observations = torch.from_numpy(batch_of(OBSERVATION, 20)).float()
         module = rllib.learner_of(algorithm).module["default_policy"]
         if algo == "DQN":
@@ -156,7 +156,7 @@ def test_an_exported_value_is_that_of_rllib(
 
 def test_an_agent_without_a_value_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"value\.json.*train the agent again, with --force"):
-        Value.load(tmp_path)
+        ValueFunction.load(tmp_path)
 
 
 def _flat(value: Any) -> list[np.ndarray]:

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from serve.worlds import untrained
-from torch import Tensor, nn
+from torch import nn
 
 from mesocosm.data.loading.codec import Codec
+from mesocosm.model.carry import Prediction
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Layout, Policy
-from mesocosm.policies.value import Value
+from mesocosm.policies.value import ValueFunction
 
 LINE = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 PUSH = spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -26,12 +27,19 @@ class KnownLine(World):
     """o' = o + push / 2 with the reward -o'^2. A choice pushes by -1, 0 or 1."""
 
     def predict(
-        self, observation: Parts, action: Parts, task: Parts, groups: MemberGroups
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        observation: Parts,
+        action: Parts,
+        task: Parts,
+        groups: MemberGroups,
+        *,
+        disagreement: bool = False,
+    ) -> Prediction:
         push = action.numbers if self.spec.action.numbers else action.categories - 1
         following = observation.numbers + 0.5 * push
         reward = -following.square().sum(-1)
-        return following, reward, torch.zeros_like(reward)
+        nothing = torch.zeros_like(reward)
+        return Prediction(following, reward, nothing, nothing, None)
 
 
 def line(action: Any = PUSH) -> tuple[World, Codec]:
@@ -39,7 +47,7 @@ def line(action: Any = PUSH) -> tuple[World, Codec]:
     return KnownLine(world.net, world.base, world.codec), Codec.from_json(world.codec)
 
 
-def agent(action: Any = PUSH, value: float = 0.0) -> tuple[Policy, Value]:
+def agent(action: Any = PUSH, value: float = 0.0) -> tuple[Policy, ValueFunction]:
     """An agent that always does nearly nothing, whose value is `value` o."""
     head = "squashed_gaussian" if action is PUSH else "categorical"
     layers = [{"kind": "linear", "in": 1, "out": 2 if action is PUSH else 3}]
@@ -52,7 +60,7 @@ def agent(action: Any = PUSH, value: float = 0.0) -> tuple[Policy, Value]:
         network[0].bias.zero_()
         if action is PUSH:
             policy.network.trunk[0].bias[1] = -5.0
-    return policy, Value("state", [network], 0.9)
+    return policy, ValueFunction("state", [network], 0.9)
 
 
 def earned(act: Any, start: float, steps: int = 12) -> float:

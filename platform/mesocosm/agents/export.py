@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, learner_of, save_training
 from mesocosm.policies.policy import describe, sequential
-from mesocosm.policies.value import Value
+from mesocosm.policies.value import ValueFunction
 
 ACTIVATIONS = {"swish": "silu"}
 """Names of activations that differ between RLlib and `policies.policy`"""
@@ -36,7 +36,7 @@ def save_agent(
     save_training(algorithm, folder)
 
 
-def export_value(algorithm: Algorithm) -> Value:
+def export_value(algorithm: Algorithm) -> ValueFunction:
     """The value function of a trained algorithm: the critics of SAC in a world, the value network
     of PPO, APPO and IMPALA, and DQN's own action values.
     """
@@ -44,15 +44,15 @@ def export_value(algorithm: Algorithm) -> Value:
     gamma = float(algorithm.config.gamma)  # type: ignore[union-attr]
     if isinstance(algorithm, WorldSAC):
         kind = "actions" if module.discrete else "state_action"
-        return Value(kind, [critic(module, i) for i in range(2)], gamma)  # type: ignore[arg-type]
+        return ValueFunction(kind, [critic(module, i) for i in range(2)], gamma)  # type: ignore[arg-type]
     if type(algorithm).__name__ == "DQN":
-        return Value("policy", [], gamma)
+        return ValueFunction("policy", [], gamma)
     encoder = getattr(module.encoder, "critic_encoder", None) or module.encoder.encoder
     layers = nn.Sequential(*encoder.net.mlp, *module.vf.net.mlp)
     with torch.random.fork_rng([]):  # the initial weights are replaced
         network = sequential(describe(layers))
     network.load_state_dict(layers.state_dict())
-    return Value("state", [network], gamma)
+    return ValueFunction("state", [network], gamma)
 
 
 def critic(module: Any, index: int) -> nn.Sequential:

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
-from mesocosm.model.carry import Carry, Context
+from mesocosm.model.carry import Carry, Context, Prediction, StepOut
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.spec import Parts, PartSpec, Spec
 from mesocosm.model.world import World
 from mesocosm.policies.heads import flatten_batch
 from mesocosm.policies.policy import Policy
-from mesocosm.policies.value import Value
+from mesocosm.policies.value import ValueFunction
 
 BETA = 2.0
 """Exponent of the noise's power spectrum f^-beta along a plan: successive actions are alike."""
@@ -90,7 +90,7 @@ class PlannerCodec(Protocol):
 
 @dataclass(frozen=True)
 class PlanState:
-    """What a client keeps between the steps of B environments."""
+    """The part of a planner that a client keeps between the steps of B environments."""
 
     seed: int
     step: int
@@ -151,7 +151,7 @@ class Planner:
         self,
         world: World,
         codec: PlannerCodec,
-        agent: tuple[Policy, Value] | None = None,
+        agent: tuple[Policy, ValueFunction] | None = None,
         size: PlanSize | None = None,
     ):
         """Make a planner.
@@ -195,7 +195,7 @@ class Planner:
         self._cards = cards.to(world.device)
         self._basis = _basis(self.size.horizon).to(world.device)
         spec = codec.spec
-        self._smooth = not (self.memory or spec.observation.categories or spec.durations)
+        self._smooth = not (self.memory or spec.observation.categories)
         """True where `World.predict` replaces random steps"""
 
     def begin(self, batch: int, seed: int) -> PlanState:
@@ -360,20 +360,18 @@ class _Imagined:
 
     def step(self, action: Parts) -> None:
         """Take actions [N, ...]."""
-        discount: float | Tensor = self._gamma
+        out: Prediction | StepOut
         if self._carry is None:
-            numbers, reward, p = self._world.predict(
-                self.observation, action, self.task, self._groups
-            )
-            self.observation = Parts(numbers, self.observation.categories)
+            out = self._world.predict(self.observation, action, self.task, self._groups)
+            self.observation = Parts(out.numbers, self.observation.categories)
         else:
             keys = rng.keys(self._key, self._rows, self._member, self._steps)
             self._carry, out = self._world.step(self._carry, action, keys, disagreement=False)
-            self.observation, reward, p = out.observation, out.reward, out.p_terminated
-            if self._world.spec.durations:  # gamma is per unit of time
-                discount = self._gamma**out.duration
-        self.total = self.total + self.weight * reward
-        self.weight = self.weight * discount * (1 - p)
+            self.observation = out.observation
+        # With durations gamma is per unit of time.
+        discount = self._gamma**out.duration if self._world.spec.durations else self._gamma
+        self.total = self.total + self.weight * out.reward
+        self.weight = self.weight * discount * (1 - out.p_terminated)
         self._steps += 1
 
 

@@ -21,7 +21,7 @@ discrete actions; or none, as the policy's own outputs are action values.
 """
 
 
-class Value:
+class ValueFunction:
     """The value of an observation under a policy: of its greedy action where the networks value
     actions, and the smallest of several networks' values.
 
@@ -65,7 +65,7 @@ class Value:
         save_file(weights, folder / VALUE_WEIGHTS)
 
     @staticmethod
-    def load(folder: Path) -> Value:
+    def load(folder: Path) -> ValueFunction:
         """Read a value function. Raises ArtifactError where it is missing or of another schema."""
         try:
             about: dict[str, Any] = json.loads((folder / VALUE_JSON).read_text())
@@ -82,6 +82,6 @@ class Value:
             )
         with torch.random.fork_rng([]):
             networks = [sequential(layers) for layers in about["networks"]]
-        value = Value(about["kind"], networks, about["gamma"])
+        value = ValueFunction(about["kind"], networks, about["gamma"])
         value.networks.load_state_dict(weights)
         return value
