@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from factories import fit_world
 from gymnasium import spaces
+from safetensors.torch import load_file
 
+from mesocosm.agents import mbpo
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.agents.training import JOB
 from mesocosm.config import load
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
@@ -222,6 +227,46 @@ def test_sac_learns_from_branches_and_from_the_logs(
     assert continued.meta["metrics"]["former_return"] == pytest.approx(
         artifact.meta["metrics"]["best_return"], abs=2.0
     )
+    bad = agent_config(root, f"algo=SAC iterations=1 rollout=5 rival={artifact.id} snapshots=1")
+    bad.updates_per_real_step = 1e-3
+    rival, _, _ = train_agent(bad)
+    metrics = rival.meta["metrics"]
+    assert metrics["kept_former"] and metrics["former_return"] > metrics["greedy_return"]
+    assert rival.meta["inputs"]["agents"] == [artifact.id]
+    for name in WHOLE:
+        assert (rival.path / name).read_bytes() == (artifact.path / name).read_bytes()
+
+
+def test_later_data_keep_the_normalization_of_the_first(
+    ray_local: None, seek: tuple[str, Artifact]
+) -> None:
+    """Also of a new agent. With `init`, only data that are new to the agent call for updates."""
+    root, _ = seek
+    storage = Storage(root)
+    first = Dataset([storage.artifact("datasets", "seek").path])
+    shifted = [
+        replace(e, observations=[o | {"position": o["position"] + 9} for o in e.observations])
+        for e in list(first.iter_episodes("train"))[:10]
+    ]
+
+    def write(folder: Path) -> None:
+        facts = {"observation_space": first.observation_space, "action_space": first.action_space}
+        environment = Environment(id="Seek-v0", max_episode_steps=LENGTH)
+        write_dataset(
+            folder, shifted, id="late", seed=0, valid_fraction=0.0, environment=environment, **facts
+        )
+
+    storage.make("datasets", "late", {}, write)
+    sac = "algo=SAC iterations=1 rollout=5 snapshots=0 updates_per_real_step=0.1"
+    agents = [train_agent(agent_config(root, sac))[0]]
+    for more in ("", f"init={agents[0].id}"):
+        agents.append(train_agent(agent_config(root, f"{sac} {more} datasets=[seek,late]"))[0])
+    moments = [load_file(agent.path / TRAINING_STATE)["mean"] for agent in agents]
+    assert torch.equal(moments[0], moments[1]) and torch.equal(moments[0], moments[2])
+    data = [first, Dataset([storage.artifact("datasets", "late").path])]
+    config = agent_config(root, "algo=SAC iterations=2 updates_per_real_step=3")
+    assert mbpo.updates(config, data, ["seek"]) == 10 * LENGTH * 3 / 2
+    assert mbpo.updates(config, data, ["seek", "late"]) == mbpo.updates(config, data, [])
 
 
 def test_a_dry_run_of_sac_counts_whole_branches(seek: tuple[str, Artifact]) -> None:
@@ -305,6 +350,8 @@ def test_a_return_that_the_logs_cannot_explain_is_a_warning(
         ("penalty=-1", "penalty must be .* got -1"),
         ("world=nothere", "no artifact worlds/nothere"),
         ("init=nothere", "no artifact agents/nothere"),
+        ("rival=nothere", "no artifact agents/nothere"),
+        ("init=a rival=b", "rival must be null with init, got b"),
         ("datasets=[nothere]", "no artifact datasets/nothere"),
     ],
 )

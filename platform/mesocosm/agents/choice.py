@@ -33,7 +33,7 @@ def choose_best(
 ) -> dict[str, float]:
     """Replace the agent in `folder` by the policy with the highest return in this world.
 
-    Candidates are the last policy, the snapshots, and `former`, the agent that training began with;
+    Candidates are the last policy, the snapshots, and `former`, the initial agent or the rival;
     among equals the latest wins. PPO sometimes collapses after it has solved the world.
 
     Returns:
@@ -41,7 +41,8 @@ def choose_best(
     """
     snapshots = {int(path.name): path for path in (folder / SNAPSHOTS).glob("*")}
     if former is not None:
-        snapshots.pop(0, None)  # it is `former`
+        if config.init is not None:
+            snapshots.pop(0, None)  # it is `former`
         snapshots[-1] = former.path
     candidates = {config.iterations: folder, **dict(sorted(snapshots.items(), reverse=True))}
     if len(candidates) == 1:
@@ -70,7 +71,7 @@ def choose_best(
             shutil.copyfile(candidates[iteration] / name, folder / name)
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:
-            source = f"{former.name}, with which it began"
+            source = former.name
             shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of the discarded training
         run.say(
             f"the last policy earns {means[0]:.1f} in the world, {source}, {means[best]:.1f}: that"

@@ -67,7 +67,9 @@ class AgentConfig(JobConfig):
     rewards are the environment's.
     """
     updates_per_real_step: float = 5.0
-    """SAC: updates of the whole training for each logged transition."""
+    """SAC: updates of the whole training for each logged transition; with `init`, for each of the
+    datasets that the earlier agent has not learned from (all, if there are none).
+    """
     objective: str = "return"
     """`return`, or `disagreement` for an adversary that seeks disagreement between the members, for
     evaluate's off-policy table.
@@ -84,6 +86,10 @@ class AgentConfig(JobConfig):
     init: str | None = None
     """`agents/ID`: start from the weights of an earlier agent with the same algorithm, network
     and spaces. The earlier agent is kept where training makes it worse in this world.
+    """
+    rival: str | None = None
+    """`agents/ID`: an earlier agent with the same spaces, which is kept where the new one is worse
+    in this world. `init` is a rival too.
     """
 
 

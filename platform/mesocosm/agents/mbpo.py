@@ -7,7 +7,7 @@ logged transitions themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,19 +198,38 @@ def rounds(config: AgentConfig) -> int:
     return math.ceil(config.rollout / config.branch)
 
 
-def prepare(algorithm: Algorithm, config: AgentConfig, datasets: Sequence[Dataset]) -> None:
-    """Give a new `WorldSAC` its schedule and its real transitions, which fix the normalization."""
+def prepare(
+    algorithm: Algorithm,
+    config: AgentConfig,
+    datasets: Sequence[Dataset],
+    learned: Collection[str] = (),
+) -> None:
+    """Give a new `WorldSAC` its schedule and its real transitions.
+
+    The first dataset fixes the normalization, so that it is the same in all rounds of a loop.
+
+    Args:
+        datasets: One dataset each.
+        learned: Ids of the datasets that the initial agent has learned from.
+    """
     assert isinstance(algorithm, WorldSAC)
     real = logged(datasets, config.gamma)
     algorithm.schedule = Schedule(
         branch=config.branch,
         branches=rounds(config),
-        updates=max(1, round(config.updates_per_real_step * real.size / config.iterations)),
+        updates=updates(config, datasets, learned),
         real_share=0.0 if config.objective == "disagreement" else config.real_share,
         real=real,
     )
     learners: Any = algorithm.learner_group
-    learners._learner.normalize_by(real.observations)
+    learners._learner.normalize_by(real.observations[: datasets[0].count("train")])
+
+
+def updates(config: AgentConfig, datasets: Sequence[Dataset], learned: Collection[str] = ()) -> int:
+    """Updates in an iteration: those of the datasets that are not `learned`, or of all."""
+    new = [d.count("train") for d in datasets if d.ids[0] not in learned]
+    transitions = sum(new or [d.count("train") for d in datasets])
+    return max(1, round(config.updates_per_real_step * transitions / config.iterations))
 
 
 def check_data(

@@ -52,9 +52,14 @@ class TrainAgentPlan(Plan[AgentConfig]):
     codec: Codec
     datasets: list[Artifact]
     former: Artifact | None
-    """The initial agent."""
+    """The earlier agent: `init` or `rival`."""
     horizon: Horizon
     setup: Setup
+
+    @property
+    def initial(self) -> Artifact | None:
+        """The agent that training begins with."""
+        return None if self.config.init is None else self.former
 
     @property
     def spaces(self) -> Spaces:
@@ -65,8 +70,9 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     """Train an agent and export it.
 
     The artifact is the policy with the highest return of greedy imagined episodes, among the last
-    policy, the snapshots and, with `init`, the initial agent. Its metrics are `greedy_return` (of
-    the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
+    policy, the snapshots and the earlier agent (`init` or `rival`). Its metrics are
+    `greedy_return` (of the last), `best_return`, `kept_iteration`, `former_return` and
+    `kept_former`.
     """
 
     name, kind, config = "train-agent", "agents", AgentConfig
@@ -85,7 +91,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         else:
             limit = codec.environment["max_episode_steps"]
             horizon = horizon_of(storage, world, limit, "horizon")
-        former = None if config.init is None else storage.artifact("agents", config.init)
+        name = config.init or config.rival
+        former = None if name is None else storage.artifact("agents", name)
         validation.check_spaces(config, spaces, former)
         inputs = {
             "worlds": [world.id],
@@ -93,10 +100,12 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "agents": [] if former is None else [former.id],
         }
         setup = settings.imagined(config, codec.spec.reward_size)
-        elsewhere = ["world", "backend", "app", "datasets", "init"]
+        elsewhere = ["world", "backend", "app", "datasets", "init", "rival"]
         facts = identity(config, without=elsewhere if setup.branches else [*elsewhere, *SAC_KEYS])
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
         facts["starts"] = starts_of(config)
+        if config.rival is not None:
+            facts["rival"] = True
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
@@ -208,7 +217,8 @@ def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algo
         return rllib.build(plan.setup, partial(make_env, arguments), folder)
     branches = partial(mbpo.make_env, arguments, config.gamma)
     algorithm = rllib.build(plan.setup, branches, folder)
-    mbpo.prepare(algorithm, config, [Dataset([d.path]) for d in plan.datasets])
+    learned = [] if plan.initial is None else plan.initial.meta["inputs"]["datasets"]
+    mbpo.prepare(algorithm, config, [Dataset([d.path]) for d in plan.datasets], learned)
     return algorithm
 
 
@@ -240,8 +250,8 @@ def _train(
             learner_state.restore(algorithm, checkpoints.load(progress))
             checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
         else:
-            if plan.former is not None:
-                rllib.load_training(algorithm, plan.former.path)
+            if plan.initial is not None:
+                rllib.load_training(algorithm, plan.initial.path)
             snapshot(0)
         metrics = _iterate(config, run, algorithm, checkpoints, progress, snapshot)
         save_agent(algorithm, plan.spaces, folder)

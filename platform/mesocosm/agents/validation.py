@@ -45,6 +45,10 @@ def check(config: AgentConfig) -> None:
     checks.within(config, 0, 1, "gamma", open="[")
     if config.max_disagreement is not None:
         checks.within(config, 0, math.inf, "max_disagreement", open="[")
+    if config.init is not None and config.rival is not None:
+        raise UsageError(
+            f"rival must be null with init, got {config.rival}; the agent of init is one already"
+        )
     steps = config.num_envs * config.rollout * max(config.runners, 1)
     minibatch = config.params.get("minibatch_size")
     if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
@@ -56,16 +60,17 @@ def check(config: AgentConfig) -> None:
 def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -> None:
     """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
 
-    `former` is the initial agent.
+    `former` is the initial agent or the rival.
     """
     module = check_agent(settings.imagined(config), spaces)
     if former is None:
         return
-    policy = Policy.load(former.path)
+    policy, key = Policy.load(former.path), "rival" if config.init is None else "init"
     if (policy.observation_space, policy.action_space) != spaces:
         fix = "use an agent of this environment"
-        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
-    check_init(module, former.path, former.name)
+        raise UsageError(f"{key}={former.name} was trained on other spaces; {fix}")
+    if config.init is not None:
+        check_init(module, former.path, former.name)
 
 
 def check_members(config: AgentConfig, world: Artifact) -> None:

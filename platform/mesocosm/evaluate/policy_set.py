@@ -133,7 +133,7 @@ def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
     of an agent that began with another agent is left out: it is that one.
     """
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
-    if agent.meta.get("inputs", {}).get("agents"):
+    if agent.meta["config"].get("init") is not None:
         iterations = [i for i in iterations if i]
     last = agent.meta["config"]["iterations"]
     best = int(agent.meta.get("metrics", {}).get("kept_iteration", last))
@@ -166,13 +166,20 @@ def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]
 
 def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple[str, str] | None:
     """(agent's id, dataset's name) where the agent `ref`, a full name, collected one of the
-    datasets: itself, or as the agent that it began with and equals (`kept_former`, or snapshot 0).
+    datasets: itself, or as an earlier agent that it equals (`kept_former`, or snapshot 0 of one
+    with `init`).
     """
     name, _, iteration = ref.partition("@")
     agent = storage.artifact("agents", name)
     same = [agent.id]
-    if agent.meta.get("metrics", {}).get("kept_former") or iteration == "0":
-        same += agent.meta.get("inputs", {}).get("agents", [])
+    if iteration:
+        kept = iteration == "0" and agent.meta.get("config", {}).get("rival") is None
+    else:
+        kept = agent.meta.get("metrics", {}).get("kept_former")
+    while kept and (earlier := agent.meta.get("inputs", {}).get("agents")):
+        agent = storage.artifact("agents", earlier[0])
+        same.append(agent.id)
+        kept = agent.meta.get("metrics", {}).get("kept_former")
     for dataset in datasets:
         for id in dataset.meta.get("inputs", {}).get("agents", []):
             if id in same:
