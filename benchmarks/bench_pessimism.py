@@ -5,13 +5,13 @@ penalty, threshold, horizon, members and base.
     [--table-only]
 
 For each task and seed one world is trained on 500 random real steps (Reacher-v5: 1000), as
-configs/loop has it. In that world (or, where the variant says members or base, in one of its own on
-the same steps) an agent is trained for each of the variants below, with everything else as shipped,
-and judged by 10 greedy real episodes (Reacher-v5: 50). PLAIN variants are the last policy of their
-training, the others the best of it by imagined return. The default penalty is 0.3, and 0.02 that of
-configs/loop/reacher.yaml. A cell is one agent. Cells lie in
-benchmarks/results/bench_pessimism.json with commit and command and are never run twice; --minutes
-stops after the cell in which they ran out.
+configs/loop has it (Reacher-v5: agents/reacher-ppo.yaml). In that world (or, where the variant says
+members or base, in one of its own on the same steps) an agent is trained for each of the variants
+below, with everything else as shipped, and judged by 10 greedy real episodes (Reacher-v5: 50).
+PLAIN variants are the last policy of their training, the others the best of it by imagined return.
+The default penalty is 0.3, and 0.02 that of agents/reacher-ppo.yaml. A cell is one agent. Cells lie
+in benchmarks/results/bench_pessimism.json with commit and command and are never run twice;
+--minutes stops after the cell in which they ran out.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from mesocosm.store.artifacts import Artifact, Storage
 RESULTS = HERE / "results" / "bench_pessimism.json"
 CONFIGS = HERE.parent / "configs" / "loop"
 FILES = {
-    "InvertedPendulum-v5": "quickstart.yaml",
-    "CartPole-v1": "cartpole.yaml",
-    "Reacher-v5": "reacher.yaml",
+    "InvertedPendulum-v5": CONFIGS / "quickstart.yaml",
+    "CartPole-v1": CONFIGS / "cartpole.yaml",
+    "Reacher-v5": HERE / "agents" / "reacher-ppo.yaml",
 }
 STEPS = {"InvertedPendulum-v5": 500, "CartPole-v1": 500, "Reacher-v5": 1000}
 EPISODES = {"InvertedPendulum-v5": 10, "CartPole-v1": 10, "Reacher-v5": 50}
@@ -96,7 +96,7 @@ def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
 
 def configured(env: str, seed: int, overrides: list[str]) -> loop.LoopConfig:
     settings = [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}"]
-    return config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [*settings, *overrides])
+    return config.load(loop.LoopConfig, [FILES[env]], [*settings, *overrides])
 
 
 def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
