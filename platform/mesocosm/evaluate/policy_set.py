@@ -173,13 +173,13 @@ def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple
     agent = storage.artifact("agents", name)
     same = [agent.id]
     if iteration:
-        kept = iteration == "0" and agent.meta.get("config", {}).get("rival") is None
+        is_copy = iteration == "0" and agent.meta.get("config", {}).get("rival") is None
     else:
-        kept = agent.meta.get("metrics", {}).get("kept_former")
-    while kept and (earlier := agent.meta.get("inputs", {}).get("agents")):
+        is_copy = agent.meta.get("metrics", {}).get("kept_former")
+    while is_copy and (earlier := agent.meta.get("inputs", {}).get("agents")):
         agent = storage.artifact("agents", earlier[0])
         same.append(agent.id)
-        kept = agent.meta.get("metrics", {}).get("kept_former")
+        is_copy = agent.meta.get("metrics", {}).get("kept_former")
     for dataset in datasets:
         for id in dataset.meta.get("inputs", {}).get("agents", []):
             if id in same:
