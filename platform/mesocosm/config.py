@@ -81,6 +81,7 @@ EXPECTED = {
     "to Float": "a number",
     "to string": "text",
     "valid bool": "true or false",
+    "Union[bool, str]": "true, false or text",
     "a ListConfig": "a list",
     "a subclass": "a block of keys",
     "to Dict": "a block of keys",

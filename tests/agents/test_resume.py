@@ -22,7 +22,11 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
+from mesocosm.jobs.loop import JOB as LOOP
+from mesocosm.jobs.loop import LoopConfig, LoopPlan, _Loop
+from mesocosm.jobs.loop_preflight import Ready
 from mesocosm.model.config import ModelConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
@@ -182,6 +186,38 @@ def test_an_algorithm_that_learns_in_a_thread_continues(ray_local: None, tmp_pat
     artifact, rest = train_agent(root, appo)
     assert [line["step"] for line in rest] == list(range(finished, 30))
     assert {path.name for path in (artifact.path / "snapshots").iterdir()} == {"0", "10", "20"}
+
+
+def test_a_loop_resumes_between_the_two_trainings_of_a_round(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """warm_start=auto continues the agent, then trains a new one that must be better."""
+    root = make_root(str(tmp_path), CONTINUOUS)
+    former, _ = train_agent(root, [*SAC, "iterations=1", "snapshots=0"])
+    agent = [*SMALL[1:], *SAC, "iterations=1", "gamma=0.9"]
+    overrides = ["warm_start=auto", "reality.env=Pendulum-v1", *(f"agent.{key}" for key in agent)]
+    cfg = load(LoopConfig, [], [f"storage.root={root}", *overrides])
+    facts = EnvFacts(OBSERVATIONS, CONTINUOUS, "version", 100)
+    plan = LoopPlan(config=cfg, inputs={}, facts={}, id="id", ready=Ready([], facts, None))
+    make, made, world = train.TrainAgent.make, [], Storage(root).artifact("worlds", "w")
+
+    def interrupted(job: Any, plan: train.TrainAgentPlan, run: tracking.Run) -> Artifact:
+        if plan.config.rival is not None and len(made) < 2:
+            made.append("interrupted")
+            raise KeyboardInterrupt
+        made.append("continued" if plan.config.rival is None else "new")
+        return make(job, plan, run)
+
+    monkeypatch.setattr(train.TrainAgent, "make", interrupted)
+    with tracking.start("loop", cfg, quiet=True) as run:
+        loop = _Loop(LOOP, plan, run)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train_agent(1, world, former)
+        chosen = _Loop(LOOP, plan, run).train_agent(1, world, former)
+    assert made == ["continued", "interrupted", "new"]
+    (continued,) = chosen.meta["inputs"]["agents"]
+    assert Storage(root).artifact("agents", continued).meta["inputs"]["agents"] == [former.id]
+    assert chosen.meta["metrics"]["former_return"] <= chosen.meta["metrics"]["best_return"]
 
 
 def test_a_checkpoint_is_whole_or_refused(root: str) -> None:

@@ -187,6 +187,12 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
         check(_load(root, "reality.env=CartPole-v1", "collect.seed=3"))
     with pytest.raises(UsageError, match=r"agent\.world is set by the loop; leave it out"):
         check(_load(root, "reality.env=CartPole-v1", "agent.world=w0"))
+    with pytest.raises(UsageError, match="warm_start must be true, false or auto, got 'both'"):
+        check(_load(root, "reality.env=CartPole-v1", "warm_start=both"))
+    with pytest.raises(UsageError, match="'warm_start' must be true, false or text, got 3"):
+        _load(root, "warm_start=3")
+    with pytest.raises(UsageError, match=r"agent\.rival is set by the loop; leave it out"):
+        check(_load(root, "reality.env=CartPole-v1", "agent.rival=a0"))
     with pytest.raises(UsageError, match="stop_at_target"):
         check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))
     with pytest.raises(UsageError, match=r"reality\.env must be a Gymnasium id"):

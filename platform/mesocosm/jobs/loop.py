@@ -115,6 +115,7 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     price, agent, pretrain = cfg.reality.price, cfg.agent, cfg.pretrain
     trained = f"{pretrain.model.family} {pretrain.model.size}, {pretrain.train.steps} steps each"
     imagined = agent.iterations * agent.num_envs * agent.rollout
+    trainings = 2 * cfg.rounds - 1 if cfg.warm_start == "auto" else cfg.rounds
     episodes = {
         "judge agents": suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds,
         "judge baselines": sum(map(model_free.judged, cfg.baselines)),
@@ -123,7 +124,7 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
         ("collect", 0 if cfg.datasets else 1, cfg.collect.steps, ""),
         ("explore", cfg.rounds - 1, (cfg.rounds - 1) * cfg.explore.steps, ""),
         ("pretrain", cfg.rounds, 0, trained),
-        ("train-agent", cfg.rounds, 0, f"{imagined:,} imagined steps each"),
+        ("train-agent", trainings, 0, f"{imagined:,} imagined steps each"),
         *((f"baseline {b.algo}", 1, b.steps, "") for b in cfg.baselines),
         *((name, int(n > 0), n * limit, f"{n} episodes") for name, n in episodes.items()),
     ]
@@ -213,10 +214,15 @@ class _Loop:
                 self.served = True
 
         config = replace(fill(cfg.agent, cfg, round), world=world.id, app=self.app)
-        if former is not None and cfg.warm_start:
-            config.init = former.name
         config.horizon = config.horizon or self._reality().horizon
-        return self._stage(agents.JOB, config, round, first=serve)
+        if former is None or not cfg.warm_start:
+            return self._stage(agents.JOB, config, round, first=serve)
+        continued = replace(config, init=former.name)
+        agent = self._stage(agents.JOB, continued, round, first=serve)
+        if cfg.warm_start == "auto":
+            new = replace(config, init=None, rival=agent.name)
+            agent = self._stage(agents.JOB, new, round, "train-agent, new", first=serve)
+        return agent
 
     def evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
         cfg, storage = self.cfg, self.run.storage

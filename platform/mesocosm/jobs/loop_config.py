@@ -42,16 +42,20 @@ class LoopConfig(JobConfig):
     collect: CollectConfig = field(default_factory=CollectConfig)
     """The first round's collection. Not used with `datasets`."""
     explore: CollectConfig = field(
-        default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")])
+        default_factory=lambda: CollectConfig(
+            steps=500, behaviours=[BehaviourConfig(kind="trained")]
+        )
     )
-    """The collection of later rounds. A behaviour that needs a policy and names none gets the last
-    round's agent.
+    """The collection of later rounds, by default with draws of the agent's policy. A behaviour that
+    needs a policy and names none gets the last round's agent.
     """
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
-    warm_start: bool = True
-    """Train the last round's agent further; otherwise each round trains a new one."""
+    warm_start: bool | str = True
+    """`true` trains the last round's agent further, `false` a new one in each round. `auto` does
+    both and keeps the better by imagined return.
+    """
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     baselines: list[BaselineConfig] = field(default_factory=list)
     """Model-free training on reality, for comparison."""
@@ -64,7 +68,7 @@ FILLED = {
     "collect": ("ledger",),
     "explore": ("ledger",),
     "serve": ("world", "name"),
-    "agent": ("world", "app"),
+    "agent": ("world", "app", "rival"),
     "evaluate": ("world", "agent", "ledger"),
     "baselines": ("ledger",),
 }
@@ -77,6 +81,8 @@ def check(cfg: LoopConfig) -> None:
         raise UsageError(f"rounds must be >= 1, got {cfg.rounds}")
     if cfg.stop_at_target and cfg.target is None:
         raise UsageError("stop_at_target=true needs a target; set target to a mean return")
+    if cfg.warm_start not in (True, False, "auto"):
+        raise UsageError(f"warm_start must be true, false or auto, got {cfg.warm_start!r}")
     reality_config.check(cfg.reality)
     names = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
     blocks: dict[str, JobConfig] = {name: getattr(cfg, name) for name in names}
