@@ -164,7 +164,12 @@ def test_logged_actions_become_head_actions(space: Any) -> None:
 
 
 class Unstable:
-    """Two environments; the second diverges at each step, the first has a negative duration."""
+    """Two environments; the second is truncated at each step, because it diverges or because the
+    members disagree. The first has a negative duration.
+    """
+
+    def __init__(self, diverges: bool):
+        self.diverges = diverges
 
     horizon, num_envs = None, 2
     single_observation_space, single_action_space = OBSERVATIONS, spaces.Discrete(3)
@@ -177,19 +182,30 @@ class Unstable:
 
     def step(self, action: Any) -> Any:
         no, second = np.zeros(2, np.bool_), np.array([False, True])
-        last = {"disagreement": np.array([0.0, 3.0]), "diverged": second}
+        last = {"disagreement": np.array([0.0, 3.0]), "diverged": second & self.diverges}
+        last["duration"] = np.array([0.0, 2.0])
         infos = {"disagreement": np.array([1.0, 0.0]), "diverged": no, "final_info": last}
         infos["duration"] = np.array([-4.0, 0.0])
+        infos["final_obs"] = np.array([None, np.full(2, 7.0, np.float32)], object)
         return np.zeros((2, 2), np.float32), np.ones(2), no, second, infos
 
 
 def test_branches_report_divergence_and_never_multiply_values() -> None:
-    env = BranchEnv(cast(Any, Unstable()), 0.9)
+    env = BranchEnv(cast(Any, Unstable(diverges=True)), 0.9)
     module: Any = SimpleNamespace(discrete=True, logits=lambda observation: torch.zeros(2, 3))
     columns = env.imagine(module, 3, seed=0)
     assert columns.discount.tolist() == [1.0, 1.0, 1.0], "only the first environment's steps"
     statistics = env.statistics()
     assert (statistics.steps, statistics.diverged, statistics.disagreement) == (6, 3, 12.0)
+
+
+def test_a_branch_cut_by_disagreement_keeps_its_last_value() -> None:
+    env = BranchEnv(cast(Any, Unstable(diverges=False)), 0.9)
+    module: Any = SimpleNamespace(discrete=True, logits=lambda observation: torch.zeros(2, 3))
+    columns = env.imagine(module, 1, seed=0)
+    assert columns.following.tolist() == [[0.0, 0.0], [7.0, 7.0]], "and not the next start"
+    assert columns.discount.tolist() == pytest.approx([1.0, 0.81])
+    assert env.statistics().diverged == 0
 
 
 def test_runners_do_not_receive_the_real_transitions() -> None:
@@ -219,12 +235,14 @@ def test_an_adversary_learns_no_logged_rewards(
 ) -> None:
     real = Replay(10)
     real.add(rows(0, 10))
-    monkeypatch.setattr(mbpo, "logged", lambda datasets, gamma: real)
+    monkeypatch.setattr(mbpo, "logged", lambda data, gamma: real)
     algorithm: Any = WorldSAC.__new__(WorldSAC)
     algorithm.learner_group = SimpleNamespace(
         _learner=SimpleNamespace(normalize_by=lambda observations: None)
     )
-    mbpo.prepare(algorithm, AgentConfig(algo="SAC", objective=objective), [])
+    monkeypatch.setattr(mbpo, "_transitions", lambda data: [10])
+    data: Any = SimpleNamespace(ids=["d"])
+    mbpo.prepare(algorithm, AgentConfig(algo="SAC", objective=objective), data)
     assert algorithm.schedule.real_share == share
 
 

@@ -263,7 +263,7 @@ def test_later_data_keep_the_normalization_of_the_first(
         agents.append(train_agent(agent_config(root, f"{sac} {more} datasets=[seek,late]"))[0])
     moments = [load_file(agent.path / TRAINING_STATE)["mean"] for agent in agents]
     assert torch.equal(moments[0], moments[1]) and torch.equal(moments[0], moments[2])
-    data = [first, Dataset([storage.artifact("datasets", "late").path])]
+    data = Dataset([storage.artifact("datasets", name).path for name in ("seek", "late")])
     config = agent_config(root, "algo=SAC iterations=2 updates_per_real_step=3")
     assert mbpo.updates(config, data, ["seek"]) == 10 * LENGTH * 3 / 2
     assert mbpo.updates(config, data, ["seek", "late"]) == mbpo.updates(config, data, [])
@@ -275,7 +275,8 @@ def test_a_dry_run_of_sac_counts_whole_branches(seek: tuple[str, Artifact]) -> N
     assert JOB.summary(plan)["imagined steps"] == 3 * 32 * 20
 
 
-def test_sac_refuses_data_of_other_spaces(seek: tuple[str, Artifact]) -> None:
+@pytest.mark.parametrize("algo", ["SAC", "PPO", "DQN"])
+def test_data_of_other_spaces_is_refused(algo: str, seek: tuple[str, Artifact]) -> None:
     root, _ = seek
     space, zero = spaces.Box(-1.0, 1.0, (3,), np.float32), np.zeros(3, np.float32)
     episode = Episode(0, 0, "random", [zero, zero], [zero], np.zeros(1), "truncated")
@@ -293,9 +294,10 @@ def test_sac_refuses_data_of_other_spaces(seek: tuple[str, Artifact]) -> None:
         )
 
     storage = Storage(root)
-    storage.make("datasets", "other", {}, write)
+    if storage.find("datasets", "other") is None:
+        storage.make("datasets", "other", {}, write)
     with pytest.raises(UsageError, match="datasets/other has other spaces than the world"):
-        JOB.resolve(agent_config(root, "algo=SAC branch=1 datasets=[other]"), storage)
+        JOB.resolve(agent_config(root, f"algo={algo} branch=1 datasets=[other]"), storage)
 
 
 def test_dqn_trains_from_generated_starts_with_a_penalty(
@@ -341,6 +343,10 @@ def test_a_return_that_the_logs_cannot_explain_is_a_warning(
         ("horizon=0", "horizon must be >= 1, got 0"),
         ("starts=loged", "starts must be one of .* got 'loged'; did you mean 'logged'"),
         ("algo=SAC branch=13", "branch must be <= 12, the longest episode of the data, got 13"),
+        ("algo=SAC svg=2 backend=serve", "svg=2 needs backend=local, got backend=serve"),
+        ("algo=SAC svg=2", "svg=2 needs numbers in the observation space .*; set svg=0"),
+        ("svg=2", "svg=2 needs algo=SAC, got algo=PPO"),
+        ("algo=SAC svg=-1", "svg must be >= 0, got -1"),
         ("algo=SAC params.training_intensity=4", "params.training_intensity is not used by SAC"),
         ("algo=SAC params.critic_lr=[[0,0.1],[9,0]]", "params.critic_lr must be one value"),
         ("algo=SAC model.fcnet_activation=elu", "fcnet_activation must be one of .* got 'elu'"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
 
 from mesocosm.agents.durations import Durations
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
@@ -36,7 +37,31 @@ class Statistics:
         return Statistics(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-class AgentEnv(VectorEnv[Any, Any, Any]):
+class FlatEnv(VectorEnv[Any, Any, Any]):
+    """A vector environment with flat float32 observations and head actions, and its statistics."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]):
+        self.env, self.num_envs = env, env.num_envs
+        self.map = ActionMap(env.single_action_space)
+        self.single_observation_space = flat_space(env.single_observation_space)
+        self.single_action_space = self.map.head
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._statistics = Statistics()
+
+    def _flat(self, observations: Any) -> NDArray[np.float32]:
+        return flatten_batch(self.env.single_observation_space, observations)
+
+    def statistics(self) -> Statistics:
+        """The statistics since the last call."""
+        statistics, self._statistics = self._statistics, Statistics()
+        return statistics
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.env.close(**kwargs)
+
+
+class AgentEnv(FlatEnv):
     """A NEXT_STEP vector environment with flat float32 observations and head actions.
 
     RLlib makes a dict of the infos for every environment and step. Its infos are therefore the
@@ -48,13 +73,8 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
     def __init__(self, env: VectorEnv[Any, Any, Any]):
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib needs NEXT_STEP autoreset, got {mode}"
-        self.env, self.num_envs = env, env.num_envs
-        self.map = ActionMap(env.single_action_space)
+        super().__init__(env)
         self._durations = Durations(env.metadata)
-        self.single_observation_space = flat_space(env.single_observation_space)
-        self.single_action_space = self.map.head
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._begin()
 
     def _begin(self) -> None:
@@ -62,9 +82,6 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         self._ended = np.zeros(self.num_envs, np.bool_)
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, np.int64)
-
-    def _flat(self, observations: Any) -> Any:
-        return flatten_batch(self.env.single_observation_space, observations)
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
@@ -92,11 +109,6 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
             self._length[self._ended] = 0
         return self._flat(observations), rewards, terminated, truncated, durations
 
-    def statistics(self) -> Statistics:
-        """The statistics since the last call."""
-        statistics, self._statistics = self._statistics, Statistics()
-        return statistics
-
     def state(self) -> dict[str, Any]:
         """The state of an imagined environment for `restore`, without its statistics."""
         assert isinstance(self.env, WorldVectorEnv), "a real environment has no state to save"
@@ -112,9 +124,6 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         self._durations.reported = state["durations"]
         self._ended, self._return = state["ended"], state["return"]
         self._length = state["length"]
-
-    def close_extras(self, **kwargs: Any) -> None:
-        self.env.close(**kwargs)
 
 
 def make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:

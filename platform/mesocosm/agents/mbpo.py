@@ -15,8 +15,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -28,14 +28,15 @@ from ray.rllib.utils.metrics import LEARNER_RESULTS
 from torch import Tensor
 
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.env import Statistics
+from mesocosm.agents.env import FlatEnv
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
+from mesocosm.agents.svg import Lookahead
+from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.errors import UsageError
-from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
+from mesocosm.model.world import World
+from mesocosm.policies.heads import ActionMap, flatten_batch
 from mesocosm.serve.client import WorldVectorEnv
-from mesocosm.store.artifacts import Artifact
 
 IMAGINED = 100_000
 """Capacity of the buffer of imagined transitions."""
@@ -55,30 +56,25 @@ class Schedule:
     real: Replay
 
 
-class BranchEnv(VectorEnv[Any, Any, Any]):
+class BranchEnv(FlatEnv):
     """Imagined branches from logged states, as columns. Only `BranchRunner` steps it."""
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, env: WorldVectorEnv, gamma: float):
         assert env.horizon is None, "a branch has no time limit of its own"
-        self.env, self.num_envs = env, env.num_envs
-        self.map = ActionMap(env.single_action_space)
+        super().__init__(env)
         self.gamma = gamma
-        self.single_observation_space = flat_space(env.single_observation_space)
-        self.single_action_space = self.map.head
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._statistics = Statistics()
 
     def imagine(self, module: WorldSACModule, steps: int, seed: int) -> Columns:
         """`steps` steps in each environment from new starts; the policy draws its actions.
 
-        An environment that terminates begins anew. Steps whose result the world does not trust
-        (`diverged`, `max_disagreement`) are left out.
+        An environment whose episode ends begins anew. A step after which the world's disagreement
+        ends it (`max_disagreement`) counts with the value of its last observation. One that
+        diverged has none, and is left out.
         """
         raw, _ = self.env.reset(seed=seed)
-        observation, rows = self._flat(raw), []
+        observation, rows = self._tensor(raw), []
         for _ in range(steps):
             with torch.no_grad():
                 if module.discrete:
@@ -89,31 +85,39 @@ class BranchEnv(VectorEnv[Any, Any, Any]):
             raw, reward, terminated, truncated, infos = self.env.step(
                 self.map.to_raw(action.numpy())
             )
-            following = self._flat(raw)
+            present = self._tensor(raw)
+            last = infos.get("final_info", {})  # of the steps that ended an episode
             duration = infos.get("duration", np.ones(self.num_envs))
+            if "duration" in last:
+                duration = duration + last["duration"]  # each is 0 where the other is not
             duration = np.maximum(duration, 0.0)  # a world may imagine a negative one
             discount = np.where(terminated, 0.0, self.gamma**duration)
             columns = [np.asarray(x, np.float32) for x in (reward, discount)]
             reward_column, discount_column = map(torch.from_numpy, columns)
-            keep = torch.from_numpy(~truncated)
+            following = self._before_reset(present, truncated, infos)
+            diverged = last.get("diverged", infos["diverged"])
+            keep = torch.from_numpy(~diverged)
             step = Columns(observation, action, reward_column, following, discount_column)
             rows.append(Columns(*(column[keep] for column in step)))
-            self._statistics.steps += self.num_envs
-            for part in (infos, infos.get("final_info")):  # the last has the ended episodes' steps
-                if part is not None:
-                    self._statistics.disagreement += float(part["disagreement"].sum())
-                    self._statistics.diverged += int(part["diverged"].sum())
-            observation = following
+            statistics = self._statistics
+            statistics.steps += self.num_envs
+            statistics.diverged += int(diverged.sum())
+            for part in (infos, last):
+                statistics.disagreement += float(np.sum(part.get("disagreement", 0.0)))
+            observation = present
         return Columns(*map(torch.cat, zip(*rows, strict=True)))
 
-    def _flat(self, observations: Any) -> Tensor:
-        space = self.env.single_observation_space
-        return torch.from_numpy(flatten_batch(space, observations))
+    def _before_reset(self, present: Tensor, truncated: NDArray[Any], infos: Any) -> Tensor:
+        """The observations [N, n] after a step, those of truncated episodes before the reset."""
+        if not truncated.any():
+            return present
+        following, ended = present.clone(), np.flatnonzero(truncated)
+        last = [infos["final_obs"][i] for i in ended]
+        following[ended] = torch.from_numpy(_flatten(self.env.single_observation_space, last))
+        return following
 
-    def statistics(self) -> Statistics:
-        """The statistics since the last call."""
-        statistics, self._statistics = self._statistics, Statistics()
-        return statistics
+    def _tensor(self, observations: Any) -> Tensor:
+        return torch.from_numpy(self._flat(observations))
 
     def state(self) -> dict[str, Any]:
         """Nothing: every branch begins with a seed."""
@@ -121,9 +125,6 @@ class BranchEnv(VectorEnv[Any, Any, Any]):
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-
-    def close_extras(self, **kwargs: Any) -> None:
-        self.env.close(**kwargs)
 
 
 class BranchRunner(SingleAgentEnvRunner):
@@ -199,74 +200,65 @@ def rounds(config: AgentConfig) -> int:
 
 
 def prepare(
-    algorithm: Algorithm,
-    config: AgentConfig,
-    datasets: Sequence[Dataset],
-    learned: Collection[str] = (),
+    algorithm: Algorithm, config: AgentConfig, data: Dataset, learned: Collection[str] = ()
 ) -> None:
     """Give a new `WorldSAC` its schedule and its real transitions.
 
     The first dataset fixes the normalization, so that it is the same in all rounds of a loop.
 
     Args:
-        datasets: One dataset each.
+        algorithm: A `WorldSAC`.
+        config: The config that it was built from.
+        data: One or several datasets as one.
         learned: Ids of the datasets that the initial agent has learned from.
     """
     assert isinstance(algorithm, WorldSAC)
-    real = logged(datasets, config.gamma)
+    real = logged(data, config.gamma)
     algorithm.schedule = Schedule(
         branch=config.branch,
         branches=rounds(config),
-        updates=updates(config, datasets, learned),
+        updates=updates(config, data, learned),
         real_share=0.0 if config.objective == "disagreement" else config.real_share,
         real=real,
     )
     learners: Any = algorithm.learner_group
-    learners._learner.normalize_by(real.observations[: datasets[0].count("train")])
+    learners._learner.normalize_by(real.observations[: _transitions(data)[0]])
 
 
-def updates(config: AgentConfig, datasets: Sequence[Dataset], learned: Collection[str] = ()) -> int:
+def updates(config: AgentConfig, data: Dataset, learned: Collection[str] = ()) -> int:
     """Updates in an iteration: those of the datasets that are not `learned`, or of all."""
-    new = [d.count("train") for d in datasets if d.ids[0] not in learned]
-    transitions = sum(new or [d.count("train") for d in datasets])
-    return max(1, round(config.updates_per_real_step * transitions / config.iterations))
+    counts = _transitions(data)
+    new = [count for count, id in zip(counts, data.ids, strict=True) if id not in learned]
+    return max(1, round(config.updates_per_real_step * sum(new or counts) / config.iterations))
 
 
-def check_data(
-    branch: int,
-    datasets: Sequence[Artifact],
-    world: str,
-    spaces: tuple[gym.Space[Any], gym.Space[Any]],
-) -> None:
-    """Raise UsageError for data of other spaces than the world's, or too short for a branch."""
-    longest = 0
-    for artifact in datasets:
-        data = Dataset([artifact.path])
-        if (data.observation_space, data.action_space) != spaces:
-            fix = f"use data of the environment of {world}"
-            raise UsageError(f"datasets: {artifact.name} has other spaces than the world; {fix}")
-        longest = max(longest, int(data.table["length"].max(initial=0)))
-    if branch > longest:
-        raise UsageError(
-            f"branch must be <= {longest}, the longest episode of the data, got {branch}; a longer"
-            " branch leaves the data behind"
-        )
+def _transitions(data: Dataset) -> list[int]:
+    """Transitions of the training split of each of the datasets that are opened as one."""
+    episodes = data.episodes("train")
+    counts = np.bincount(
+        data.part[episodes], data.table["length"][episodes], minlength=len(data.ids)
+    )
+    return [int(count) for count in counts]
 
 
-def logged(datasets: Sequence[Dataset], gamma: float) -> Replay:
-    """All transitions of the datasets' training splits, in a buffer that holds just these."""
+def look_ahead(algorithm: Algorithm, config: AgentConfig, world: World, codec: Codec) -> None:
+    """Let the actor's gradient of a prepared `WorldSAC` pass through `world` (`config.svg`)."""
+    assert isinstance(algorithm, WorldSAC)
+    learners: Any = algorithm.learner_group
+    learners._learner.lookahead = Lookahead(world, codec, config, algorithm.schedule.real)
+
+
+def logged(data: Dataset, gamma: float) -> Replay:
+    """All transitions of the training split, in a buffer that holds just these."""
+    space, actions = data.observation_space, ActionMap(data.action_space)
     parts: list[Columns] = []
-    for dataset in datasets:
-        space, actions = dataset.observation_space, ActionMap(dataset.action_space)
-        for episode in dataset.iter_episodes("train"):
-            flat = torch.from_numpy(_flatten(space, episode.observations))
-            durations = np.ones(len(episode)) if episode.durations is None else episode.durations
-            discount = np.where(episode.terminated, 0.0, gamma**durations)
-            action = actions.to_head(_stack(dataset.action_space, episode.actions))
-            reward, weight = (
-                torch.tensor(x, dtype=torch.float32) for x in (episode.rewards, discount)
-            )
-            parts.append(Columns(flat[:-1], torch.from_numpy(action), reward, flat[1:], weight))
+    for episode in data.iter_episodes("train"):
+        flat = torch.from_numpy(_flatten(space, episode.observations))
+        durations = np.ones(len(episode)) if episode.durations is None else episode.durations
+        discount = np.where(episode.terminated, 0.0, gamma**durations)
+        action = actions.to_head(_stack(data.action_space, episode.actions))
+        reward, weight = (torch.tensor(x, dtype=torch.float32) for x in (episode.rewards, discount))
+        parts.append(Columns(flat[:-1], torch.from_numpy(action), reward, flat[1:], weight))
     rows = Columns(*map(torch.cat, zip(*parts, strict=True)))
     replay = Replay(len(rows.reward))
     replay.add(rows)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
+
+import gymnasium as gym
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 
@@ -55,6 +58,12 @@ INITIAL_ALPHA = 0.1
 """SAC's initial temperature in a world: this many times the root mean square of the data's rewards,
 and at most this. RLlib's default of 1 takes thousands of updates to fall where rewards are small.
 """
+ADVERSARY_REWARD = math.log(2.0)
+"""The size of an adversary's rewards, log(1 + disagreement): a tenth of held-out transitions have
+more than 1.
+"""
+DISCRETE_ENTROPY = 0.2
+"""SAC's default target entropy for n discrete actions in a world, as a share of log(n)."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +93,22 @@ class Setup:
         return self.imagined and self.algo == "SAC"
 
 
-def imagined(config: AgentConfig, reward_size: float = 1.0) -> Setup:
+def imagined(
+    config: AgentConfig, reward_size: float = 1.0, actions: gym.Space[Any] | None = None
+) -> Setup:
     """The setup of training in a world.
 
     Args:
+        config: Its values win over the defaults.
         reward_size: Root mean square of the rewards of the world's data.
+        actions: The head space (`heads.ActionMap`).
     """
-    if config.algo == "SAC" and "initial_alpha" not in config.params:
-        alpha = INITIAL_ALPHA * min(reward_size, 1.0)
-        config = replace(config, params=config.params | {"initial_alpha": alpha})
+    if config.algo == "SAC":
+        size = ADVERSARY_REWARD if config.objective == "disagreement" else reward_size
+        derived: dict[str, Any] = {"initial_alpha": INITIAL_ALPHA * min(size, 1.0)}
+        if isinstance(actions, gym.spaces.Discrete):
+            derived["target_entropy"] = DISCRETE_ENTROPY * math.log(actions.n)
+        config = replace(config, params=derived | config.params)
     steps = config.num_envs * config.rollout
     rollout = config.rollout if config.algo in ON_POLICY else 1
     tables = IMAGINED, IMAGINED_MODEL

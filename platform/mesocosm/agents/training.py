@@ -36,6 +36,8 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
+from mesocosm.model.world import World
+from mesocosm.policies.heads import ActionMap
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig
@@ -50,7 +52,8 @@ MAX_STARTS = 50_000
 class TrainAgentPlan(Plan[AgentConfig]):
     world: Artifact
     codec: Codec
-    datasets: list[Artifact]
+    data: Dataset | None
+    """The data of logged starts and of SAC's real transitions."""
     former: Artifact | None
     """The earlier agent: `init` or `rival`."""
     horizon: Horizon
@@ -84,8 +87,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         spaces = codec.observation_space, codec.action_space
-        datasets = validation.datasets_of(config, storage, world, spaces)
-        validation.check_members(config, world)
+        validation.check_world(config, world, codec)
+        datasets, data = validation.datasets_of(config, storage, world, spaces)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
         else:
@@ -96,12 +99,16 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         validation.check_spaces(config, spaces, former)
         inputs = {
             "worlds": [world.id],
-            "datasets": [d.id for d in datasets],
+            "datasets": datasets,
             "agents": [] if former is None else [former.id],
         }
-        setup = settings.imagined(config, codec.spec.reward_size)
-        elsewhere = ["world", "backend", "app", "datasets", "init", "rival"]
-        facts = identity(config, without=elsewhere if setup.branches else [*elsewhere, *SAC_KEYS])
+        setup = settings.imagined(config, codec.spec.reward_size, ActionMap(spaces[1]).head)
+        left_out = ["world", "backend", "app", "datasets", "init", "rival"]
+        if not setup.branches:
+            left_out += SAC_KEYS
+        elif not config.svg:
+            left_out.append("svg")
+        facts = identity(config, without=left_out)
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
         facts["starts"] = starts_of(config)
         if config.rival is not None:
@@ -113,7 +120,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             id=self.hash(facts, inputs),
             world=world,
             codec=codec,
-            datasets=datasets,
+            data=data,
             former=former,
             horizon=horizon,
             setup=setup,
@@ -194,8 +201,8 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
     config, starts = plan.config, None
     if starts_of(config) == "logged":
-        data = Dataset([d.path for d in plan.datasets])
-        starts = observation_parts(data, plan.codec, "train", MAX_STARTS, config.seed)
+        assert plan.data is not None
+        starts = observation_parts(plan.data, plan.codec, "train", MAX_STARTS, config.seed)
     return {
         "world": plan.world.id,
         "root": run.storage.root,
@@ -218,7 +225,10 @@ def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algo
     branches = partial(mbpo.make_env, arguments, config.gamma)
     algorithm = rllib.build(plan.setup, branches, folder)
     learned = [] if plan.initial is None else plan.initial.meta["inputs"]["datasets"]
-    mbpo.prepare(algorithm, config, [Dataset([d.path]) for d in plan.datasets], learned)
+    assert plan.data is not None
+    mbpo.prepare(algorithm, config, plan.data, learned)
+    if config.svg:
+        mbpo.look_ahead(algorithm, config, World.load(plan.world.path), plan.codec)
     return algorithm
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import gymnasium
 
 from mesocosm import checks
-from mesocosm.agents import mbpo, rllib, settings
+from mesocosm.agents import rllib, settings, svg
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.policies.policy import Policy
 from mesocosm.serve.client import BACKENDS
@@ -20,14 +22,14 @@ from mesocosm.store.artifacts import Artifact, Storage
 Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
+SAC_KEYS = ("branch", "real_share", "updates_per_real_step", "svg")
 
 
 def check(config: AgentConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
     rllib.check(config)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
-    checks.at_least(config, 0, "snapshots", "runners")
+    checks.at_least(config, 0, "snapshots", "runners", "svg")
     if config.starts is not None:
         checks.one_of(config, STARTS, "starts")
     checks.at_least(config, 1, "branch")
@@ -40,6 +42,7 @@ def check(config: AgentConfig) -> None:
         if isinstance(value, list):
             raise UsageError(f"params.{name} must be one value for SAC in a world, got {value}")
     checks.one_of(config, BACKENDS, "backend")
+    svg.check(config)
     checks.one_of(config, OBJECTIVES, "objective")
     checks.within(config, 0, math.inf, "penalty", open="]")
     checks.within(config, 0, 1, "gamma", open="[")
@@ -73,13 +76,19 @@ def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -
         check_init(module, former.path, former.name)
 
 
-def check_members(config: AgentConfig, world: Artifact) -> None:
-    """Raise UsageError where an option needs disagreement and the world has one member."""
+def check_world(config: AgentConfig, world: Artifact, codec: Codec) -> None:
+    """Raise UsageError where an option needs another world: one whose members can disagree, or one
+    that `svg` can differentiate.
+    """
     options: dict[str, Any] = {
         "max_disagreement": config.max_disagreement,
         "objective": None if config.objective == "return" else config.objective,
     }
-    if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
+    model = json.loads((world.path / "world.json").read_text())["config"]
+    spaces = codec.observation_space, codec.action_space
+    svg.check_spaces(config, spaces, model["family"])
+    svg.check_codec(config, codec)
+    if model["members"] == 1:
         for key, value in options.items():
             if value is not None:
                 raise UsageError(
@@ -90,15 +99,17 @@ def check_members(config: AgentConfig, world: Artifact) -> None:
 
 def datasets_of(
     config: AgentConfig, storage: Storage, world: Artifact, spaces: Spaces
-) -> list[Artifact]:
-    """The datasets of logged starts and of SAC's real transitions; [] where none are used.
+) -> tuple[list[str], Dataset | None]:
+    """The data of logged starts and of SAC's real transitions: ids, and all of it opened as one;
+    ([], None) where none is used.
 
     Raises:
-        UsageError: They are needed and unknown, or SAC cannot use them.
+        UsageError: It is needed and unknown, of other spaces than the world's, or too short for a
+            branch.
     """
     sac = config.algo == "SAC"
     if starts_of(config) != "logged" and not sac:
-        return []
+        return [], None
     names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
     if not names:
         key, fix = ("algo=SAC", "") if sac else ("starts='logged'", " or starts=generated")
@@ -106,10 +117,19 @@ def datasets_of(
             f"{key} needs the data that {world.name} was trained on, which it does not name; set"
             f" datasets{fix}"
         )
-    datasets = [storage.artifact("datasets", name) for name in names]
-    if sac:
-        mbpo.check_data(config.branch, datasets, world.name, spaces)
-    return datasets
+    artifacts = [storage.artifact("datasets", name) for name in names]
+    data = Dataset([artifact.path for artifact in artifacts])
+    if (data.observation_space, data.action_space) != spaces:
+        of_data = ", ".join(artifact.name for artifact in artifacts)
+        fix = f"use data of the environment of {world.name}"
+        raise UsageError(f"datasets: {of_data} has other spaces than the world; {fix}")
+    longest = int(data.table["length"].max(initial=0)) if sac else config.branch
+    if config.branch > longest:
+        raise UsageError(
+            f"branch must be <= {longest}, the longest episode of the data, got {config.branch}; a"
+            " longer branch leaves the data behind"
+        )
+    return [artifact.id for artifact in artifacts], data
 
 
 def starts_of(config: AgentConfig) -> str:

@@ -10,6 +10,7 @@ datasets begin alike have comparable nats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +53,16 @@ class _Columns:
             for text in codec.texts
             if text.start in position
         )
+
+
+@dataclass(frozen=True)
+class NumberColumns:
+    """The layout of spaces of numbers only, flattened in their own order."""
+
+    body: Array  # [n] int64: columns of an observation that the world predicts
+    task: Array  # [k] int64: columns of an observation that hold the task
+    observation: Scaling  # of all columns
+    action: Scaling
 
 
 class Codec:
@@ -183,6 +194,12 @@ class Codec:
     @property
     def action_space(self) -> Any:
         return self._action.space
+
+    @property
+    def number_columns(self) -> NumberColumns:
+        """The number columns of flattened observations and actions, with their scalings."""
+        scalings = self._scalings["observation"], self._scalings["action"]
+        return NumberColumns(self._body.numbers, self._task.numbers, *scalings)
 
     # -- values -> parts
 
