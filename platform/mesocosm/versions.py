@@ -13,7 +13,7 @@ VERSIONS = {
     "pretrain": 1,
     "sweep": 1,
     "plan": 1,
-    "train-agent": 1,
+    "train-agent": 2,
     "baseline": 1,
     "evaluate": 1,
     "propose": 1,
