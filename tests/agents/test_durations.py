@@ -168,7 +168,9 @@ def built(
     by_time: bool = False,
     **params: Any,
 ) -> Iterator[Any]:
-    """An algorithm on `num_envs` Pace environments."""
+    """An algorithm on `num_envs` Pace environments, with the defaults of training in a world, but
+    RLlib's SAC.
+    """
 
     def make_env(count: int) -> AgentEnv:
         makers = [lambda: Pace(reports)] * count
@@ -178,7 +180,7 @@ def built(
 
     config = AgentConfig(algo=algo, params=params, model={"fcnet_hiddens": [16]}, gamma=GAMMA)
     config.num_envs, config.rollout = num_envs, rollout
-    setup = replace(settings.imagined(config), rollout=rollout)
+    setup = replace(settings.imagined(config), rollout=rollout, imagined=False)
     algorithm = rllib.build(setup, make_env, folder)
     try:
         yield algorithm

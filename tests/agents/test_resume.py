@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from factories import fit_world
 from gymnasium import spaces
 
-from mesocosm.agents import checkpoint
+from mesocosm.agents import checkpoint, rllib
 from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
@@ -169,6 +170,32 @@ def test_killed_three_times(
     kills = [(i, rng.uniform(0.0, 0.5)) for i in (1, 2, 3)]
     roots = [make_root(str(tmp_path / name), actions, family) for name in ("whole", "killed")]
     same_after_kills(*roots, overrides, kills, tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_a_lost_runner_does_not_change_the_policy(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLlib by itself goes on without the runner's samples."""
+    overrides = [*PPO, "runners=2", "iterations=6"]
+    whole, lost = (make_root(str(tmp_path / name), DISCRETE) for name in ("whole", "lost"))
+    expected = files_of(train_agent(whole, overrides)[0])
+    original, calls = rllib.train, 0
+
+    def train_and_kill(algorithm: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 5):
+            pid = algorithm.env_runner_group.foreach_env_runner(
+                lambda runner: os.getpid(), local_env_runner=False
+            )[0]
+            os.kill(pid, signal.SIGKILL)
+        return original(algorithm)
+
+    monkeypatch.setattr(rllib, "train", train_and_kill)
+    artifact, lines = train_agent(lost, overrides)
+    assert calls > 6 and lines[-1]["step"] == 5
+    assert files_of(artifact) == expected
 
 
 @pytest.mark.slow

@@ -86,7 +86,10 @@ def _configure(config: AlgorithmConfig, setup: Setup) -> None:
         num_envs_per_env_runner=setup.num_envs,
         gym_env_vectorize_mode="vector_entry_point",
         rollout_fragment_length=setup.rollout,
+        sample_timeout_s=None,  # RLlib drops the samples of a slow runner after a minute
     )
+    # RLlib would go on without the samples of a lost runner, and end with another policy.
+    config.fault_tolerance(restart_failed_env_runners=False)
     config.rl_module(model_config=DefaultModelConfig(**setup.model))
     batch: dict[str, Any] = {}
     if setup.algo in ON_POLICY:

@@ -9,6 +9,7 @@ which another training can start.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayActorError
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm.agents import learner_state, mbpo, rllib, settings, validation
@@ -34,7 +36,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import observation_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
-from mesocosm.errors import UsageError
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.model.world import World
 from mesocosm.policies.heads import ActionMap
@@ -44,6 +46,8 @@ from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
 
+LOST_RUNNERS = 3
+"""How often a training may lose an environment runner."""
 MAX_STARTS = 50_000
 """The most observations of the datasets that serve as logged starts."""
 
@@ -242,9 +246,32 @@ def _train(
 ) -> dict[str, float]:
     """Write the trained agent and its snapshots to `folder`.
 
+    Where a runner is lost, training continues from the last checkpoint, as it does after a kill.
+
     Returns:
         The metrics of the last iteration.
     """
+    for left in reversed(range(LOST_RUNNERS + 1)):
+        try:
+            return _train_from(progress, plan, run, arguments, checkpoints, folder)
+        except RayActorError as error:
+            lost = "an environment runner was lost: " + " ".join(str(error).split())
+            if not left:
+                raise MesocosmError(f"{lost}; run the same command again to continue") from error
+            run.say(f"warning: {lost}; training continues from its last checkpoint")
+            shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)
+            progress = checkpoints.latest()
+    raise AssertionError
+
+
+def _train_from(
+    progress: AgentProgress | None,
+    plan: TrainAgentPlan,
+    run: Run,
+    arguments: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    folder: Path,
+) -> dict[str, float]:
     config = plan.config
     algorithm = _build(plan, run, arguments)
     snapshots = {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
