@@ -40,7 +40,7 @@ def job_config_of_command_line() -> Any:
     """A JobConfig with which Ray's workers do not put the driver's folder first in `sys.path`.
 
     With Ray's default a file `http.py` beside the user replaces Python's own module in every
-    worker. `mesocosm.envs.make.import_module` appends the folder instead.
+    worker. `mesocosm.user_code.import_module` appends the folder instead.
     """
     from ray.job_config import JobConfig
 

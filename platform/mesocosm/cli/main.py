@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from mesocosm import __version__, output, signals
+from mesocosm import __version__, output, signals, user_code
 from mesocosm.cli.cluster import cluster
 from mesocosm.cli.completion import complete, completion
 from mesocosm.cli.configs import configs
@@ -128,18 +128,18 @@ def _import_from_here() -> Iterator[None]:
 
     It comes after everything installed: a file `http.py` there must not replace Python's module.
     """
-    before = os.environ.get(ray_session.IMPORTS)
+    before = os.environ.get(user_code.IMPORTS)
     with suppress(FileNotFoundError):  # the folder was removed
-        os.environ[ray_session.IMPORTS] = os.getcwd()
+        os.environ[user_code.IMPORTS] = os.getcwd()
     if "" not in sys.path:
         sys.path.append("")
     try:
         yield
     finally:
         if before is None:
-            os.environ.pop(ray_session.IMPORTS, None)
+            os.environ.pop(user_code.IMPORTS, None)
         else:
-            os.environ[ray_session.IMPORTS] = before
+            os.environ[user_code.IMPORTS] = before
 
 
 def _write_traceback(error: BaseException) -> str:

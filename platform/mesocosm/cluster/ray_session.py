@@ -19,6 +19,7 @@ from mesocosm.cluster.spec import make_token
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store.files import CACHE_VARIABLE
+from mesocosm.user_code import IMPORTS
 
 STARTS = 3
 """Attempts to start a local Ray: on a busy machine one of its daemons may miss Ray's 30 s."""
@@ -26,8 +27,6 @@ FULL = "MESOCOSM_FULL_SIZE"
 """A submitted job's environment variable with its growing cluster's full CPUs and GPUs, as JSON."""
 GROWING_S = 3600
 """Seconds that ranks wait for nodes where the cluster grows: a cloud's machine takes minutes."""
-IMPORTS = "MESOCOSM_IMPORTS"
-"""The environment variable with the user's folder, from which their modules are imported."""
 
 _folder: SessionFolder | None = None
 _forked = False

@@ -14,8 +14,8 @@ from mesocosm.errors import UsageError
 
 BOUNDS = ("drop", "clip", "ignore")
 """Values of `reality.bounds`."""
-PAID = ("reality.budget", "reality.price", "reality.step_timeout_s")
-"""Keys that change costs and waiting times, but no transition."""
+PAID = ("reality.budget", "reality.price", "reality.step_timeout_s", "reality.known")
+"""Keys that change costs, waiting times and worlds, but no transition."""
 
 
 @dataclass
@@ -46,6 +46,18 @@ class DrawnOption:
 
 
 @dataclass
+class KnownConfig:
+    """Parts of a world that need no learning, each a pure `module:function` of (o, a, o') as torch
+    tensors, batch first (docs/environments.md).
+    """
+
+    reward: str | None = None
+    """Returns floats [B]."""
+    terminated: str | None = None
+    """Returns bools [B]."""
+
+
+@dataclass
 class RealityConfig:
     env: str = ""
     """A Gymnasium id, or `module:Id` of your own: the current directory is importable, `Id` is
@@ -71,6 +83,8 @@ class RealityConfig:
     """A step or reset that takes longer has hung: its worker is killed and the episode dropped.
     The behaviour's own time is not bounded.
     """
+    known: KnownConfig = field(default_factory=KnownConfig)
+    """Known parts of the worlds of a loop, as `known` of pretrain. Other jobs do not use them."""
 
 
 def check(config: RealityConfig) -> None:

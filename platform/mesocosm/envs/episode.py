@@ -16,8 +16,9 @@ from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.datasets.spaces import FLOAT32
 from mesocosm.envs.api import Env, take_reset, take_step
 from mesocosm.envs.config import RealityConfig, parse_success
-from mesocosm.envs.make import draw_options, one_line
+from mesocosm.envs.make import draw_options
 from mesocosm.errors import BudgetSpent, MesocosmError
+from mesocosm.user_code import one_line
 
 Act = Callable[[Any, np.random.Generator], Any]
 """(raw observation, the episode's generator) -> raw action"""

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import importlib.metadata
 import inspect
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from mesocosm.cluster.ray_session import IMPORTS
 from mesocosm.datasets.bounds import Clipped
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.errors import UsageError, nearest
+from mesocosm.user_code import import_module, one_line, source_hash
 
 
 def make_env(config: RealityConfig) -> Env:
@@ -116,31 +111,6 @@ def _unknown(env: str, name: str, module: Any) -> UsageError:
     return UsageError(f"{problem}{hint}")
 
 
-def import_module(name: str, setting: str) -> Any:
-    """Import a user's module; the current directory is importable.
-
-    Args:
-        setting: The config key and value, for the UsageError.
-    """
-    here = os.getcwd()
-    for folder in (here, os.environ.get(IMPORTS, here)):
-        if folder not in sys.path:
-            sys.path.append(folder)  # last: a user's http.py must not replace Python's own module
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        problem = f"module {name!r} needs {error.name!r}, which is not installed"
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            problem = (
-                f"there is no module {error.name!r} in {here!r} or among the installed packages;"
-                " check its name"
-            )
-        raise UsageError(f"{setting}: {problem}") from error
-    except (Exception, SystemExit) as error:
-        problem = f"module {name!r} fails on import ({type(error).__name__}: {one_line(error)})"
-        raise UsageError(f"{setting}: {problem}") from error
-
-
 def environment_version(env: Env) -> str:
     """The version of the environment's package, or the hash of a single module's source."""
     kind = type(env.unwrapped)
@@ -154,18 +124,6 @@ def environment_version(env: Env) -> str:
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{kind.__module__} {source_hash(kind)}")
     return ", ".join(versions)
-
-
-def source_hash(definition: Any) -> str:
-    """16 hexadecimal digits of the sha256 of the file that defines a class or function; "unknown"
-    where there is no such file.
-    """
-    try:
-        path = inspect.getsourcefile(definition)
-        data = None if path is None else Path(path).read_bytes()
-    except (OSError, TypeError):
-        data = None
-    return "unknown" if data is None else hashlib.sha256(data).hexdigest()[:16]
 
 
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
@@ -220,8 +178,3 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
             assert option.low is not None and option.high is not None
             options[name] = float(rng.uniform(option.low, option.high))
     return options
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,12 +11,13 @@ from mesocosm.config import JobConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.make import EnvFacts, facts_of, source_hash
+from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Artifact
+from mesocosm.user_code import source_hash
 
 
 @dataclass

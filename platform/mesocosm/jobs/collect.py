@@ -28,7 +28,7 @@ from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import PAID
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import EnvFacts, facts_of, source_hash
+from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
@@ -36,6 +36,7 @@ from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.user_code import source_hash
 
 
 @dataclass(frozen=True, kw_only=True)

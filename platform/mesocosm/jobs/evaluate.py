@@ -40,6 +40,7 @@ NOT_IN_ID = [
     "judge_steps",
     "reality.budget",
     "reality.step_timeout_s",
+    "reality.known",
 ]
 """Keys that do not change what is measured; inputs are hashed by their ids."""
 RANKED = ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")

@@ -55,6 +55,9 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         ready = preflight(config, storage)
         config = replace(config, datasets=[artifact.name for artifact in ready.datasets])
         facts = identity(config)
+        del facts["reality"]["known"], facts["pretrain"]["known"]
+        if ready.known:
+            facts["known"] = {part: function.identity for part, function in ready.known.items()}
         return LoopPlan(
             config=config,
             inputs={"datasets": [artifact.id for artifact in ready.datasets]},
@@ -203,7 +206,8 @@ class _Loop:
     def pretrain(self, round: int) -> Artifact:
         config = fill(self.cfg.pretrain, self.cfg, round)
         data = replace(config.data, datasets=list(self.inputs["datasets"]))
-        return self._stage(pretraining.JOB, replace(config, data=data), round)
+        config = replace(config, data=data, known=self.cfg.reality.known)
+        return self._stage(pretraining.JOB, config, round)
 
     def train_agent(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
         cfg = self.cfg

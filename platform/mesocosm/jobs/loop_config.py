@@ -67,6 +67,7 @@ SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wai
 FILLED = {
     "collect": ("ledger",),
     "explore": ("ledger",),
+    "pretrain": ("known",),
     "serve": ("world", "name"),
     "agent": ("world", "app", "rival"),
     "evaluate": ("world", "agent", "ledger"),
@@ -92,6 +93,7 @@ def check(cfg: LoopConfig) -> None:
         for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
                 fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
+                fix = "set reality.known" if key == "known" else fix
                 raise UsageError(f"{name}.{key} is set by the loop; {fix}")
     if cfg.pretrain.data.datasets:
         raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")

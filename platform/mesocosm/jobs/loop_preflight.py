@@ -25,6 +25,10 @@ from mesocosm.jobs import collect
 from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train import known
+
+KNOWN = "reality.known."
+"""The keys of known parts in a loop."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Ready:
     facts: EnvFacts
     horizon: Horizon | None
     """None if only the loop's data can show it."""
+    known: known.Functions
 
     @property
     def limit(self) -> int:
@@ -68,7 +73,9 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
         horizon = Horizon(facts.max_episode_steps, "time limit of the environment")
     elif datasets:
         horizon = logged_horizon(storage, [artifact.id for artifact in datasets])
-    ready = Ready(datasets, facts, horizon)
+    functions = known.load(cfg.reality.known, KNOWN)
+    known.check_spaces(functions, *facts.spaces, KNOWN)
+    ready = Ready(datasets, facts, horizon, functions)
     _check_pretraining(cfg, datasets)
     _check_agent(cfg, storage, facts)
     _check_evaluation(cfg, storage, ready)

@@ -116,6 +116,6 @@ class Prediction:
 
     numbers: Tensor  # [B, n] of o_{t+1}, normalised
     reward: Tensor  # [B] raw units, of that o_{t+1}
-    p_terminated: Tensor  # [B] of that o_{t+1}
+    p_terminated: Tensor  # [B] of that o_{t+1}; 0 or 1, without gradient, where it is known
     duration: Tensor  # [B] raw units, >= 0; zeros without durations
     disagreement: Tensor | None  # [B] as `StepOut.disagreement`; None where it was not asked for

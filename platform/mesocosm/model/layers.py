@@ -57,7 +57,8 @@ class Constant:
     def __call__(self, like: Tensor) -> Tensor:
         """The copy on the device of `like`."""
         if like.device not in self._copies:
-            self._copies[like.device] = self._value.to(like.device)
+            with torch.inference_mode(False):  # a later use may need gradients
+                self._copies[like.device] = self._value.to(like.device)
         return self._copies[like.device]
 
 

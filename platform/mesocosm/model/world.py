@@ -27,6 +27,7 @@ from mesocosm.model.carry import Carry, Context, Prediction, StepOut
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.groups import MemberGroups
+from mesocosm.model.known import Known
 from mesocosm.model.layers import Constant, read
 from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, Transition, Windows
@@ -46,6 +47,8 @@ class World:
         self.codec = codec or {}
         self.disagreement_scale = 1.0
         """The `net.spread` that counts as a disagreement of 1 (`train.export` measures it)."""
+        self.known: Known | None = None
+        """Functions that replace the learned reward or termination in `step` and `predict`."""
         self._task_grid = _Grid(self.spec.task)
         self._observation_grid = _Grid(self.spec.observation)
         self._head_slots = Constant(torch.tensor([rng.REWARD, rng.REWARD_VALUE, rng.TERMINATION]))
@@ -118,6 +121,11 @@ class World:
             groups.join, (grouped_reward, grouped_p, u[..., 2] < grouped_p, drawn.duration)
         )
         observation = groups.join_parts(following)
+        if self.known is not None:
+            known_reward, known_end = self.known.outcomes(token, observation)
+            reward = reward if known_reward is None else known_reward
+            if known_end is not None:
+                p, ended = known_end.float(), known_end
         if spec.durations:
             duration = duration * spec.duration_scale + spec.duration_mean
         finite = torch.isfinite(observation.numbers.sum(-1) + reward + duration)
@@ -178,11 +186,14 @@ class World:
         duration = groups.join(expected.duration)
         if spec.durations:
             duration = (duration * spec.duration_scale + spec.duration_mean).clamp(min=0.0)
-        numbers, apart = groups.join(following.numbers), None
+        following, apart = groups.join_parts(following), None
+        if self.known is not None:
+            known_reward, known_end = self.known.outcomes(token, following)
+            reward = reward if known_reward is None else known_reward
+            p = p if known_end is None else known_end.float()
         if disagreement:
-            outcome = Outcome(Parts(numbers, observation.categories), duration)
-            apart = self._disagreement(None, token, outcome)
-        return Prediction(numbers, reward, p, duration, apart)
+            apart = self._disagreement(None, token, Outcome(following, duration))
+        return Prediction(following.numbers, reward, p, duration, apart)
 
     @torch.inference_mode()
     def reset(
@@ -300,6 +311,8 @@ class World:
             "config": asdict(self.config),
             "disagreement_scale": self.disagreement_scale,
         }
+        if self.known is not None:
+            about["known"] = self.known.to_json()
         (folder / "world.json").write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
         for name, module in (("model", self.net), ("base", self.base)):
@@ -308,8 +321,12 @@ class World:
 
     @staticmethod
     def load(folder: Path, device: torch.device | str = "cpu") -> World:
-        """Raises ArtifactError on a missing file, another schema, or weights that do not fit the
-        spec.
+        """Load a world, and import its known functions.
+
+        Raises:
+            ArtifactError: A file is missing, the schema is another, the weights do not fit the
+                spec, or a known function has changed.
+            UsageError: A known function cannot be imported.
         """
         try:
             about = json.loads((folder / "world.json").read_text())
@@ -324,6 +341,8 @@ class World:
             base.load_state_dict(load_file(folder / "base.safetensors"))
             world = World(net, base, json.loads((folder / "codec.json").read_text()))
             world.disagreement_scale = float(about["disagreement_scale"])
+            if "known" in about:
+                world.known = Known.from_json(about["known"], folder.name)
             return world.to(device)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())

@@ -12,12 +12,11 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from mesocosm import checks
+from mesocosm import checks, user_code
 from mesocosm.datasets.permutation import GOLDEN
 from mesocosm.envs.config import DrawnOption, RealityConfig, check_option
 from mesocosm.envs.episode import Act, EpisodeAct, stream
-from mesocosm.envs.make import import_module
-from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 
 SOURCES = {
@@ -158,16 +157,7 @@ def choose(behaviours: Sequence[BehaviourConfig], seed: int, k: int) -> int:
 
 def load_function(name: str) -> Act:
     """The function `module:function`. Raises UsageError where there is none."""
-    key = f"behaviours function {name!r}"
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"{key} must have the form module:function")
-    module = import_module(module_name, key)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        hint = nearest(attribute, [name for name, value in vars(module).items() if callable(value)])
-        raise UsageError(f"{key}: module {module_name!r} has no function {attribute!r}{hint}")
-    return function
+    return user_code.load_function(name, f"behaviours function {name!r}")
 
 
 def build(

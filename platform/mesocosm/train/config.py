@@ -8,6 +8,7 @@ from typing import Any
 
 from mesocosm import checks
 from mesocosm.config import JobConfig, identity
+from mesocosm.envs.config import KnownConfig
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 
@@ -112,6 +113,10 @@ class PretrainConfig(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    known: KnownConfig = field(default_factory=KnownConfig)
+    """Functions that replace the learned reward or termination in this world. The networks are
+    trained nevertheless, and evaluate compares them.
+    """
 
     def validate(self) -> None:
         """Raise UsageError that names the key, its value and the fix, by the config alone."""
@@ -153,4 +158,5 @@ def world_identity(config: PretrainConfig) -> dict[str, Any]:
     """The part of a resolved `config` that identifies the world."""
     values = identity(config)
     values["train"] = {key: value for key, value in values["train"].items() if key not in WITHOUT}
+    del values["known"]  # Pretrain adds the functions with their sources
     return values

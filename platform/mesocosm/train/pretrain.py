@@ -26,7 +26,7 @@ from mesocosm.model import counts
 from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.train import checkpoint, engine, prepare
+from mesocosm.train import checkpoint, engine, known, prepare
 from mesocosm.train.checkpoint import Checkpoint
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
 from mesocosm.train.export import calibrate, check_termination, load_trained
@@ -46,6 +46,7 @@ class Pretraining(Plan[PretrainConfig]):
     """A config with its datasets open, and `auto` and null replaced by what they stand for."""
 
     dataset: Dataset
+    functions: known.Functions
 
     @property
     def gpus(self) -> float:
@@ -92,16 +93,22 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         ids = dataset.ids
         order = {key: getattr(data, key) for key in ("unique", "weights", "block")}
         order = {key: value for key, value in order.items() if value is not None}
+        functions = known.load(config.known)
+        known.check_spaces(functions, dataset.observation_space, dataset.action_space)
         facts = world_identity(config)
+        if functions:
+            facts["known"] = {part: function.identity for part, function in functions.items()}
         return Pretraining(
             config=config,
             inputs={"datasets": ids},
             facts=facts,
             id=self.hash(facts | {"data": {"datasets": ids} | order if order else ids}),
             dataset=dataset,
+            functions=functions,
         )
 
     def summary(self, plan: Pretraining) -> dict[str, Any]:
+        known.check_data(plan.functions, plan.dataset)
         codec = prepare.fit_codec(plan.dataset)
         loader = plan.loader(codec)
         steps, model, train = plan.steps(loader), plan.config.model, plan.config.train
@@ -135,6 +142,8 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             step, saved = last[1].step, last[1].zero_stage
             text = f"train.zero_stage must be {saved} to resume from step {step}"
             raise UsageError(f"{text}, got {train.zero_stage}; {checkpoint.AGAIN}")
+        for warning in known.check_data(plan.functions, plan.dataset):
+            run.say(f"warning: {warning}")
         codec = prepare.fitted_codec(storage, folder, plan.dataset)
         loader = plan.loader(codec)
         steps = plan.steps(loader)
@@ -171,6 +180,9 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
             checkpoint.verify(Path(local))
             world = load_trained(Path(local) / checkpoint.MODEL, base, codec, config.model)
+        if plan.functions:
+            functions = plan.functions
+            world.known = codec.known(functions.get("reward"), functions.get("terminated"))
         calibrate(world, dataset, codec)
         termination = check_termination(world, dataset, codec, config.seed)
         shown = evidence(dataset, seed=config.seed)
@@ -184,7 +196,10 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
                 metrics[f"termination_{name}"] = value
         sizes, steps = counts.params(codec.spec, config.model), progress.steps
         seen, unique = loader.transitions_seen(steps), loader.transitions_per_epoch
-        checks = {"termination": termination.verdict, "actions": unidentified or "passed"}
+        verdict = termination.verdict
+        if "terminated" in plan.functions:  # the learned one is not used
+            verdict = f"not applicable: {plan.functions['terminated'].name} is known"
+        checks = {"termination": verdict, "actions": unidentified or "passed"}
         counted = {"params": sizes.n, **asdict(sizes), "data": seen, "unique": unique}
         counted |= {
             "flops": steps * prepare.step_flops(codec.spec, config.model, config.train),
@@ -206,8 +221,8 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         run.record(metrics=metrics, checks=checks)
         if unidentified is not None:
             run.say(f"warning: {unidentified}")
-        if termination.verdict.startswith("failed"):
-            run.say(f"warning: termination check {termination.verdict}")
+        if verdict.startswith("failed"):
+            run.say(f"warning: termination check {verdict}")
         elif termination.recall is not None:
             recall, precision = termination.recall, termination.precision or 0.0
             text = f"recall {recall:.2f}, precision {precision:.2f}"

@@ -10,7 +10,7 @@ datasets begin alike have comparable nats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
+from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import Leaf, SpaceCodec
 from mesocosm.errors import UsageError
+from mesocosm.model.known import Known, KnownFunction, RawSpace
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 
 Array = NDArray[Any]
@@ -332,6 +334,20 @@ class Codec:
         """Parts [B, ...] -> B actions in a vector environment's layout."""
         raw = self._scalings["action"].raw(parts.numbers)
         return self._action.decode(raw, parts.categories.cpu().numpy())
+
+    def known(self, reward: KnownFunction | None, terminated: KnownFunction | None) -> Known:
+        """Known functions of this codec's parts. Raises UsageError where a space has texts."""
+        scaling = self._scalings["observation"]
+        observation = []
+        for leaf in raw_leaves(self._observation, scaling.scale, scaling.mean):
+            name = "numbers" if leaf.first is None else "categories"
+            of_task = getattr(self._task, name)
+            task = bool(np.isin(leaf.columns, of_task).all()) and len(of_task) > 0
+            columns = np.searchsorted(of_task if task else getattr(self._body, name), leaf.columns)
+            observation.append(replace(leaf, columns=tuple(columns.tolist()), task=task))
+        scaling = self._scalings["action"]
+        action = raw_leaves(self._action, scaling.scale, scaling.mean)
+        return Known(RawSpace(observation), RawSpace(action), reward, terminated)
 
     def task_options(self, task: Parts) -> list[dict[str, Any]]:
         """The B reset options of `task`; empty dicts where it has none."""

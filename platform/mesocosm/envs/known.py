@@ -1,0 +1,60 @@
+"""Known rewards and terminations of Gymnasium's environments, as `known` of pretrain takes them.
+
+Each is an exact function of (o, a, o') as torch tensors (`mesocosm.model.known`), for the default
+arguments of its environment, and is tested against real transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def never(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """Termination of an environment whose episodes end only by their time limit: Reacher-v5,
+    HalfCheetah-v5 and the tasks of the DeepMind Control Suite.
+    """
+    return torch.zeros(len(action), dtype=torch.bool, device=action.device)
+
+
+def inverted_pendulum_terminated(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """InvertedPendulum-v5: the pole leans by more than .2 rad."""
+    return following[:, 1].abs() > 0.2
+
+
+def inverted_pendulum_reward(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """InvertedPendulum-v5: 1 for each step that does not terminate."""
+    return (~inverted_pendulum_terminated(observation, action, following)).double()
+
+
+def cartpole_terminated(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """CartPole-v1: the cart is beyond 2.4 m, or the pole leans by more than 12 degrees."""
+    return (following[:, 0].abs() > 2.4) | (following[:, 2].abs() > math.radians(12))
+
+
+def cartpole_reward(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """CartPole-v1: 1 for every step."""
+    return torch.ones_like(following[:, 0])
+
+
+def reacher_reward(
+    observation: Tensor | Mapping[str, Tensor],
+    action: Tensor,
+    following: Tensor | Mapping[str, Tensor],
+) -> Tensor:
+    """Reacher-v5 and `mesocosm.envs.builtin:reacher`: minus the fingertip's distance from the
+    target in metres, minus the squared action.
+    """
+    arm = following["arm"] if isinstance(following, Mapping) else following
+    return -torch.linalg.vector_norm(arm[:, -2:], dim=-1) - action.square().sum(-1)
+
+
+def hopper_terminated(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
+    """Hopper-v5: the torso is at most .7 m high or leans by at least .2 rad, or a number of the
+    state is 100 or more. Velocities are observed up to 10, so one of 100 or more does not show.
+    """
+    high, upright = following[:, 0] > 0.7, following[:, 1].abs() < 0.2
+    return ~(high & upright & (following[:, 1:].abs() < 100).all(-1))
