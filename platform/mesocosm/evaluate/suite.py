@@ -23,6 +23,7 @@ from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.config import EvaluateConfig, facts_for, members_of
 from mesocosm.evaluate.imagine import starts_of
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, check_spaces
+from mesocosm.evaluate.metrics.known import known_parts
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import off_policy
 from mesocosm.evaluate.metrics.ranking import FEWEST
@@ -160,13 +161,16 @@ def run(
         judged: The agent's own episodes, which are not bought twice.
 
     Returns:
-        {"starts", "evidence", "policy_value", "off_policy"} as JSON, as far as measured.
+        {"starts", "known", "evidence", "policy_value", "off_policy"} as JSON, as far as measured.
     """
     more = None if judged is None else starts_of(world, judged.episodes)
     with run.progress("starts", None) as update:
         starts = task_distribution(world, dataset, seed=cfg.seed, more=more)
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     measured: dict[str, Any] = {"starts": asdict(starts)}
+    parts = known_parts(world, dataset)
+    if parts is not None:
+        measured["known"] = asdict(parts)
     shown = evidence_of(run.storage, artifact, cfg.seed)
     if shown is not None:
         measured["evidence"] = shown.to_json()

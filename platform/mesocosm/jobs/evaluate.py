@@ -291,6 +291,13 @@ def _log(
     add("termination", ends, late="bias", off="error", missed="missed")
     add("reward", one_step, accuracy="reward_accuracy", r2="reward_r2")
     add("starts", measured["starts"], "auc", "validity", "coverage")
+    parts = measured.get("known", {})
+    for part, names in (
+        ("reward", ("known", "learned")),
+        ("terminated", ("known_recall", "known_precision", "learned_recall", "learned_precision")),
+    ):
+        if parts.get(part) is not None:
+            add(f"known/{part}", parts[part], *names)
     if "policy_value" in measured:
         add("policy_value", measured["policy_value"]["ranking"], *RANKED)
         add("policy_value", measured["policy_value"], "real_steps")

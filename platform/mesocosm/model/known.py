@@ -38,7 +38,7 @@ class RawLeaf:
     path: tuple[str | int, ...]
     shape: tuple[int, ...]
     columns: tuple[int, ...]
-    """Of the numbers, or with `first` of the categories."""
+    """Columns of the numbers, or with `first` of the categories."""
     task: bool = False
     """The columns are those of the task, not of the observation."""
     scale: tuple[float, ...] = ()
@@ -148,7 +148,7 @@ class KnownFunction:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the id of a world holds: another function is another world."""
+        """A part of the world's id: another function, or file, is another world."""
         return {"function": self.name, "source": self.source}
 
 
