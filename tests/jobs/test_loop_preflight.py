@@ -145,6 +145,12 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
             "names every key of the observation",
         ),
         ("reality.success=return > x", r"reality\.success"),
+        ("reality.known.reward=nowhere:f", "known.reward='nowhere:f': there is no module"),
+        (
+            "reality.known.terminated=mesocosm.envs.known:cartpole_reward",
+            r"reality\.known\.terminated=.* must return a bool tensor \[8\]",
+        ),
+        ("pretrain.known.reward=a:b", r"pretrain\.known is set by the loop; set reality\.known"),
     ],
 )
 def test_a_later_stage_is_checked_first(

@@ -6,7 +6,7 @@ They take no real step. A loop that fails later has wasted the steps of a round.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mesocosm.agents import svg
 from mesocosm.agents import validation as agents
@@ -40,7 +40,7 @@ class Ready:
     facts: EnvFacts
     horizon: Horizon | None
     """None if only the loop's data can show it."""
-    known: known.Functions
+    known: known.Functions = field(default_factory=dict)
 
     @property
     def limit(self) -> int:
