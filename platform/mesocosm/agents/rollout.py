@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.policies.heads import map_batch
+from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Acts
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -37,6 +38,9 @@ def imagined_episodes(
     total, running, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
     lengths = np.zeros(env.num_envs, np.int64)
     actions: list[Any] = [None] * len(policies)
+    for policy in policies:
+        if isinstance(policy, PlannerPolicy):
+            policy.reset(count, seed)
     try:
         observation, _ = env.reset(seed=seed)
         while running.any():

@@ -23,7 +23,7 @@ from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.writer import encode_episode
 from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.episode import EpisodeError, run_episode
+from mesocosm.envs.episode import Act, EpisodeAct, EpisodeError, run_episode
 from mesocosm.envs.guard import Timed
 from mesocosm.envs.ledger import Ledger, Usage
 from mesocosm.envs.make import EnvFacts, facts_of, make_env
@@ -32,6 +32,8 @@ from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.policy_set import Noisy
+from mesocosm.policies.planner import Planner
+from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Acts, Policy
 from mesocosm.store.artifacts import Storage
 
@@ -123,8 +125,10 @@ def judge(
         limit = MAX_EPISODE_STEPS
     stored = None if segments is None else _StoredEpisodes(segments, ledger, bare)
 
-    def act(observation: Any, rng: np.random.Generator) -> Any:
+    def greedy(observation: Any, rng: np.random.Generator) -> Any:
         return policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
+
+    act: Act = policy if isinstance(policy, EpisodeAct) else greedy
 
     def metered(env: Env) -> MeteredEnv:
         holder, deferred = f"{purpose}-{seed}", stored is not None
@@ -289,4 +293,7 @@ def policy_identity(policy: Acts) -> list[Any]:
         for name, tensor in sorted(policy.network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return ["network", digest.hexdigest()]
+    if isinstance(policy, PlannerPolicy) and isinstance(policy.planner, Planner):
+        agent = policy.planner.agent
+        return ["planner", *([] if agent is None else policy_identity(agent[0]))]
     return [type(policy).__qualname__]

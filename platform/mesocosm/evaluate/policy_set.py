@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
+from mesocosm.data.planners import planner_policy
 from mesocosm.envs.episode import Act
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
@@ -122,7 +123,10 @@ def named(
         policy = Scripted(behaviours.build(checked, *spaces, storage), *spaces)
     else:
         assert config.policy is not None
-        policy = policy_of(storage, config.policy)
+        if config.kind == "planner":
+            policy = planner_policy(storage, config.policy, observation_space, action_space)
+        else:
+            policy = policy_of(storage, config.policy)
     if config.kind == "noisy":
         policy = Noisy(policy, action_space, config.noise)
     return ComparedPolicy(behaviours.label(config), policy)

@@ -23,6 +23,7 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.ranking import Ranking, ranking
 from mesocosm.evaluate.policy_set import AGENT, ComparedPolicy
 from mesocosm.model.world import World
+from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve.client import WorldVectorEnv
 
 ROWS = 512
@@ -133,7 +134,7 @@ def policy_value(
     """
     reality, seed, episodes = cfg.reality, cfg.seed, cfg.policy_episodes
     judged: list[tuple[ComparedPolicy, JudgeResult]] = []
-    waiting = list(candidates)
+    waiting, notes = list(candidates), list[str]()
     while waiting:
         candidate = waiting.pop(0)
         if agent is not None and candidate.name == AGENT and len(agent.episodes) >= episodes:
@@ -145,6 +146,9 @@ def policy_value(
             limits: dict[str, Any] = {"episodes": episodes, "max_episode_steps": horizon}
             result = judge(policy, reality, ledger, seed=seed, segments=segments, **limits)
         judged.append((candidate, result))
+        policy = candidate.policy
+        if isinstance(policy, PlannerPolicy) and policy.actions:
+            notes.append(f"{candidate.name}: {policy.ms_per_action:.1f} ms of CPU time an action.")
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
         if not waiting:
             following = more([(c, r.mean) for c, r in judged if c.held_out])
@@ -162,7 +166,7 @@ def policy_value(
     values = tuple(Value(*pair, each) for pair, each in zip(judged, returns, strict=True))
     counted = [v for v in values if v.candidate.held_out]
     ranked = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)
-    notes = [
+    notes += [
         f"{v.candidate.name}: this behaviour collected some of the world's data; it is shown, and"
         " no figure counts it."
         for v in values

@@ -20,6 +20,7 @@ import numpy as np
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
+from mesocosm.data.collecting.acts import build_act
 from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import CollectTask, Lane, Report, run_here, split
@@ -195,7 +196,7 @@ def _resolve(
     for config in configs:
         policy = None if config.policy is None else acting.full_name(storage, config.policy)
         config = replace(config, policy=policy)
-        acting.build(config, observation_space, action_space, storage)
+        build_act(config, observation_space, action_space, storage)
         chosen.append(config)
         sources.append(
             "" if config.function is None else source_hash(acting.load_function(config.function))

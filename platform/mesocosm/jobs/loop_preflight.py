@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from mesocosm.agents import svg
 from mesocosm.agents import validation as agents
+from mesocosm.data.collecting.acts import build_act
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.datasets.manifest import Manifest, current_id
@@ -115,7 +116,7 @@ def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
         named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
         with stage("explore"):
             for behaviour in named:
-                behaviours.build(policy_set.full(behaviour, storage), *facts.spaces, storage)
+                build_act(policy_set.full(behaviour, storage), *facts.spaces, storage)
     return facts
 
 

@@ -22,6 +22,7 @@ from mesocosm.store.artifacts import Storage
 SOURCES = {
     "random": (),
     "noisy": ("function", "policy"),
+    "planner": ("policy",),
     "scripted": ("function",),
     "trained": ("policy",),
 }
@@ -32,7 +33,8 @@ SOURCES = {
 class BehaviourConfig:
     kind: str = "random"
     """random: uniform from the action space; scripted: `function`; trained: draws of `policy`;
-    noisy: `function`, or greedy actions of `policy`, with noise.
+    noisy: `function`, or greedy actions of `policy`, with noise; planner: plans of `policy` in the
+    world that it was trained in.
     """
     weight: float = 1.0
     """Relative share of the episodes, kept to within two episodes for any number of them."""
@@ -166,7 +168,8 @@ def build(
     action_space: gymnasium.Space[Any],
     storage: Storage,
 ) -> Act:
-    """The `Act` of a checked behaviour.
+    """The `Act` of a checked behaviour that does not plan (`data.collecting.acts.build_act`
+    builds any).
 
     Raises:
         UsageError: The policy is missing, or has other spaces.

@@ -241,17 +241,26 @@ def policy_of(storage: Storage, ref: str) -> Policy:
     Raises:
         UsageError: There is no such agent or snapshot.
     """
+    return Policy.load(policy_folder(storage, ref))
+
+
+def policy_folder(storage: Storage, ref: str) -> Path:
+    """The folder of the policy `agents/ID`, or of its snapshot `agents/ID@ITERATION`.
+
+    Raises:
+        UsageError: There is no such agent or snapshot.
+    """
     name, _, iteration = ref.partition("@")
     agent = storage.artifact("agents", name)
     if not iteration:
-        return Policy.load(agent.path)
+        return agent.path
     snapshots = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
     if iteration not in snapshots:
         raise UsageError(
             f"{agent.name} has no snapshot at iteration {iteration!r}; it has"
             f" {', '.join(snapshots) or 'none'}"
         )
-    return Policy.load(agent.path / SNAPSHOTS / iteration)
+    return agent.path / SNAPSHOTS / iteration
 
 
 class RandomPolicy:

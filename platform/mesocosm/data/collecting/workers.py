@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from mesocosm import signals
+from mesocosm.data.collecting.acts import build_act
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.writer import encode_episode
@@ -26,7 +27,7 @@ from mesocosm.envs.make import make_env
 from mesocosm.envs.meter import OVERHEAD, Meter, MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
-from mesocosm.policies.behaviours import BehaviourConfig, build, choose, label, narrowed
+from mesocosm.policies.behaviours import BehaviourConfig, choose, label, narrowed
 from mesocosm.store.artifacts import Storage
 
 SEGMENT_S = 0.1
@@ -238,7 +239,7 @@ class LaneRunner:
         behaviour = plan.behaviours[which]
         name = label(behaviour)
         if which not in self._acts:
-            self._acts[which] = build(
+            self._acts[which] = build_act(
                 behaviour, env.observation_space, env.action_space, self._storage
             )
         self._began, spent = env.meter.steps, None
