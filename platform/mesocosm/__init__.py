@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mesocosm.policies.policy import Policy
     from mesocosm.scaling.law import Law
     from mesocosm.serve.client import WorldVectorEnv
+    from mesocosm.serve.plans import ServedPlanner
     from mesocosm.serve.single_env import WorldEnv
     from mesocosm.store.artifacts import Storage
 
@@ -35,6 +36,7 @@ __all__ = [
     "Ledger",
     "MesocosmError",
     "Policy",
+    "ServedPlanner",
     "Storage",
     "UsageError",
     "World",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "fit_law",
     "load_dataset",
+    "load_planner",
     "load_policy",
     "load_world",
 ]
@@ -53,6 +56,7 @@ _MODULES = {
     "Ledger": "envs.ledger",
     "MesocosmError": "errors",
     "Policy": "policies.policy",
+    "ServedPlanner": "serve.plans",
     "Storage": "store.artifacts",
     "UsageError": "errors",
     "World": "model.world",
@@ -60,6 +64,7 @@ _MODULES = {
     "WorldVectorEnv": "serve.client",
     "fit_law": "api",
     "load_dataset": "api",
+    "load_planner": "api",
     "load_policy": "api",
     "load_world": "api",
 }

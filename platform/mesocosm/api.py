@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 
+from mesocosm.data import planners
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import MANIFEST
+from mesocosm.errors import UsageError
 from mesocosm.model.world import World
+from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import POLICY_JSON, Policy, policy_of
 from mesocosm.scaling import fit
 from mesocosm.scaling.law import Law
@@ -75,6 +78,29 @@ def load_policy(ref: str | Path, root: str = ROOT) -> Policy:
     if (Path(ref) / POLICY_JSON).is_file():
         return Policy.load(Path(ref))
     return policy_of(Storage(root), str(ref))
+
+
+def load_planner(
+    agent: str | None = None, world: str | None = None, root: str = ROOT
+) -> PlannerPolicy:
+    """Load a planner: iCEM in a world, with an agent's proposals and value function.
+
+    Call `reset(num_envs, seed)`, then `act(observations)` at each step of the real environments,
+    and `restart(mask)` before it where environments began new episodes.
+
+    Args:
+        agent: `agents/ID`, or a snapshot `agents/ID@ITERATION`. None plans without an agent.
+        world: `worlds/ID`. Defaults to the world in which the agent was trained.
+        root: The storage root: a folder, or `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: Neither is given, one of them does not exist, the spaces differ, or the world's
+            actions hold text.
+        ArtifactError: The agent has no value function: train it again.
+    """
+    if agent is None and world is None:
+        raise UsageError("agent or world must be set; try agent='agents/ID'")
+    return PlannerPolicy(planners.load_planner(Storage(root), agent, world))
 
 
 def fit_law(table: str | Path, *, drop_outliers: bool = False, seed: int = 0) -> Law:

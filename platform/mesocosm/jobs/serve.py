@@ -12,7 +12,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig, check
-from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
+from mesocosm.serve.deployment import LISTENERS, check_world, deploy, undeploy
 from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 
@@ -34,7 +34,10 @@ class Serve(Job[ServeConfig, ServePlan]):
         if not config.world:
             raise UsageError("serve.world must name a world, got ''; try world=worlds/ID")
         id, folder = find_world(storage, config.world)
+        check_world(config)
         inputs = {"worlds": [id]}
+        if config.agent is not None:
+            inputs["agents"] = [storage.artifact("agents", config.agent.partition("@")[0]).id]
         return ServePlan(config=config, inputs=inputs, facts={}, id=id, folder=folder)
 
     def resources(self, plan: ServePlan) -> Resources:
@@ -46,6 +49,8 @@ class Serve(Job[ServeConfig, ServePlan]):
         config = plan.config
         summary: dict[str, Any] = {"world": plan.id, "path": str(plan.folder), "app": config.name}
         summary |= {"replicas": config.replicas, "cpus": config.replicas * config.cpus}
+        if config.planner is not None:
+            summary |= {"planner": config.planner, "agent": config.agent}
         return summary | {"http": config.http, "price": 0.0}
 
     def execute(self, plan: ServePlan, run: Run) -> None:  # type: ignore[override]
@@ -74,6 +79,13 @@ class Serve(Job[ServeConfig, ServePlan]):
             f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
             f' app="{config.name}", address="{address}", horizon=200)'
         )
+        if config.planner is not None:
+            run.say(
+                "To plan actions for real environments, from Python:\n"
+                "  import mesocosm\n"
+                f'  planner = mesocosm.ServedPlanner("{config.name}", address="{address}")\n'
+                "  planner.reset(num_envs=1, seed=0); action = planner.act(observation[None])[0]"
+            )
         listener = LISTENERS.get(config.name)
         if listener is not None:
             token = listener.token_source

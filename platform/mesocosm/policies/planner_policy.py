@@ -25,8 +25,13 @@ SEEDS = 1 << 62
 class Plans(Protocol):
     """A `Planner` in this process, or a served one."""
 
-    codec: PlannerCodec
-    memory: int
+    @property
+    def codec(self) -> PlannerCodec:
+        """The world's codec."""
+
+    @property
+    def memory(self) -> int:
+        """Steps of history that the world reads; 0 for none."""
 
     def begin(self, batch: int, seed: int) -> PlanState:
         """The state of `batch` environments before their first step."""

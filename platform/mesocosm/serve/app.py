@@ -6,9 +6,7 @@ from typing import Any
 
 from mesocosm import config
 from mesocosm.serve.config import ServeConfig, check
-from mesocosm.serve.deployment import application
-from mesocosm.serve.session import find_world
-from mesocosm.store.artifacts import Storage
+from mesocosm.serve.deployment import application, check_world
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -19,6 +17,5 @@ def build(args: dict[str, Any]) -> Any:
     """
     loaded = config.load(ServeConfig, overrides=[f"{key}={value}" for key, value in args.items()])
     check(loaded)
-    if loaded.world:
-        find_world(Storage(loaded.storage.root), loaded.world)
+    check_world(loaded)
     return application(loaded)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.policies.planner import PlanSize
 
 Message = Mapping[str, Any]
 MODES = ("NextStep", "SameStep")
@@ -23,6 +24,7 @@ SCALARS = {
     "step": ("session", "clock"),
     "restore": ("session", "world", "seed", "first_env"),
     "end": ("session",),
+    "plan": ("world",),
 }
 LIMITS = {"seed": 1 << 64, "first_env": 1 << 62, "clock": 1 << 62}
 """Exclusive bound of the absolute value of integer fields. Other scalar fields are strings."""
@@ -62,7 +64,27 @@ def check_step(request: Message, spec: Spec, batch: int) -> None:
 
 def check_restore(request: Message, spec: Spec, members: int) -> None:
     """Check a context's arrays; `World.restore` checks that its columns fit its clock."""
+    _check_context(request, spec, members, _batch(request, "context.member"))
+
+
+def check_plan(request: Message, spec: Spec, memory: int, size: PlanSize) -> None:
+    """Check a context's and a planner's arrays, whose numbers must be finite."""
     batch = _batch(request, "context.member")
+    _check_context(request, spec, 1, batch)
+    past = request["context.past_observation.numbers"]
+    if not memory and past.shape[1]:
+        raise _invalid(request, "context.past_observation.numbers", "without columns")
+    for name in ("plan.seed", "plan.step"):
+        _array(request, name, np.int64, (), 1 << 62)
+    _array(request, "plan.planned", np.bool_, (batch,))
+    _parts(request, "plan.elites", spec.action, (batch, size.elites, size.horizon))
+    for name, value in request.items():
+        numeric = isinstance(value, np.ndarray) and value.dtype == np.float32
+        if numeric and not np.isfinite(value).all():
+            raise _invalid(request, name, "finite", "NaN or infinity")
+
+
+def _check_context(request: Message, spec: Spec, members: int, batch: int) -> None:
     past = request.get("context.past_observation.numbers")
     columns = past.shape[1] if isinstance(past, np.ndarray) and past.ndim == 3 else 0
     _parts(request, "context.past_observation", spec.observation, (batch, columns))

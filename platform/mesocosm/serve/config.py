@@ -8,6 +8,7 @@ from mesocosm.config import JobConfig
 from mesocosm.errors import UsageError, nearest
 
 DEVICES = ("cpu", "cuda")
+PLANNERS = ("icem",)
 
 
 @dataclass
@@ -15,6 +16,14 @@ class ServeConfig(JobConfig):
     world: str = ""
     """The default world: an artifact id, a unique prefix of one, or a folder that every replica can
     read. Clients may ask for any other world by id.
+    """
+    planner: str | None = None
+    """`icem`: also plan actions for real environments in the default world
+    (`mesocosm.ServedPlanner`); null serves no planner.
+    """
+    agent: str | None = None
+    """`agents/ID`, with `planner`: its proposals and its value function guide the plans. Planning
+    without an agent takes several times as long and earns less.
     """
     name: str = "mesocosm"
     """Name of the Serve application."""
@@ -44,6 +53,17 @@ def check(config: ServeConfig) -> None:
     if config.http is not None and not 0 <= config.http <= 65535:
         ports = "a port from 1024 to 65535, 0 for any free port or null for none"
         raise UsageError(f"serve.http must be {ports}, got {config.http}")
+    if config.planner is not None:
+        if config.planner not in PLANNERS:
+            hint = f"got {config.planner!r}{nearest(config.planner, PLANNERS)}"
+            raise UsageError(f"serve.planner must be one of {', '.join(PLANNERS)} or null, {hint}")
+        if not config.world:
+            raise UsageError("serve.world must be set with serve.planner, got serve.world=''")
+    elif config.agent is not None:
+        raise UsageError(
+            f"serve.agent must be null without serve.planner, got {config.agent!r}; set"
+            " serve.planner=icem"
+        )
     if not config.name:
         raise UsageError("serve.name must not be empty, got ''; name the application")
     if config.device not in DEVICES:

@@ -14,9 +14,11 @@ import torch
 
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model.world import World
 from mesocosm.serve.config import ServeConfig, check
 from mesocosm.serve.connection import LOOPBACK
 from mesocosm.serve.line import LineServer, packed
+from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions, Worlds, find_world
 from mesocosm.store.artifacts import Storage
@@ -41,15 +43,25 @@ class Replica:
     """
 
     def __init__(
-        self, root: str, world: str, threads: int, max_sessions: int, max_worlds: int, device: str
+        self,
+        root: str,
+        world: str,
+        threads: int,
+        max_sessions: int,
+        max_worlds: int,
+        device: str,
+        planner: bool,
+        agent: str | None,
     ):
         import ray
 
         torch.set_num_threads(threads)
         worlds = Worlds(root, world, max_worlds, device)
-        if world:
-            worlds.get(world)
-        self.sessions = Sessions(worlds.get, max_sessions)
+        loaded = worlds.get(world) if world else None
+        plans = None
+        if planner and loaded is not None:
+            plans = PlanServer(worlds.storage, *loaded, agent)
+        self.sessions = Sessions(worlds.get, max_sessions, plans)
         one_machine = len(ray.nodes()) == 1
         host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
         self._line = LineServer(host, self.call)
@@ -95,8 +107,7 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
         MesocosmError: The replicas cannot start.
     """
     check(config)
-    if config.world:
-        find_world(Storage(config.storage.root), config.world)
+    check_world(config)
     with contextlib.ExitStack() as undo:
         listener = None
         if config.http is not None:
@@ -115,6 +126,19 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
             listener.serve(config.name, config.world)
         undo.pop_all()
     return config.name
+
+
+def check_world(config: ServeConfig) -> None:
+    """Raise UsageError or ArtifactError where the default world, or its planner, cannot be served.
+
+    Starts nothing.
+    """
+    if not config.world:
+        return
+    storage = Storage(config.storage.root)
+    id, folder = find_world(storage, config.world)
+    if config.planner is not None:
+        PlanServer(storage, id, World.load(folder), config.agent)
 
 
 def _start_serve(config: ServeConfig, report: Callable[[str], None]) -> None:
@@ -201,7 +225,8 @@ def application(config: ServeConfig) -> Any:
         logging_config=LOGGING,
     )
     root, limits = Storage(config.storage.root).root, (config.max_sessions, config.max_worlds)
-    return deployment.bind(root, config.world, config.threads, *limits, config.device)
+    plans = config.planner is not None, config.agent
+    return deployment.bind(root, config.world, config.threads, *limits, config.device, *plans)
 
 
 def undeploy(name: str) -> None:

@@ -152,6 +152,8 @@ class HttpSessions:
         self.codec = Codec.from_json(reply["codec"])
         self.members: int = reply["members"]
         self.memory: int = reply["memory"]
+        self.plans: bool = reply["planner"] is not None
+        """True if a planner is served"""
         self._observations = SpaceCodec(self.codec.observation_space)
         self._actions = SpaceCodec(self.codec.action_space, "action")
         self.sessions: Pool[WorldVectorEnv] = Pool(MAX_SESSIONS, MAX_TOTAL_ENVS, IDLE_S)

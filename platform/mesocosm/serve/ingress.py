@@ -40,6 +40,7 @@ from mesocosm.serve.check import shown
 from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
 from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection, admit, serve
 from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession
+from mesocosm.serve.plan_route import add_route
 from mesocosm.serve.schema import integer, json_type
 
 logger = logging.getLogger(__name__)
@@ -263,6 +264,9 @@ def routes(sessions: HttpSessions) -> FastAPI:
     def end(session: Annotated[Token, Path()]) -> None:
         """End a session."""
         sessions.end(session)
+
+    if sessions.plans:
+        add_route(app, sessions, problems)
 
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     replies = problems | {200: {"content": content}}

@@ -8,7 +8,8 @@ two arrays, `<name>.numbers` and `<name>.categories`.
 
 Requests (`op`) and their replies, for B environments:
 
-    describe  world                                    -> world, codec (JSON), memory, members
+    describe  world                                    -> world, codec (JSON), memory, members,
+                                                       planner (its size, or None)
     begin     session, world, seed, first_env, replaces, episode [B], start
                                                        -> observation, task
     step      session, clock, mode, episode [B], step [B], action, cut [B], max_disagreement, start
@@ -17,6 +18,7 @@ Requests (`op`) and their replies, for B environments:
     restore   session, world, seed, first_env, context.*
                                                        -> clock
     end       session                                  -> nothing
+    plan      world, context.*, plan.*                 -> action, plan.*
 
 A request through Serve or its line also has a `number`, which its reply repeats.
 
@@ -42,6 +44,8 @@ Message = dict[str, Any]
 MAGIC = b"MSC1"
 CONTEXT = "context."
 """Prefix of a context's arrays (`model.world.Context.to_numpy`) in a message."""
+PLAN = "plan."
+"""Prefix of a planner's state (`policies.planner.PlanState.to_numpy`) in a message."""
 DTYPES: dict[str, np.dtype[Any]] = {"f": np.dtype("<f4"), "i": np.dtype("<i8"), "b": np.dtype("?")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -105,6 +109,15 @@ def put(message: Message, name: str, parts: Parts) -> None:
     """Write parts (on any device) into a message."""
     message[f"{name}.numbers"] = parts.numbers.numpy(force=True)
     message[f"{name}.categories"] = parts.categories.numpy(force=True)
+
+
+def grouped(message: Message, prefix: str) -> Message:
+    """The items whose names start with `prefix`, named without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in message.items()
+        if name.startswith(prefix)
+    }
 
 
 def get(message: Message, name: str) -> Parts:

@@ -24,7 +24,8 @@ from mesocosm.model.carry import Carry, Context
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
-from mesocosm.serve.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.plans import PlanServer
+from mesocosm.serve.protocol import CONTEXT, Message, get, grouped, put
 from mesocosm.store.artifacts import Storage
 
 START = -1
@@ -192,9 +193,14 @@ class Sessions:
     is loaded before taking the lock, so that other sessions do not wait for the storage.
     """
 
-    def __init__(self, world: Callable[[str], tuple[str, World]], max_sessions: int = 64):
-        """`world` maps a reference to (id, world), as `Worlds.get`."""
-        self.world = world
+    def __init__(
+        self,
+        world: Callable[[str], tuple[str, World]],
+        max_sessions: int = 64,
+        planner: PlanServer | None = None,
+    ):
+        """`world` maps a reference to (id, world), as `Worlds.get`; `planner` is of one of them."""
+        self.world, self._planner = world, planner
         self.max_sessions = max_sessions
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
@@ -220,7 +226,19 @@ class Sessions:
     def _describe(self, request: Message) -> Message:
         id, world = self.world(request["world"])
         sizes = {"memory": world.net.memory, "members": world.config.members}
-        return {"world": id, "codec": world.codec, **sizes}
+        planner = self._planner
+        plans = None if planner is None or planner.id != id else planner.describe()
+        return {"world": id, "codec": world.codec, **sizes, "planner": plans}
+
+    def _plan(self, request: Message) -> Message:
+        planner = self._planner
+        if planner is None or request["world"] not in ("", planner.id):
+            raise UsageError(
+                f"request 'plan': world {request['world']!a:.60} is served without a planner; serve"
+                " it with planner=icem"
+            )
+        with self._lock:
+            return planner.answer(request)
 
     def _begin(self, request: Message) -> Message:
         id, world = self.world(request["world"])
@@ -240,8 +258,7 @@ class Sessions:
     def _restore(self, request: Message) -> Message:
         _, world = self.world(request["world"])
         check_restore(request, world.spec, world.config.members)
-        names = [name for name in request if name.startswith(CONTEXT)]
-        context = Context.from_numpy({name.removeprefix(CONTEXT): request[name] for name in names})
+        context = Context.from_numpy(grouped(request, CONTEXT))
         session = Session(world, request["seed"], request["first_env"], len(context.member))
         with self._lock:
             try:
