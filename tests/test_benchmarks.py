@@ -1,0 +1,60 @@
+"""The tables of `make bench-agents` from cells and published curves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import agent_report
+
+
+def cell(points: list[list[float]], reached: int | None) -> dict[str, Any]:
+    return {"points": points, "reached": reached, "judged": 10, "price": 7.0, "seconds": 60.0}
+
+
+@pytest.fixture
+def curves(tmp_path: Path) -> agent_report.Curves:
+    rows = ["method,task,step,return,seed"]
+    for seed, values in enumerate(((0, 700, 850), (0, 850, 860), (0, 100, 200))):
+        for step, value in zip((0, 100_000, 200_000), values, strict=True):
+            rows.append(f"tdmpc2,cartpole-swingup,{step},{value},{seed}")
+    (tmp_path / "curves.csv").write_text("\n".join([*rows, "other,walker-walk,0,1,0"]))
+    return agent_report.published(tmp_path)
+
+
+def printed(
+    results: agent_report.Results, curves: agent_report.Curves, capsys: Any
+) -> list[list[str]]:
+    agent_report.tables(results, curves)
+    lines = capsys.readouterr().out.splitlines()
+    return [[text.strip() for text in line.strip("|").split("|")] for line in lines if line]
+
+
+def test_decisions_of_a_suite_task_count_twice_and_censored_runs_are_the_longest(
+    curves: agent_report.Curves, capsys: Any
+) -> None:
+    runs = ([[1500, 200.0], [2500, 840.0]], 2500), ([[25_000, 300.0]], None), ([[500, 850.0]], 500)
+    results = {f"cartpole-swingup/world/{i}": cell(*run) for i, run in enumerate(runs)}
+    rows = printed(results, curves, capsys)
+    assert ["2 of 3", "5,000 (5,000, > 50,000, 1,000)", "7", "60"] in [row[2:] for row in rows]
+    published = next(row for row in rows if row[1:2] == ["TD-MPC2, published"])
+    assert published[2:4] == ["2 of 3", "200,000 (200,000, 100,000, > 200,000)"]
+    assert published[4] == "1,020"  # 100,000 decisions at .01 and 200 resets at .1
+
+
+def test_a_return_at_fixed_steps_is_the_last_one_measured_within_them(
+    curves: agent_report.Curves, capsys: Any
+) -> None:
+    points = [[2000, 100.0], [4000, 180.0], [4500, 300.0]]
+    rows = printed({"Hopper-v5/world/0": cell(points, None)}, {}, capsys)
+    assert [row for row in rows if row[0] == "Hopper-v5"] == [
+        ["Hopper-v5", "4,000", "190", "180 (180)", "-"]
+    ]
+
+
+def test_without_published_curves_the_tables_have_none(tmp_path: Path) -> None:
+    assert agent_report.published(tmp_path) == {}
