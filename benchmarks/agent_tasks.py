@@ -120,13 +120,17 @@ process with the same trajectories.
 
 ABLATED = ("Reacher-v5", "cartpole-swingup")
 ABLATIONS: dict[str, list[str]] = {
+    "base_steps=100": ["pretrain.model.base_steps=100"],
+    "base_steps=1500": ["pretrain.model.base_steps=1500"],
+    "svg=0": ["agent.svg=0"],
     "real_share=0": ["agent.real_share=0"],
     "real_share=0.5": ["agent.real_share=0.5"],
     "branch=1": ["agent.branch=1"],
     "branch=15": ["agent.branch=15"],
-    "penalty=0": ["agent.penalty=0"],
     "penalty=0.3": ["agent.penalty=0.3"],
     "members=1": ["pretrain.model.members=1"],
     "members=8": ["pretrain.model.members=8"],
+    "warm_start=false": ["warm_start=false"],
+    "warm_start=auto": ["warm_start=auto"],
 }
 """Name -> overrides of the task's settings; one that changes nothing there is not run."""
