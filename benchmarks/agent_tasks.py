@@ -130,6 +130,7 @@ ABLATIONS: dict[str, list[str]] = {
     "penalty=0.3": ["agent.penalty=0.3"],
     "members=1": ["pretrain.model.members=1"],
     "members=8": ["pretrain.model.members=8"],
+    "planner": ["explore.behaviours=[{kind: planner}]"],
     "warm_start=false": ["warm_start=false"],
     "warm_start=auto": ["warm_start=auto"],
 }
