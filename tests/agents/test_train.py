@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ from factories import fit_world
 from gymnasium import spaces
 from safetensors.torch import load_file
 
-from mesocosm.agents import mbpo
+from mesocosm.agents import mbpo, training
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.agents.training import JOB
@@ -267,6 +268,25 @@ def test_later_data_keep_the_normalization_of_the_first(
     config = agent_config(root, "algo=SAC iterations=2 updates_per_real_step=3")
     assert mbpo.updates(config, data, ["seek"]) == 10 * LENGTH * 3 / 2
     assert mbpo.updates(config, data, ["seek", "late"]) == mbpo.updates(config, data, [])
+
+
+def test_whole_episodes_of_sac_begin_as_logged_ones_did(seek: tuple[str, Artifact]) -> None:
+    """Its branches begin at any logged state. Other algorithms train on whole episodes."""
+    root, _ = seek
+    storage = Storage(root)
+    data = Dataset([storage.artifact("datasets", "seek").path])
+    run: Any = SimpleNamespace(storage=storage)
+    counts = []
+    for algo in ("SAC", "PPO"):
+        plan = JOB.resolve(agent_config(root, f"algo={algo}"), storage)
+        arguments = training._arguments(plan, run)
+        whole = training._of_whole_episodes(plan, arguments)
+        assert whole | {"starts": None} == arguments | {"starts": None}
+        counts.append(len(whole["starts"][1].numbers))
+    assert counts == [data.size("train"), data.count("train")]
+    plan = JOB.resolve(agent_config(root, "algo=SAC starts=generated"), storage)
+    arguments = training._arguments(plan, run)
+    assert training._of_whole_episodes(plan, arguments) == arguments
 
 
 def test_a_dry_run_of_sac_counts_whole_branches(seek: tuple[str, Artifact]) -> None:

@@ -33,7 +33,7 @@ from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.windows import observation_parts
+from mesocosm.data.loading.windows import observation_parts, start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import MesocosmError, UsageError
@@ -172,8 +172,9 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         def fill(folder: Path) -> None:
             with _served(config, plan.world):
                 metrics.update(_train(plan, run, arguments, checkpoints, progress, folder))
-                metrics.update(choose_best(config, run, arguments, plan.former, folder))
-                verdicts.update(explain(config, run, arguments, plan.world, folder))
+                whole = _of_whole_episodes(plan, arguments)
+                metrics.update(choose_best(config, run, whole, plan.former, folder))
+                verdicts.update(explain(config, run, whole, plan.world, folder))
 
         artifact = self.commit(plan, run, fill, metrics=metrics, checks=verdicts)
         checkpoints.remove()
@@ -220,6 +221,17 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
         "max_disagreement": config.max_disagreement,
         "adversary": config.objective == "disagreement",
     }
+
+
+def _of_whole_episodes(plan: TrainAgentPlan, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of comparisons. Where SAC's branches begin anywhere in the logs, whole episodes
+    begin as the logged ones did.
+    """
+    if not plan.setup.branches or arguments["starts"] is None:
+        return dict(arguments)
+    assert plan.data is not None
+    starts = start_parts(plan.data, plan.codec, "train")
+    return {**arguments, "starts": starts}
 
 
 def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
