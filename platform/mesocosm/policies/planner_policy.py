@@ -84,10 +84,10 @@ class PlannerPolicy:
         """Begin episode k of one environment, seeded by `rng` (`envs.episode.EpisodeAct`)."""
         self.reset(1, int(rng.integers(SEEDS)))
 
-    def restart(self, mask: NDArray[np.bool_]) -> None:
+    def restart(self, mask: Sequence[bool] | NDArray[np.bool_]) -> None:
         """Mark the environments whose episodes began since the last action, `mask` [B]."""
         assert self._state is not None, "call reset before restart"
-        self._restarted = self._restarted | mask
+        self._restarted = self._restarted | np.asarray(mask, np.bool_)
         self._state = self._state.restarted(torch.from_numpy(self._restarted))
 
     def act(
