@@ -41,7 +41,6 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import RealityConfig
 from mesocosm.jobs import collect
 from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.net import apply_base
@@ -49,7 +48,7 @@ from mesocosm.model.spec import Windows
 from mesocosm.model.world import World
 from mesocosm.runs import tracking
 from mesocosm.train.config import TrainConfig
-from mesocosm.train.prepare import transitions
+from mesocosm.train.prepare import fitted_base
 from mesocosm.train.schedule import lr_factor
 
 RESULTS = HERE / "results" / "bench_mup.json"
@@ -83,19 +82,11 @@ class Setting:
         with tracking.start("collect", cfg, quiet=True) as run:
             self.data = Dataset([collect.JOB.run(cfg, run).path])
         self.codec = Codec.fit(self.data)
-        self.base = Base.fit(self.codec.spec, MODEL, transitions(self.data, self.codec), 0)
+        self.base = fitted_base(self.data, self.codec, MODEL, 0)
         self.valid: list[Windows] = list(self.loader("valid", 0).eval_batches(128))
 
     def loader(self, split: Any, seed: int) -> Loader:
-        return Loader(
-            self.data,
-            self.codec,
-            split,
-            MODEL.context,
-            OPTIONS.batch,
-            seed,
-            OPTIONS.events if split == "train" else 0,
-        )
+        return Loader(self.data, self.codec, split, MODEL.context, OPTIONS.batch, seed)
 
 
 def cell(setting: Setting, size: str, steps: int, lr: float, seed: int) -> dict[str, float]:

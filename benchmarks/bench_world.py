@@ -45,14 +45,13 @@ from mesocosm.evaluate.metrics.open_loop import open_loop
 from mesocosm.evaluate.report.page import ratio, span
 from mesocosm.jobs import collect
 from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.families import build
 from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig
-from mesocosm.train.prepare import transitions
+from mesocosm.train.prepare import fitted_base
 from mesocosm.train.schedule import lr_factor
 from mesocosm.train.training import corrupted
 
@@ -143,10 +142,9 @@ def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
     options = cfg.train
     codec = Codec.fit(data)
     began = time.process_time()
-    base = Base.fit(codec.spec, cfg.model, transitions(data, codec), cfg.seed)
+    base = fitted_base(data, codec, cfg.model, cfg.seed)
     fitted = time.process_time()
-    events = options.events if codec.spec.terminal_rate > 0 else 0
-    loader = Loader(data, codec, "train", cfg.model.context, options.batch, cfg.seed, events)
+    loader = Loader(data, codec, "train", cfg.model.context, options.batch, cfg.seed)
     torch.manual_seed(cfg.seed)
     net = build(codec.spec, cfg.model)
     mup.init_(net, cfg.seed)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,20 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
-from mesocosm.train.prepare import transitions
+from mesocosm.train.prepare import fitted_base
 
 SMALL_WORLD = (
     "model.size=10k",
     "model.members=2",
     "model.context=8",
     "model.base_steps=50",
+    "model.head_steps=50",
     "train.batch=8",
-    "train.events=12",
 )
 """Overrides of `pretrain` for a world that trains in seconds."""
 
@@ -96,7 +96,8 @@ def fit_world(
 ) -> World:
     """A world of this data, trained in this process for `steps` steps of AdamW from seed 0."""
     codec = Codec.fit(data)
-    base = Base.fit(codec.spec, model, transitions(data, codec), 0)
+    model = replace(model, head_steps=max(1, min(model.head_steps, steps)))
+    base = fitted_base(data, codec, model, 0)
     torch.manual_seed(0)
     net = build(codec.spec, model)
     mup.init_(net, 0)

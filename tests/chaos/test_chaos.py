@@ -27,10 +27,10 @@ LONGEST_S = 600.0
 LOOP = """loop reality.env=CartPole-v1 reality.budget.steps=4000 rounds=2 collect.steps=400
     collect.workers=2 collect.lanes=2 explore.steps=200
     pretrain.model.family=ensemble pretrain.model.size=10k pretrain.model.members=2
-    pretrain.model.base_steps=50 pretrain.train.steps=60 pretrain.train.batch=16
-    pretrain.train.checkpoint_every=10 agent.backend=local agent.iterations=4 agent.num_envs=16
-    evaluate.episodes=2 evaluate.starts=8 evaluate.samples=2 evaluate.horizons=[1,5]
-    evaluate.full=false"""
+    pretrain.model.base_steps=50 pretrain.model.head_steps=50 pretrain.train.steps=60
+    pretrain.train.batch=16 pretrain.train.checkpoint_every=10 agent.backend=local
+    agent.iterations=4 agent.num_envs=16 evaluate.episodes=2 evaluate.starts=8
+    evaluate.samples=2 evaluate.horizons=[1,5] evaluate.full=false"""
 
 
 def start(root: str, log: Path) -> subprocess.Popen[bytes]:

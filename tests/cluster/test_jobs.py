@@ -111,7 +111,7 @@ def test_a_model_that_its_memory_cannot_hold_is_refused(
 def test_a_stopped_training_has_its_checkpoint_and_resumes(
     cluster: Cluster, pretrain: list[str]
 ) -> None:
-    small = """model.size=10k model.members=1 model.base_steps=20 train.batch=8 train.events=12
+    small = """model.size=10k model.members=1 model.base_steps=20 train.batch=8 model.head_steps=20
         train.steps=100000 train.checkpoint_every=1000000"""
     training = [*pretrain, *small.split()]
     first = submit(cluster, *training)

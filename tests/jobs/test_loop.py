@@ -37,6 +37,7 @@ TINY = [
     "pretrain.train.steps=20",
     "pretrain.train.batch=16",
     "pretrain.model.base_steps=50",
+    "pretrain.model.head_steps=50",
     "pretrain.model.members=2",
     "pretrain.model.size=10k",
     "agent.iterations=2",

@@ -26,7 +26,7 @@ from .lab import HEAD, PORT, Lab, Place, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SMALL = """model.size=10k model.members=1 model.context=8 model.base_steps=20 train.batch=8
-    train.events=12 train.lr=3e-3"""
+    model.head_steps=20 train.lr=3e-3"""
 STEPS = "train.workers=2 train.steps=240 train.checkpoint_every=20 train.validate_every=60"
 TRAINING = ["pretrain", "data.datasets=[cart]", *SMALL.split(), *STEPS.split()]
 WORKER = "ray::RayTrainWorker"

@@ -21,15 +21,15 @@ from .lab import DASHBOARD, HEAD, Lab, running, until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 SMALL = "model.size=10k model.members=1 model.context=8 model.base_steps=20"
 COLLECT = "collect reality.env=CartPole-v1 steps=400 seed=3"
-PRETRAIN = f"""pretrain {SMALL} train.batch=8 train.events=12 train.workers=2 train.steps=60
+PRETRAIN = f"""pretrain {SMALL} train.batch=8 model.head_steps=20 train.workers=2 train.steps=60
     train.checkpoint_every=30"""
 SWEEP = """sweep model.members=1 model.context=8 grid.sizes=[10k] grid.data=[2000,4000]
     train.batch=8 train.warmup=5"""
 LOOP = """loop reality.env=CartPole-v1 rounds=1 collect.steps=300 pretrain.train.steps=30
     pretrain.train.batch=16 pretrain.model.size=10k pretrain.model.family=ensemble
-    pretrain.model.members=2 pretrain.model.base_steps=50 agent.iterations=2 agent.num_envs=16
-    evaluate.episodes=4 evaluate.starts=8 evaluate.samples=2 evaluate.horizons=[1,5]
-    evaluate.full=false"""
+    pretrain.model.members=2 pretrain.model.base_steps=50 pretrain.model.head_steps=50
+    agent.iterations=2 agent.num_envs=16 evaluate.episodes=4 evaluate.starts=8 evaluate.samples=2
+    evaluate.horizons=[1,5] evaluate.full=false"""
 KINDS = ("datasets/", "worlds/", "laws/", "evaluations/")
 JOBS = """
 import json, sys, urllib.request

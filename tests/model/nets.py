@@ -71,6 +71,9 @@ def random_nets(spec: Spec, config: ModelConfig) -> tuple[WorldNet, Base]:
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    for buffer in base.buffers():
-        buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
+    for name, buffer in base.named_buffers():
+        if name != "fits":
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
+    for head in (base.reward, base.termination):
+        init_(head, 1)
     return net, base

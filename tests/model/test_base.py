@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.fitting import ALONE
 from mesocosm.model.spec import PartSpec, Spec
 
 from .nets import categories, nothing, numbers
@@ -116,6 +117,22 @@ def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
     assert torch.all((scale > 0.045) & (scale < 0.07)), scale
 
 
+def test_episodes_that_a_member_leaves_out_stop_its_fit() -> None:
+    """More steps fit the noise of 200 rows."""
+    spec, data = linear(2200, noise=0.3)
+    few, test = (
+        (*(part[rows] for part in data[:4]), data[4][rows])
+        for rows in (torch.arange(200), torch.arange(200, 2200))
+    )
+    stopped, ridge = (Base.fit(spec, ModelConfig(base_steps=most), few, 0) for most in (5000, 0))
+    assert one_step_error(stopped, test)[0] < 1.1 * one_step_error(ridge, test)[0]
+    steps, held_out = stopped.fits[0].tolist()
+    assert 0 < steps < 1500 and 0 < held_out < 1.5
+    assert stopped.metrics == {"base_steps": steps, "base_held_out": held_out}
+    single: Transitions = (*few[:4], torch.zeros(200, dtype=torch.int64))
+    assert Base.fit(spec, ModelConfig(), single, 0).metrics == {"base_steps": ALONE}
+
+
 def test_same_input_same_bits_and_members_differ(tmp_path: Path) -> None:
     spec, data = linear(noise=0.1)
     config = ModelConfig(base_steps=20, members=3, base_hidden=32)
@@ -129,7 +146,7 @@ def test_same_input_same_bits_and_members_differ(tmp_path: Path) -> None:
     loaded.load_state_dict(load_file(tmp_path / "base.safetensors"))
     assert torch.equal(loaded(*data[:3]), out)
     assert torch.equal(loaded.residual_scale, a.residual_scale)
-    assert not list(a.parameters())  # frozen: nothing for an optimiser
+    assert not any(p.requires_grad for p in a.parameters())  # frozen
 
 
 def test_any_leading_shape() -> None:

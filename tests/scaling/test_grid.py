@@ -186,7 +186,7 @@ def test_unique_data_are_nested_and_exact(cart: Dataset) -> None:
         (["grid.data=[9223372036854775807]"], "grid.data must be <= 1e\+15, got 9.22"),
         (["seed=3"], r"give grid.seeds=\[3\]"),
         (["model.size=1m"], r"give grid.sizes=\[1m\]"),
-        (["train.events=2"], "train.events must be .*got 2"),
+        (["model.head_steps=0"], "model.head_steps must be >= 1, got 0"),
         (["cluster=locale"], "cluster='locale'.*did you mean 'local'"),
         (["data.datasets=[carp]"], "carp.*did you mean 'cart'"),
         (["large=20000", "workers=3"], "train.batch must be a multiple of 3 .*got 8"),

@@ -172,7 +172,7 @@ def test_a_plan_is_a_config_for_pretraining(
     command = ["plan", "--law", str(law), "--money", "20", "price.per_step=0.01"]
     command += ["price.per_exaflop=1e9", f"storage.root={root}", "data.datasets=[cart]"]
     command += ["model.members=1", "model.context=8", "model.base_steps=20"]
-    assert main([*command, "train.batch=8", "train.events=12", "--json"]) == 0
+    assert main([*command, "train.batch=8", "model.head_steps=20", "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out)["path"])
     answered = json.loads((path / "plan.json").read_text())
     chosen, owned = answered["plan"], answered["owned"]

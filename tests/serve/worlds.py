@@ -57,12 +57,12 @@ def untrained(
     torch.manual_seed(seed)
     defaults = {"size": "10k", "members": 3, "base": False, "context": 6}
     config = ModelConfig(family=family, **(defaults | model))
-    net = build(codec.spec, config)
+    net, base = build(codec.spec, config), Base(codec.spec, config)
     with torch.no_grad():
-        for parameter in net.parameters():
+        for parameter in (*net.parameters(), *base.parameters()):
             if parameter.dim() > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return World(net, Base(codec.spec, config), codec.to_json())
+    return World(net, base, codec.to_json())
 
 
 def rollout(

@@ -88,7 +88,7 @@ def test_the_watch_resumes() -> None:
         ("data.datasets=[]", "data.datasets"),
         ("train.batch=9", "a multiple of 2 (train.workers=2 x train.accumulate=1), got 9"),
         ("train.zero_stage=4", "train.zero_stage must be 0, 1, 2 or 3, got 4"),
-        ("train.events=2", "train.events must be 0 or >= 3 (a third are terminals), got 2"),
+        ("model.head_steps=0", "model.head_steps must be >= 1, got 0"),
         ("train.precision=bf61", "did you mean 'bf16'"),
         ("train.lr=0", "train.lr must be > 0, got 0"),
         ("train.epochs=1", "train.steps=5 and train.epochs=1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,18 @@ def test_the_base_sees_every_training_transition_once(cart: Cart) -> None:
     assert len(prepare.transitions(dataset, codec, limit=50)[-1]) == 50
 
 
+def test_reward_and_termination_are_fitted_with_the_base(cart: Cart) -> None:
+    dataset, codec = cart.dataset, cart.codec
+    model = replace(cart.model, members=4, head_steps=300)
+    base, again = (prepare.fitted_base(dataset, codec, model, 0) for _ in range(2))
+    states = zip(base.state_dict().items(), again.state_dict().items(), strict=True)
+    assert all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for (_, a), (_, b) in states)
+    metrics = base.metrics
+    assert metrics["termination_steps"] > 0 and metrics["termination_held_out"] < 0.1
+    assert not any(name.startswith("reward") for name in metrics), "CartPole's reward is constant"
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
 def test_codec_and_base_are_stored_for_a_resume(cart: Cart) -> None:
     storage, folder, path = cart.storage, "runs/checkpoints/x", "runs/checkpoints/x/base"
     codec = prepare.fitted_codec(storage, folder, cart.dataset)
@@ -127,4 +139,5 @@ def test_codec_and_base_are_stored_for_a_resume(cart: Cart) -> None:
     stored = prepare.read_base(storage, path, codec.spec, cart.model)
     assert stored is not None
     for name, value in stored.state_dict().items():
-        assert torch.equal(value, first[name]) and torch.equal(value, second[name])
+        for other in (first[name], second[name]):
+            assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(other))

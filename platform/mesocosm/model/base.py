@@ -1,15 +1,17 @@
-"""The base of the dynamics: a ridge regression plus a small MLP that predict the change of an
-observation's numbers, fitted and frozen before pretraining. The networks model its residual.
+"""The base of a world, fitted and frozen before pretraining: a ridge regression plus a small MLP
+that predict the change of an observation's numbers, and MLPs that predict reward and termination of
+single transitions (`head_fit`). The networks model what is left.
 
-Each of the K members is fitted on its own episodes (`rng.member_mask`), because members that share
-a base agree everywhere. Far outside the data the ridge continues linearly and the MLP, whose last
-hidden units are tanh, stays bounded.
+Each of the K members is fitted on its own episodes (`rng.fitted_by`), because members that share a
+base agree everywhere, and its other episodes stop the fit (`fitting`). Far outside the data the
+ridge continues linearly and the MLP, whose last hidden units are tanh, stays bounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.rng import left_out, member_mask
+from mesocosm.model.fitting import Fit, fit
+from mesocosm.model.heads import reward_outputs
+from mesocosm.model.ladder import BASE_HIDDEN
+from mesocosm.model.layers import MemberMLP
+from mesocosm.model.rng import fitted_by
 from mesocosm.model.spec import Parts, PartSpec, Spec, Transition
 
+HEAD_HIDDEN = 128
+"""Hidden units of the reward and the termination networks."""
 MAX_CARDINALITY = 16
 """Category slots with more values (text) do not enter the base."""
 MAX_TRANSITIONS = 200_000
@@ -29,19 +37,29 @@ BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 1e-4
 RIDGE = 1e-7
 """Ridge penalty a transition; features are normalised."""
+JUDGED = 2048
+"""The most held-out rows of a member, spread evenly, that an evaluation reads."""
 CHUNK = 8192  # rows evaluated at once: the hidden layers of all rows would take a gigabyte
 
 Transitions = tuple[Parts, Parts, Parts, Parts, Tensor]
 """Observation, action, task, next observation ([N, ...] each) and the episode hash [N] int64."""
 
 
+PARTS = ("base", "reward", "termination")
+"""The fits of a base, as `Base.fits` lists them; "base" is that of the numbers' change."""
+
+
 class Base(nn.Module):
-    """All state is in float32 buffers: saved, moved and counted, but not trained."""
+    """All state is in float32 tensors: saved, moved and counted, but not trained."""
 
     residual_scale: Tensor
     """[n] robust spread of the residual, at least the number's bin; shared by the members."""
     ridge: Tensor
     scale: Tensor
+    fits: Tensor
+    """[3, 2] float64: for each of PARTS the steps of its fit, and its held-out loss: the error over
+    persistence's, nats, and nats. NaN without held-out data, or if there was nothing to fit.
+    """
 
     def __init__(self, spec: Spec, config: ModelConfig) -> None:
         super().__init__()
@@ -50,6 +68,13 @@ class Base(nn.Module):
         self.enabled = config.base and spec.observation.numbers > 0
         n, k, hidden = spec.observation.numbers, config.members, config.base_hidden
         self.register_buffer("residual_scale", torch.ones(n))
+        fits = torch.tensor([[0.0, torch.nan]] * len(PARTS), dtype=torch.float64)
+        self.register_buffer("fits", fits)
+        parts = (spec.observation, spec.action, spec.task, spec.observation)
+        sizes: Any = {"members": k, "hidden": HEAD_HIDDEN, "width": HEAD_HIDDEN / BASE_HIDDEN}
+        self.reward = MemberMLP(*parts, outputs=reward_outputs(spec), **sizes)
+        self.termination = MemberMLP(*parts, outputs=1, **sizes)
+        self.requires_grad_(False)
         if self.enabled:
             features = 1 + sum(_width(part) for part in (spec.observation, spec.action, spec.task))
             self.register_buffer("ridge", torch.zeros(k, features, n))
@@ -58,6 +83,22 @@ class Base(nn.Module):
             for i in range(3):
                 self.register_buffer(f"weight{i}", torch.zeros(k, widths[i], widths[i + 1]))
                 self.register_buffer(f"bias{i}", torch.zeros(k, 1, widths[i + 1]))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`base_steps`, `base_held_out` and so on for each part that was fitted."""
+        names = ("steps", "held_out")
+        values = {
+            f"{part}_{name}": value
+            for part, row in zip(PARTS, self.fits.tolist(), strict=True)
+            for name, value in zip(names, row, strict=True)
+            if row[0] > 0
+        }
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def record(self, part: str, fit: Fit) -> None:
+        """Note the result of a part's fit in `fits`."""
+        self.fits[PARTS.index(part)] = torch.tensor([fit.steps, fit.loss], dtype=torch.float64)
 
     @property
     def mlp(self) -> list[Tensor]:
@@ -121,15 +162,25 @@ class Base(nn.Module):
             return base
 
         x = base.features(observation, action, task)
-        keep = member_mask(episode, base.members) | left_out(episode, base.members).unsqueeze(1)
+        keep = fitted_by(episode, base.members)
+        keep = keep | ~keep.any(1, keepdim=True)
         _fit_ridge(base, x, change, keep)
         residual = change - torch.matmul(x, base.ridge)
         base.scale.copy_(torch.maximum(residual.pow(2).mean((0, 1)).sqrt(), bins))
-        _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator)
+        fitted = _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator)
         chunks = torch.arange(len(episode)).split(CHUNK)
         error = change - torch.cat([base(observation[c], action[c], task[c]) for c in chunks], 1)
         held_out = ~keep
-        error = error[held_out] if held_out.any() else error.flatten(0, 1)
+        if held_out.any():
+            error, rows_held_out = error[held_out], held_out.nonzero()[:, 1]
+            size, wrong = (
+                values.pow(2).mean(0).sqrt() for values in (change[rows_held_out], error)
+            )
+            relative = float((wrong / size)[size > 0].mean())
+            base.record("base", replace(fitted, loss=relative))
+        else:
+            error = error.flatten(0, 1)
+            base.record("base", fitted)
         base.residual_scale.copy_(_spread(error, bins))
         return base
 
@@ -155,33 +206,52 @@ def _fit_ridge(base: Base, x: Tensor, change: Tensor, keep: Tensor) -> None:
 
 
 def _fit_mlp(
-    base: Base, x: Tensor, target: Tensor, keep: Tensor, steps: int, generator: torch.Generator
-) -> None:
-    """AdamW with a cosine to zero. The Huber loss of `target` [K, N, n] keeps rare impacts from
-    dominating; each member draws from its own rows.
+    base: Base, x: Tensor, target: Tensor, keep: Tensor, most: int, generator: torch.Generator
+) -> Fit:
+    """AdamW on the Huber loss of `target` [K, N, n], which keeps rare impacts from dominating. Each
+    member draws from its own rows, and the rows that it leaves out stop the fit.
     """
     weights = base.mlp
     for buffer in weights[:4:2]:
         buffer.normal_(0.0, buffer.shape[1] ** -0.5, generator=generator)
-    if steps == 0:
-        return
+    if most == 0:
+        return Fit(0, math.nan)
     trained = [buffer.clone().requires_grad_() for buffer in weights]
     settings: Any = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "fused": True}
     optimizer = torch.optim.AdamW(trained, **settings)
-    rows = [mask.nonzero().squeeze(1) for mask in keep]
+    rows, held_out = (_rows(mask) for mask in (keep, ~keep))
     flat, first = target.flatten(0, 1), torch.arange(len(rows)).unsqueeze(1) * target.shape[1]
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def huber(index: Tensor, weight: Tensor) -> Tensor:
+        """The mean of rows `index` [K, B], weighted by [K, B]."""
+        error = F.huber_loss(_mlp(trained, x[index]), flat[index + first], reduction="none")
+        return (error.mean(-1) * weight).sum() / weight.sum()
+
+    def loss(step: int) -> Tensor:
         draws = [r[torch.randint(len(r), (BATCH,), generator=generator)] for r in rows]
-        index = torch.stack(draws)
-        with torch.enable_grad():
-            loss = F.huber_loss(_mlp(trained, x[index]), flat[index + first], reduction="sum")
-            (loss / (BATCH * target.shape[-1])).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return len(rows) * huber(torch.stack(draws), torch.ones(len(rows), BATCH))
+
+    judged, weight = _padded(held_out)
+    result = fit(optimizer, loss, (lambda: huber(judged, weight)) if judged.numel() else None, most)
     for buffer, values in zip(weights, trained, strict=True):
         buffer.copy_(values.detach())
+    return result
+
+
+def _rows(mask: Tensor) -> list[Tensor]:
+    """bool [K, N] -> the numbers of each member's rows."""
+    return [m.nonzero().squeeze(1) for m in mask]
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """At most JUDGED rows of each member, evenly: int64 [K, B], and 1 [K, B] where one is real."""
+    most = min(JUDGED, max(map(len, rows)))
+    index = torch.zeros(len(rows), most, dtype=torch.int64)
+    weight = torch.zeros(len(rows), most)
+    for k, r in enumerate(rows):
+        some = r[torch.arange(min(len(r), most)) * len(r) // max(1, min(len(r), most))]
+        index[k, : len(some)], weight[k, : len(some)] = some, 1.0
+    return index, weight
 
 
 def _spread(error: Tensor, bins: Tensor) -> Tensor:

@@ -26,8 +26,14 @@ class ModelConfig:
     """Predict the residual over a ridge + MLP base instead of the change itself."""
     base_hidden: int = 128
     """Hidden units of the base's MLP."""
-    base_steps: int = 1500
-    """Training steps of the base's MLP; 0 keeps the ridge alone."""
+    base_steps: int = 5000
+    """The most training steps of the base's MLP. Episodes that a member leaves out stop it earlier;
+    0 keeps the ridge alone.
+    """
+    head_steps: int = 5000
+    """The most training steps of the reward and of the termination network, before those of the
+    dynamics. Episodes that a member leaves out stop each earlier.
+    """
     context: int = 16
     """W: steps of history in a window (sequence)."""
     components: int = 3
@@ -39,7 +45,7 @@ class ModelConfig:
             hint = f"got {self.family!r}{nearest(self.family, FAMILIES)}"
             raise UsageError(f"model.family must be one of {', '.join(FAMILIES)}, {hint}")
         dims(self.size)
-        least = dict(members=1, base_hidden=1, base_steps=0, context=1, components=1)
+        least = dict(members=1, base_hidden=1, base_steps=0, head_steps=1, context=1, components=1)
         for key, low in least.items():
             if getattr(self, key) < low:
                 raise UsageError(f"model.{key} must be >= {low}, got {getattr(self, key)}")

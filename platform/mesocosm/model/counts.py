@@ -19,7 +19,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.mup import tag_of
 from mesocosm.model.net import WorldNet, apply_base
-from mesocosm.model.spec import Events, Parts, PartSpec, Spec, Windows
+from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class ParamCounts:
     embeddings: int
     """Embeddings and output layers of one member, with their biases: what the spaces decide."""
     dynamics: int  # the backbone and all members' decoders (or all MLPs), embeddings included
-    heads: int  # the reward and termination networks of all members
+    heads: int  # the corrections of reward and termination by history, of all members
     start: int  # the start model
     total: int  # all trained parameters: dynamics + heads + start
     members: int
-    base: int  # the frozen base of all members
+    base: int  # the frozen base of all members, with its reward and termination networks
 
 
 def params(spec: Spec, config: ModelConfig) -> ParamCounts:
@@ -67,20 +67,18 @@ def count(net: WorldNet, base: Base) -> ParamCounts:
                 embeddings += one_member
             else:
                 n += one_member
-    buffers = sum(buffer.numel() for buffer in base.buffers())
+    frozen = sum(value.numel() for value in base.state_dict().values())
     total = dynamics + heads + start
-    return ParamCounts(n, embeddings, dynamics, heads, start, total, net.members, buffers)
+    return ParamCounts(n, embeddings, dynamics, heads, start, total, net.members, frozen)
 
 
-def flops_per_batch(
-    spec: Spec, config: ModelConfig, batch: int, window: int, events: int = 0
-) -> int:
-    """FLOPs of a training step on `batch` windows of `window` transitions and `events` single ones:
-    the forward pass of base and network, and the network's backward pass.
+def flops_per_batch(spec: Spec, config: ModelConfig, batch: int, window: int) -> int:
+    """FLOPs of a training step on `batch` windows of `window` transitions: the forward pass of base
+    and network, and the network's backward pass.
     """
     with torch.device("meta"):
         net, base = build(spec, config), Base(spec, config)
-        return measured_flops(net, base, blank_windows(spec, batch, window, events))
+        return measured_flops(net, base, blank_windows(spec, batch, window))
 
 
 def measured_flops(net: WorldNet, base: Base, windows: Windows) -> int:
@@ -91,19 +89,14 @@ def measured_flops(net: WorldNet, base: Base, windows: Windows) -> int:
     return int(counter.get_total_flops())
 
 
-def blank_windows(spec: Spec, batch: int, window: int, events: int = 0) -> Windows:
+def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
     """Windows of zeros, all valid, on torch's default device."""
-    zeros, single = torch.zeros(batch, window), torch.zeros(events)
+    zeros = torch.zeros(batch, window)
 
     def parts(of: PartSpec, *shape: int) -> Parts:
         return Parts.empty(of, *shape, device=zeros.device)
 
     o, a, task = spec.observation, spec.action, spec.task
-    side = None
-    if events:
-        before, after = parts(o, events), parts(o, events)
-        inputs = before, parts(a, events), after, parts(task, events)
-        side = Events(*inputs, single, single, single.long())
     rows = parts(o, batch, window + 1), parts(a, batch, window), parts(task, batch)
     mask, episode = zeros == 0, zeros[:, 0].long()
-    return Windows(*rows, zeros, zeros, zeros, mask, mask[:, 0], episode, events=side)
+    return Windows(*rows, zeros, zeros, zeros, mask, mask[:, 0], episode)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import text_ended
-from mesocosm.model.ladder import dims, ensemble_dims
+from mesocosm.model.ladder import ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
@@ -28,7 +28,7 @@ class Ensemble(WorldNet):
     """K probabilistic MLPs; see the module."""
 
     def __init__(self, spec: Spec, config: ModelConfig):
-        super().__init__(spec, config, hidden=2 * dims(config.size).d_model, features=0)
+        super().__init__(spec, config, features=0)
         rung, o, members = ensemble_dims(config.size), spec.observation, config.members
         hidden, width = rung.hidden, rung.width
         self.numbers = o.numbers + int(spec.durations)

@@ -1,7 +1,7 @@
 """The network interface that all families share: the losses of all parts of a trajectory.
 
-A family implements the dynamics. The base class adds the start model p(task, o_0), the reward and
-termination networks, and the sums of nats.
+A family implements the dynamics. The base class adds the start model p(task, o_0), the corrections
+of reward and termination by history, and the sums of nats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, head_inputs
+from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, bce, head_inputs
 from mesocosm.model.layers import Constant
 from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Outcome, Spec, Transition, Windows
@@ -26,12 +26,22 @@ Features = Tensor | None
 
 
 @dataclass(frozen=True)
+class HeadOut:
+    """The outputs of the base's reward and termination networks, float32."""
+
+    reward: Tensor  # [K, N, out]
+    termination: Tensor  # [K, N, 1]
+
+
+@dataclass(frozen=True)
 class BaseOut:
     """The frozen base's prediction, float32, computed outside a DeepSpeed engine (`apply_base`)."""
 
     change: Tensor
     """[K, ..., n]: each member's predicted normalised change o_{t+1} - o_t of the numbers"""
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
+    heads: HeadOut | None = None
+    """Of the reward and termination networks, if the next observation is known."""
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
         """(shift [K, N, n], scale [n]), float32; with one more column for the duration, if any."""
@@ -72,15 +82,15 @@ class WorldNet(nn.Module, ABC):
     """W; 0 for a family without history, whose `context`, `new_cache`, `advance` return None"""
     checkpoint_activations: bool = False  # recompute the backbone's blocks in the backward pass
 
-    def __init__(self, spec: Spec, config: ModelConfig, *, hidden: int, features: int):
-        """`hidden`: width of the reward and termination networks; `features`: of `context`."""
+    def __init__(self, spec: Spec, config: ModelConfig, *, features: int):
+        """`features`: of `context`."""
         super().__init__()
         self.spec = spec
         self.config = config
         self.members = config.members
         self.start = StartModel(spec, config)
-        self.reward = RewardHead(spec, config.members, hidden, features)
-        self.termination = TerminationHead(spec, config.members, hidden, features)
+        self.reward = RewardHead(spec, config.members, features)
+        self.termination = TerminationHead(spec, config.members, features)
         self._left_out = Constant(torch.zeros(config.members, dtype=torch.bool))
 
     # A family implements these.
@@ -169,20 +179,25 @@ class WorldNet(nn.Module, ABC):
 
         features = self.context(transition)
         dynamics, duration = self.log_prob(features, transition, outcome, base)
-        reads = head_inputs(transition, outcome.observation)
+        heads = base.heads
+        assert heads is not None, "apply_base computes them"
         flat = None if features is None else features.flatten(0, 1)
-        reward = self.reward.log_prob(reads, flat, windows.reward.flatten()).view(dynamics.shape)
-        termination, of_termination = self.termination.losses(windows, reads, flat, self.trained_by)
+        reward = self.reward.log_prob(heads.reward, flat, windows.reward.flatten())
+        logit = self.termination.logit(heads.termination, flat)
+        reward, termination = (
+            log_prob.view(dynamics.shape)
+            for log_prob in (reward, -bce(logit, windows.terminated.flatten()))
+        )
         log_start = self.start.log_prob(windows.task, windows.observation[:, 0])
         start = torch.where(windows.start, log_start, 0.0)
 
         by_window = {
             "dynamics": nats(dynamics),
             "reward": nats(reward),
-            "termination": nats(termination.view(dynamics.shape)),
+            "termination": nats(termination),
             "task": -start.detach(),
         }
-        total = objective(dynamics) + objective(reward) + of_termination
+        total = objective(dynamics) + objective(reward) + objective(termination)
         total = total - start.sum() / valid.numel()
         if duration is not None:
             by_window["duration"] = nats(duration)
@@ -206,9 +221,11 @@ def unroll(windows: Windows) -> tuple[Transition, Outcome]:
 @torch.no_grad()
 def apply_base(base: Base, windows: Windows) -> BaseOut:
     """The frozen `base` on windows, without gradient."""
-    transition, _ = unroll(windows)
+    transition, outcome = unroll(windows)
     change = base(transition.observation, transition.action, transition.task)
-    return BaseOut(change, base.residual_scale)
+    inputs = head_inputs(transition, outcome.observation)
+    heads = HeadOut(base.reward(inputs), base.termination(inputs))
+    return BaseOut(change, base.residual_scale, heads)
 
 
 def spread(numbers: Tensor, probabilities: Tensor | None) -> Tensor:

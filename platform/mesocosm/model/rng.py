@@ -99,3 +99,13 @@ def left_out(episode: Tensor, members: int) -> Tensor:
     on all of them.
     """
     return ~member_mask(episode, members).any(1)
+
+
+def fitted_by(episode: Tensor, members: int) -> Tensor:
+    """[B] int64 episode hashes -> bool [K, B]: the members whose base and heads are fitted on an
+    episode. The other episodes stop the fit, so a single member leaves out as many as each of
+    several does.
+    """
+    if members == 1:
+        return (uniform(mix(episode), 0) < KEEP).unsqueeze(0)
+    return member_mask(episode, members)

@@ -81,7 +81,7 @@ class Sequence(WorldNet):
     def __init__(self, spec: Spec, config: ModelConfig):
         rung = dims(config.size)
         d, stack = rung.d_model, rung.backbone
-        super().__init__(spec, config, hidden=2 * d, features=d)
+        super().__init__(spec, config, features=d)
         self.memory = config.context
         self.embed = PartsEmbedding(spec.observation, spec.action, spec.task, width=d)
         self.blocks = nn.ModuleList(StepBlock(stack) for _ in range(stack.layers))

@@ -32,7 +32,7 @@ from mesocosm.model.layers import Constant, read
 from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, Transition, Windows
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class World:
@@ -115,8 +115,11 @@ class World:
         following = self._observation_grid(drawn.observation)
         inputs = read(grouped.observation, grouped.action, grouped.task, following)
         u = rng.uniform(grouped_keys.unsqueeze(-1), self._head_slots(grouped_keys))
-        grouped_reward = self.net.reward.draw(inputs, grouped_features, u[..., :2])
-        grouped_p = torch.sigmoid(self.net.termination.logit(inputs, grouped_features))
+        grouped_reward = self.net.reward.draw(
+            self.base.reward(inputs), grouped_features, u[..., :2]
+        )
+        logit = self.net.termination.logit(self.base.termination(inputs), grouped_features)
+        grouped_p = torch.sigmoid(logit)
         reward, p, ended, duration = map(
             groups.join, (grouped_reward, grouped_p, u[..., 2] < grouped_p, drawn.duration)
         )
@@ -181,8 +184,8 @@ class World:
         expected = self.net.expected(None, grouped, base)
         following = expected.observation
         inputs = read(grouped.observation, grouped.action, grouped.task, following)
-        reward = groups.join(self.net.reward.expected(inputs, None))
-        p = groups.join(torch.sigmoid(self.net.termination.logit(inputs)))
+        reward = groups.join(self.net.reward.expected(self.base.reward(inputs), None))
+        p = groups.join(torch.sigmoid(self.net.termination.logit(self.base.termination(inputs))))
         duration = groups.join(expected.duration)
         if spec.durations:
             duration = (duration * spec.duration_scale + spec.duration_mean).clamp(min=0.0)

@@ -125,7 +125,8 @@ def fit_base(
     """The base of `model` on the training split, fitted or read from storage, and the seconds that
     fitting took.
     """
-    settings = {x: getattr(model, x) for x in ("members", "base", "base_hidden", "base_steps")}
+    keys = ("members", "base", "base_hidden", "base_steps", "head_steps")
+    settings = {key: getattr(model, key) for key in keys}
     facts = (settings, dataset.ids, codec.id, dataset.count("train"), seed)
     path = f"{BASES}/{fingerprint('base', *facts, VERSIONS['pretrain'], SCHEMA)}.safetensors"
     began = time.perf_counter()

@@ -43,8 +43,6 @@ class CellTraining:
 
     batch: int = 32
     """Windows a step."""
-    events: int = 64
-    """As in pretraining."""
     lr: float = 6e-3
     """At the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01

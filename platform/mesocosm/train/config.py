@@ -64,10 +64,6 @@ class TrainConfig:
     """Passes over the training transitions, instead of `steps`."""
     batch: int = 32
     """Windows a step, over all workers."""
-    events: int = 64
-    """Single transitions per optimizer step, over all workers, for the termination network.
-    Terminals are oversampled to a third of them.
-    """
     lr: float = 6e-3
     """Learning rate at the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
@@ -131,10 +127,7 @@ class PretrainConfig(JobConfig):
         positive = ["steps", "batch", "workers", "accumulate", "checkpoint_every"]
         positive += ["keep_checkpoints", "validate_every", "validate_windows"]
         checks.at_least(t, 1, *positive, prefix="train.")
-        checks.at_least(t, 0, "events", "max_failures", prefix="train.")
-        if 0 < t.events < 3:
-            text = "train.events must be 0 or >= 3 (a third are terminals)"
-            raise UsageError(f"{text}, got {t.events}")
+        checks.at_least(t, 0, "max_failures", prefix="train.")
         not_negative = ("weight_decay", "corrupt_history", "warmup", "decay", "gpus_per_worker")
         for key in ("lr", "clip", "epochs", "peak_flops", *not_negative):
             value, above = getattr(t, key), key not in not_negative
@@ -147,11 +140,9 @@ class PretrainConfig(JobConfig):
             raise UsageError(f"train.zero_stage must be 0, 1, 2 or 3, got {t.zero_stage}")
         checks.one_of(self, PRECISIONS, "train.precision")
         micro = t.workers * t.accumulate
-        for key in ("batch", "events"):
-            if (value := getattr(t, key)) % micro:
-                factors = f"(train.workers={t.workers} x train.accumulate={t.accumulate})"
-                text = f"train.{key} must be a multiple of {micro} {factors}"
-                raise UsageError(f"{text}, got {value}")
+        if t.batch % micro:
+            factors = f"(train.workers={t.workers} x train.accumulate={t.accumulate})"
+            raise UsageError(f"train.batch must be a multiple of {micro} {factors}, got {t.batch}")
 
 
 def world_identity(config: PretrainConfig) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class TerminationCheck:
         """`passed`, `not applicable: ...` or `failed: ...`"""
         if not self.terminals:
             return "not applicable: no episode of the data terminates"
-        advice = "train longer or with more train.events"
+        advice = "collect more episodes that end, or raise model.head_steps"
         sample = f"{self.terminals} terminal transitions ({self.measured_on})"
         if not self.hits:
             return f"failed: of {sample} the world ends none, so its episodes never end; {advice}"
@@ -119,7 +119,8 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
             t, outcome = unroll(windows)
             features = world.net.context(t)
             inputs = head_inputs(t, outcome.observation)
-            logit = head.logit(inputs, None if features is None else features.flatten(0, 1))
+            flat = None if features is None else features.flatten(0, 1)
+            logit = head.logit(world.base.termination(inputs), flat)
             mask = windows.mask.flatten().double()
             counted += _count(logit, windows.terminated.flatten(), mask)
     if counted[0] == 0:
@@ -128,7 +129,7 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
         e = loader.batch(0).events
         assert e is not None
         transition = Transition(e.observation, e.action, e.task)
-        logit = head.logit(head_inputs(transition, e.next_observation))
+        logit = head.logit(world.base.termination(head_inputs(transition, e.next_observation)))
         counted, measured_on = _count(logit, e.terminated, e.weight.double()), "training"
     terminals, hits, false_alarms = counted.tolist()
     return TerminationCheck(round(terminals), round(hits), false_alarms, measured_on)

@@ -5,6 +5,7 @@ the training's folder, so that a resume uses the same ones.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,17 +13,20 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.model import counts
+from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
-from mesocosm.train.config import TrainConfig
+from mesocosm.train.config import DataConfig, TrainConfig
 
 BASE = "base.safetensors"
+JUDGED = 2048
+"""Transitions, and terminal events, that stop the fits of the reward and termination networks."""
 CODEC = "codec.json"
 
 
@@ -62,14 +66,43 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
 
 
 def fit_base(
-    storage: Storage, path: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int
+    storage: Storage,
+    path: str,
+    dataset: Dataset,
+    codec: Codec,
+    config: ModelConfig,
+    seed: int,
+    data: DataConfig | None = None,
 ) -> Base:
-    """The base stored at `path`, or a new one, which is stored there."""
+    """The base stored at `path`, or a new one, which is stored there. `data`: the order of the
+    data.
+    """
     base = read_base(storage, path, codec.spec, config)
     if base is None:
-        base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
+        base = fitted_base(dataset, codec, config, seed, data)
         storage.write(path, save(base.state_dict()))
     return base.eval()
+
+
+def fitted_base(
+    dataset: Dataset, codec: Codec, config: ModelConfig, seed: int, data: DataConfig | None = None
+) -> Base:
+    """A base fitted on the training split: the change of the numbers, then reward and termination,
+    on batches of single transitions in the order of `data`.
+    """
+    base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
+    data = data or DataConfig()
+    events = head_fit.BATCH if codec.spec.terminal_rate > 0 else 0
+
+    def load(batch: int, events: int) -> Loader:
+        shape = (1, batch, seed, events)
+        return Loader(dataset, codec, "train", *shape, block=data.block, weights=data.weights)
+
+    judged = next(load(JUDGED, 0).eval_batches(most=JUDGED))
+    if events:
+        judged = replace(judged, events=load(1, 3 * JUDGED).batch(0).events)
+    head_fit.fit_heads(base, load(head_fit.BATCH, events).batch, judged, config.head_steps, seed)
+    return base
 
 
 def read_base(storage: Storage, path: str, spec: Spec, config: ModelConfig) -> Base | None:
@@ -107,12 +140,6 @@ def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) ->
     )
 
 
-def events_of(spec: Spec, options: TrainConfig) -> int:
-    """Single transitions a step: none if the data never terminate."""
-    return options.events if spec.terminal_rate > 0 else 0
-
-
 def step_flops(spec: Spec, model: ModelConfig, options: TrainConfig) -> int:
     """FLOPs of one step of the whole group, counted exactly (model/counts.py)."""
-    events = events_of(spec, options)
-    return counts.flops_per_batch(spec, model, options.batch, model.context, events)
+    return counts.flops_per_batch(spec, model, options.batch, model.context)

@@ -190,7 +190,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
 
         metrics = dict(progress.validations[-1]) if progress.validations else {}
         metrics.pop("step", None)
-        metrics |= progress.measured
+        metrics |= progress.measured | base.metrics
         for name in ("recall", "precision"):
             if (value := getattr(termination, name)) is not None:
                 metrics[f"termination_{name}"] = value
@@ -262,7 +262,7 @@ def _train(
             thread.start()
             flops = prepare.step_flops(codec.spec, work.model, work.train)
             storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
-            prepare.fit_base(storage, base_path, dataset, codec, work.model, work.seed)
+            prepare.fit_base(storage, base_path, dataset, codec, work.model, work.seed, work.data)
             alive = True
             while alive and failure is None:
                 alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)

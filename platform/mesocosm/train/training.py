@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.manifest import SPLITS
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
@@ -27,7 +27,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses, apply_base
 from mesocosm.model.spec import Parts, Windows
-from mesocosm.train import engine, prepare
+from mesocosm.train import engine
 from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
@@ -81,12 +81,12 @@ class RankTrainer:
         """
         data = data or DataConfig()
 
-        def load(split: Any, events: int, weights: list[float] | None) -> Loader:
-            shape = (model.context, options.batch, seed, events)
+        def load(split: Split, weights: list[float] | None) -> Loader:
+            shape = (model.context, options.batch, seed)
             return Loader(dataset, codec, split, *shape, block=data.block, weights=weights)
 
-        loader = load("train", prepare.events_of(codec.spec, options), data.weights)
-        valid = load("valid", 0, None) if dataset.size("valid") else None
+        loader = load("train", data.weights)
+        valid = load("valid", None) if dataset.size("valid") else None
         torch.manual_seed(seed)
         net = build(codec.spec, model)
         mup.init_(net, seed)

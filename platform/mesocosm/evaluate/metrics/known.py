@@ -78,8 +78,9 @@ def known_parts(world: World, dataset: Dataset) -> KnownParts | None:
             features = world.net.context(transition)
             features = None if features is None else features.flatten(0, 1)
             inputs = head_inputs(transition, outcome.observation)
-            reward = world.net.reward.expected(inputs, features).mean(0)
-            p = torch.sigmoid(world.net.termination.logit(inputs, features)).mean(0)
+            reward = world.net.reward.expected(world.base.reward(inputs), features).mean(0)
+            logit = world.net.termination.logit(world.base.termination(inputs), features)
+            p = torch.sigmoid(logit).mean(0)
             known_reward, known_end = known.outcomes(
                 transition.flatten(), outcome.observation.flatten()
             )

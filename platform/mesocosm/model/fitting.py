@@ -1,0 +1,94 @@
+"""The fit of a small network that held-out data stops, for the parts that precede pretraining.
+
+The learning rate is constant. Judged and kept is a running average of the weights over the last
+tenth of the steps, which does what a decay of the rate would do, at any step. The fit ends once the
+best step lies a third of all steps and SLACK more behind, so that its cost follows the data's need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+EVERY = 50
+"""Steps between evaluations."""
+SHARE = 0.1
+"""Length of the running average, as a fraction of the steps so far."""
+SLACK = 200
+GAIN = 0.01
+"""Fraction by which the held-out loss must fall to postpone the end; less is kept all the same."""
+ALONE = 300
+"""The most steps without held-out data."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of a fit."""
+
+    steps: int  # after which the kept weights were reached
+    loss: float  # held-out, of the kept weights; NaN without held-out data
+
+
+def fit(
+    optimizer: Optimizer,
+    loss: Callable[[int], Tensor],
+    held_out: Callable[[], Tensor] | None,
+    most: int,
+) -> Fit:
+    """Minimise `loss` and leave the average with the least held-out loss in the parameters.
+
+    Args:
+        optimizer: Of the parameters, which are trained in place.
+        loss: The scalar to minimise at a step, counted from 0, with gradient.
+        held_out: The scalar loss of the present parameters on held-out data; None if no data are
+            held out, and the fit then ends after ALONE steps.
+        most: The most steps.
+
+    Returns:
+        The steps to the kept weights and their held-out loss.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average = [p.detach().clone() for p in parameters]
+    best = [p.clone() for p in average]
+    result, reference, last_gain = Fit(0, math.nan), math.inf, 0
+    if held_out is None:
+        most = min(most, ALONE)
+    for step in range(1, most + 1):
+        with torch.enable_grad():
+            loss(step - 1).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 / (SHARE * step + 1))
+        if held_out is None or (step % EVERY and step != most):
+            continue
+        value = _judged(parameters, average, held_out)
+        if math.isnan(result.loss) or value < result.loss:
+            result = Fit(step, value)
+            torch._foreach_copy_(best, average)
+        if value < (1 - GAIN) * reference:
+            reference, last_gain = value, step
+        if step > 1.5 * last_gain + SLACK:
+            break
+    if held_out is None:
+        result, best = Fit(most, math.nan), average
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, best)
+    return result
+
+
+@torch.no_grad()
+def _judged(
+    parameters: list[Tensor], average: list[Tensor], held_out: Callable[[], Tensor]
+) -> float:
+    """The held-out loss of the average; the parameters are as before afterwards."""
+    present = [p.detach().clone() for p in parameters]
+    torch._foreach_copy_(parameters, average)
+    value = float(held_out())
+    torch._foreach_copy_(parameters, present)
+    return value
