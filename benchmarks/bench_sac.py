@@ -55,7 +55,7 @@ SIZES = ((256, 256), (128, 128))
 """(width of both hidden layers, batch)"""
 STEPS = 4
 GAMMA, TAU, RATE, ALPHA = 0.99, 5e-3, 3e-4, 0.1
-CPU_S = 2.0
+CPU_S = 1.0
 """CPU seconds of one measurement"""
 
 
