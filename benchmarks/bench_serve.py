@@ -1,5 +1,5 @@
 """`make bench-serve`: imagined steps a second through Ray Serve over the same in this process, both
-families.
+families, with the disagreement of every step and of none.
 
     python benchmarks/bench_serve.py [--family NAME] [--envs B ...] [--rounds N] [--save]
 
@@ -12,6 +12,7 @@ do not change its speed. --save keeps the table in benchmarks/results/bench_serv
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -53,10 +54,11 @@ def seconds(env: WorldVectorEnv, actions: Any, at_least: float) -> float:
     return spent / calls
 
 
-def compare(root: str, family: str, count: int, rounds: int) -> dict[str, Any]:
-    """The row of one family and number of environments."""
-    local = WorldVectorEnv(count, family, root=root, backend="local", horizon=200)
-    served = WorldVectorEnv(count, family, app="bench", horizon=200)
+def compare(root: str, family: str, count: int, every: int, rounds: int) -> dict[str, Any]:
+    """The row of one family, number of environments and `disagreement_every`."""
+    options: dict[str, Any] = {"horizon": 200, "disagreement_every": every}
+    local = WorldVectorEnv(count, family, root=root, backend="local", **options)
+    served = WorldVectorEnv(count, family, app="bench", **options)
     actions = local.action_space.sample()
     for env in (local, served):
         env.reset(seed=0)
@@ -65,7 +67,7 @@ def compare(root: str, family: str, count: int, rounds: int) -> dict[str, Any]:
     served.close()
     ratios = [in_process / over_serve for in_process, over_serve in pairs]
     speeds = [round(count / statistics.median(times)) for times in zip(*pairs, strict=True)]
-    row: dict[str, Any] = {"family": family, "envs": count}
+    row: dict[str, Any] = {"family": family, "envs": count, "disagreement_every": every}
     row |= {"in_process_steps_per_s": speeds[0], "served_steps_per_s": speeds[1]}
     spread = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
     return row | {name: round(value, 3) for name, value in spread.items()}
@@ -74,7 +76,7 @@ def compare(root: str, family: str, count: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--family", choices=FAMILIES, action="append")
-    parser.add_argument("--envs", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--envs", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
@@ -87,14 +89,15 @@ def main() -> None:
             Storage(root).make("worlds", family, {}, world.save)
         deploy(ServeConfig(name="bench", storage=StorageConfig(root)))
         rounds = f"(median of {options.rounds} alternating rounds, range)"
-        print(f"{'family':<10} {'envs':>5} {'in process':>12} {'served':>10}  ratio {rounds}")
+        head = f"{'family':<10} {'envs':>5} {'every':>5} {'in process':>12} {'served':>10}"
+        print(f"{head}  ratio {rounds}")
         for family in options.family or FAMILIES:
-            for count in options.envs:
-                row = compare(root, family, count, options.rounds)
+            for count, every in itertools.product(options.envs, (1, 0)):
+                row = compare(root, family, count, every, options.rounds)
                 rows.append(row)
                 speeds = f"{row['in_process_steps_per_s']:>12,} {row['served_steps_per_s']:>10,}"
                 ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-                print(f"{family:<10} {count:>5} {speeds}  {ratio}", flush=True)
+                print(f"{family:<10} {count:>5} {every:>5} {speeds}  {ratio}", flush=True)
     ray_session.shutdown()
     if options.save:
         head = ["git", "rev-parse", "--short", "HEAD"]

@@ -17,7 +17,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
-from mesocosm.agents import rllib
+from mesocosm.agents import learners, rllib
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
@@ -103,7 +103,7 @@ def test_export_acts_as_rllib(
         for parameter in module.parameters():  # far from their small initial outputs, to the bounds
             seed = torch.Generator().manual_seed(3)
             parameter.add_(torch.randn(parameter.shape, generator=seed) * 0.5)
-        learner_module = rllib.learner_of(algorithm).module["default_policy"]
+        learner_module = learners.learner_of(algorithm).module["default_policy"]
         learner_module.load_state_dict(module.state_dict(), strict=False)
         rllib.export(algorithm, (OBSERVATION, action_space)).save(tmp_path)
         policy = Policy.load(tmp_path)
@@ -145,7 +145,7 @@ def test_an_exported_value_is_that_of_rllib(
         save_agent(algorithm, (OBSERVATION, action_space), tmp_path)
         policy, value = Policy.load(tmp_path), ValueFunction.load(tmp_path)
         observations = torch.from_numpy(batch_of(OBSERVATION, 20)).float()
-        module = rllib.learner_of(algorithm).module["default_policy"]
+        module = learners.learner_of(algorithm).module["default_policy"]
         if algo == "DQN":
             expected = module.compute_q_values({Columns.OBS: observations})["qf_preds"].amax(-1)
         else:

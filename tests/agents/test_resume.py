@@ -159,6 +159,7 @@ def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: 
         ("sac, discrete, two runners", [*SAC, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
         ("dqn", [*DQN, "iterations=14"], DISCRETE, "ensemble"),
         ("two runners", [*PPO, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
+        ("two learners", [*PPO, "learners=2", "iterations=10"], DISCRETE, "ensemble"),
         ("history", [*PPO, "iterations=8"], CONTINUOUS, "sequence"),
         ("served", [*PPO, "backend=serve", "iterations=10"], DISCRETE, "ensemble"),
     ],

@@ -197,6 +197,7 @@ def test_branches_report_divergence_and_never_multiply_values() -> None:
     assert columns.discount.tolist() == [1.0, 1.0, 1.0], "only the first environment's steps"
     statistics = env.statistics()
     assert (statistics.steps, statistics.diverged, statistics.disagreement) == (6, 3, 12.0)
+    assert statistics.mean_disagreement() == {"disagreement": 2.0}
 
 
 def test_a_branch_cut_by_disagreement_keeps_its_last_value() -> None:

@@ -307,9 +307,9 @@ def test_what_stops_a_deployment_after_real_steps_is_a_failure(
 
 
 def test_a_loop_states_what_each_stage_needs(root: str) -> None:
-    cfg = loop(root, "serve.replicas=2", "serve.device=cuda", "agent.runners=3")
+    cfg = loop(root, "serve.replicas=2", "serve.device=cuda", "agent.runners=3", "agent.learners=1")
     needs = stage_resources(cfg)
-    assert needs["serve.replicas with agent.runners=5"] == (5, 2)
+    assert needs["serve.replicas with agent.runners and agent.learners=6"] == (6, 2)
     assert needs["explore.workers=1"] == (1, 0)
 
 

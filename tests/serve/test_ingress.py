@@ -176,14 +176,18 @@ def test_episode(client: Any, rich: str) -> None:
         body = {"session": reply["session"]}
         assert (reply["world"], reply["task"]) == ("rich", [{}, {}, {}])
         assert reply["observation"] == observations(env, env.reset(seed=seed)[0])
-        for _ in range(20):
+        for step in range(20):
             batch = env.action_space.sample()
-            reply = client.post("/v1/step", body | {"action": actions(env, batch)}).json()
+            request = body | {"action": actions(env, batch)}
+            if step % 3 == 2:  # without its disagreement; the default is with
+                request["disagreement"] = False
+            reply = client.post("/v1/step", request).json()
             observation, reward, terminated, truncated, infos = env.step(batch)
             expected = {"reward": reward, "terminated": terminated, "truncated": truncated}
             expected |= {name: infos[name] for name in ("disagreement", "diverged")}
             texts = {name: value.tolist() for name, value in expected.items()}
             texts |= {"observation": observations(env, observation), "duration": None}
+            texts |= {"disagreement": None} if step % 3 == 2 else {}
             assert reply == texts | {"task": [{}, {}, {}]}
             ended += int(terminated.sum())
     assert ended > 3

@@ -71,7 +71,7 @@ def test_messages() -> None:
     with pytest.raises(TypeError, match="'d' must be float32, int64 or bool, got float64"):
         pack({"d": np.zeros(2)})
     cut = pack(message | arrays)[:-20], pack(message)[:9]
-    for damaged in (b"", b"GET / HTTP/1.1", *cut, b"MSC1\xff\xff\xff\xff"):
+    for damaged in (b"", b"GET / HTTP/1.1", *cut, b"MSC2\xff\xff\xff\xff"):
         with pytest.raises(ValueError, match="message"):
             unpack(damaged)
 

@@ -46,6 +46,10 @@ class AgentConfig(JobConfig):
     """Environment runners in Ray actors, each with `num_envs` environments; 0 for one in the job's
     process.
     """
+    learners: int = 0
+    """RLlib's remote learners, in Ray actors that share each batch, with a CPU each, or a GPU each
+    where this Ray has that many; 0 for one in the job's process. SAC cannot use any.
+    """
     horizon: int | None = None
     """Imagined steps after which an episode is truncated (its last value stands for the rest).
     Defaults to the environment's time limit, or else to the longest truncated episode of the

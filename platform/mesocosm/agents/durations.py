@@ -31,6 +31,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
+from mesocosm.agents.learners import on_learners
 from mesocosm.errors import MesocosmError, UsageError
 
 DURATION = "duration"
@@ -90,10 +91,15 @@ class Durations:
 
 
 def install(algorithm: Algorithm) -> None:
-    """Make the learner of this process discount by durations, if its episodes have them."""
-    group: Any = algorithm.learner_group
-    config: Any = algorithm.config
-    pipeline = group._learner._learner_connector
+    """Make the learners discount by durations, if their episodes have them."""
+    on_learners(algorithm, partial(_install, type(algorithm).__name__))
+    buffer: Any = getattr(algorithm, "local_replay_buffer", None)
+    if buffer is not None:
+        buffer.sample = partial(buffer.sample, include_infos=True)
+
+
+def _install(algo: str, learner: Any) -> None:
+    config, pipeline = learner.config, learner._learner_connector
     discounting = InfoConnector(DURATION, partial(discount, config.gamma))
     if any(isinstance(piece, GeneralAdvantageEstimation) for piece in pipeline.connectors):
         pipeline.insert_before(GeneralAdvantageEstimation, discounting)
@@ -101,10 +107,7 @@ def install(algorithm: Algorithm) -> None:
     else:
         pipeline.append(discounting)
         if hasattr(config, "vtrace"):
-            pipeline.append(InfoConnector(WEIGHT, partial(refuse, type(algorithm).__name__)))
-    buffer: Any = getattr(algorithm, "local_replay_buffer", None)
-    if buffer is not None:
-        buffer.sample = partial(buffer.sample, include_infos=True)
+            pipeline.append(InfoConnector(WEIGHT, partial(refuse, algo)))
 
 
 class InfoConnector(ConnectorV2):

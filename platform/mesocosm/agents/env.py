@@ -24,13 +24,19 @@ class Statistics:
 
     steps: int = 0
     """Steps taken, without resets."""
+    measured: int = 0
+    """Steps whose disagreement was computed; 0 outside worlds."""
     disagreement: float = 0.0
-    """Sum over the steps, in nats; 0 outside worlds."""
+    """Sum over those steps."""
     diverged: int = 0
     """Episodes that a world cut because a number was not finite."""
     returns: list[float] = field(default_factory=list)
     """Undiscounted returns of the episodes that ended, without penalty."""
     lengths: list[int] = field(default_factory=list)
+
+    def mean_disagreement(self) -> dict[str, float]:
+        """{"disagreement": mean over the measured steps}; {} where none did."""
+        return {"disagreement": self.disagreement / self.measured} if self.measured else {}
 
     def __add__(self, other: Statistics) -> Statistics:
         names = [f.name for f in dataclasses.fields(self)]
@@ -98,7 +104,9 @@ class AgentEnv(FlatEnv):
         self._length += stepped
         statistics.steps += int(stepped.sum())
         if "disagreement" in infos:
+            statistics.measured += int(stepped.sum())
             statistics.disagreement += float(infos["disagreement"][stepped].sum())
+        if "diverged" in infos:
             statistics.diverged += int(infos["diverged"][stepped].sum())
         self._ended = np.logical_or(terminated, truncated)
         durations = self._durations.infos(infos, stepped, self._ended)

@@ -8,11 +8,11 @@ from typing import Any
 import gymnasium as gym
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
 from torch import Tensor, nn
 
+from mesocosm.agents.learners import module_of
 from mesocosm.agents.mbpo import WorldSAC
-from mesocosm.agents.rllib import export, learner_of, save_training
+from mesocosm.agents.rllib import export, save_training
 from mesocosm.policies.policy import describe, sequential
 from mesocosm.policies.value import ValueFunction
 
@@ -40,7 +40,7 @@ def export_value(algorithm: Algorithm) -> ValueFunction:
     """The value function of a trained algorithm: the critics of SAC in a world, the value network
     of PPO, APPO and IMPALA, and DQN's own action values.
     """
-    module: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID]
+    module: Any = module_of(algorithm)
     gamma = float(algorithm.config.gamma)  # type: ignore[union-attr]
     if isinstance(algorithm, WorldSAC):
         kind = "actions" if module.discrete else "state_action"

@@ -23,8 +23,9 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
+from mesocosm.agents.learners import learner_of, on_learners
 from mesocosm.agents.mbpo import WorldSAC
-from mesocosm.agents.rllib import learner_of, runners
+from mesocosm.agents.rllib import runners
 from mesocosm.config import fingerprint
 
 ADAPTED = ("curr_kl_coeffs_per_module", "curr_log_alpha")
@@ -55,6 +56,10 @@ def reseed(algorithm: Algorithm, seed: int, iteration: int) -> None:
     runners(algorithm).foreach_env_runner(
         lambda runner: seed_all(derived(f"runner {runner.worker_index}"))
     )
+    if not algorithm.learner_group.is_local:  # type: ignore[union-attr]
+        on_learners(
+            algorithm, lambda learner: seed_all(derived(f"learner {learner._learner_index}"))
+        )
     seed_all(derived("learner"))
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is not None:
@@ -63,17 +68,9 @@ def reseed(algorithm: Algorithm, seed: int, iteration: int) -> None:
 
 def capture(algorithm: Algorithm) -> dict[str, Any]:
     """The state between two iterations. It refers to live objects: pickle it before the next."""
-    learner = learner_of(algorithm)
     return {
         "algorithm": algorithm.get_state(),
-        "adapted": {
-            name: {id: tensor.detach() for id, tensor in getattr(learner, name).items()}
-            for name in ADAPTED
-            if hasattr(learner, name)
-        },
-        "target_updates": {
-            name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)
-        },
+        "learners": on_learners(algorithm, _learner_state),
         "runners": runners(algorithm).foreach_env_runner(_runner_state),
         "replay": _replay_state(algorithm),
     }
@@ -82,7 +79,39 @@ def capture(algorithm: Algorithm) -> dict[str, Any]:
 def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
     """Restore a captured state into a freshly built algorithm of the same settings."""
     algorithm.set_state(state["algorithm"])
-    learner = learner_of(algorithm)
+    assert algorithm.metrics is not None
+    sampled = algorithm.metrics.peek(SAMPLED, default=0)
+    on_learners(algorithm, partial(_restore_learner, state["learners"], sampled))
+    states = {part["index"]: part for part in state["runners"] if part is not None}
+    runners(algorithm).foreach_env_runner(partial(_restore_runner, states))
+    if isinstance(algorithm, WorldSAC):
+        algorithm.imagined.restore(state["replay"]["imagined"])
+        learner_of(algorithm).updates = state["replay"]["updates"]
+    elif state["replay"] is not None:
+        buffer: Any = algorithm.local_replay_buffer
+        buffer.episodes = state["replay"]["episodes"]
+        buffer.set_state(state["replay"])  # keeps the existing episodes
+
+
+def _learner_state(learner: Any) -> dict[str, Any]:
+    """The values that `Learner.get_state` leaves out. Each remote learner adapts to its share of a
+    batch.
+    """
+    return {
+        "index": learner._learner_index,
+        "adapted": {
+            name: {id: tensor.detach().cpu() for id, tensor in getattr(learner, name).items()}
+            for name in ADAPTED
+            if hasattr(learner, name)
+        },
+        "target_updates": {
+            name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)
+        },
+    }
+
+
+def _restore_learner(states: list[dict[str, Any]], sampled: int, learner: Any) -> None:
+    (state,) = (state for state in states if state["index"] == learner._learner_index)
     with torch.no_grad():
         for name, tensors in state["adapted"].items():
             for id, tensor in tensors.items():
@@ -90,18 +119,7 @@ def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
     for name, steps in state["target_updates"].items():
         getattr(learner, name).update(steps)
     if hasattr(learner, SCHEDULERS):  # a schedule's value is set only after an update
-        assert algorithm.metrics is not None
-        sampled = algorithm.metrics.peek(SAMPLED, default=0)
         getattr(learner, SCHEDULERS)[DEFAULT_MODULE_ID].update(timestep=sampled)
-    states = {part["index"]: part for part in state["runners"] if part is not None}
-    runners(algorithm).foreach_env_runner(partial(_restore_runner, states))
-    if isinstance(algorithm, WorldSAC):
-        algorithm.imagined.restore(state["replay"]["imagined"])
-        learner.updates = state["replay"]["updates"]
-    elif state["replay"] is not None:
-        buffer: Any = algorithm.local_replay_buffer
-        buffer.episodes = state["replay"]["episodes"]
-        buffer.set_state(state["replay"])  # keeps the existing episodes
 
 
 def _replay_state(algorithm: Algorithm) -> dict[str, Any] | None:

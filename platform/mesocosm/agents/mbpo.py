@@ -101,6 +101,7 @@ class BranchEnv(FlatEnv):
             rows.append(Columns(*(column[keep] for column in step)))
             statistics = self._statistics
             statistics.steps += self.num_envs
+            statistics.measured += self.num_envs * ("disagreement" in infos)
             statistics.diverged += int(diverged.sum())
             for part in (infos, last):
                 statistics.disagreement += float(np.sum(part.get("disagreement", 0.0)))

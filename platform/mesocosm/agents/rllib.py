@@ -9,10 +9,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import ray
 import torch
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
@@ -29,6 +31,7 @@ from mesocosm import checks
 from mesocosm.agents import durations, mbpo
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, Statistics
+from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
 from mesocosm.errors import MesocosmError, UsageError, nearest
@@ -76,11 +79,11 @@ def _parameters(algo: str) -> list[str]:
     return names
 
 
-def _configure(config: AlgorithmConfig, setup: Setup) -> None:
+def _configure(config: AlgorithmConfig, setup: Setup, gpus: int = 0) -> None:
     for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     config.framework("torch")
-    config.learners(num_learners=0)
+    config.learners(num_learners=setup.learners, num_gpus_per_learner=gpus)
     config.env_runners(
         num_env_runners=setup.runners,
         num_envs_per_env_runner=setup.num_envs,
@@ -94,7 +97,7 @@ def _configure(config: AlgorithmConfig, setup: Setup) -> None:
     batch: dict[str, Any] = {}
     if setup.algo in ON_POLICY:
         steps = setup.num_envs * setup.rollout * max(setup.runners, 1)
-        batch["train_batch_size_per_learner"] = steps
+        batch["train_batch_size_per_learner"] = steps // max(setup.learners, 1)
     config.training(**{"gamma": setup.gamma, **batch, **setup.params})
     config.debugging(seed=setup.seed)
     if setup.branches:
@@ -164,7 +167,7 @@ def build(
         # a fifth of all sampling time.
         off: dict[str, Any] = {"normalize_actions": False, "clip_actions": False}
         config.environment(name, disable_env_checking=True, **off)
-        _configure(config, setup)
+        _configure(config, setup, gpus_per_learner(setup))
         steps = 0 if setup.branches else setup.iteration_steps
         config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=steps)
         with warnings.catch_warnings():  # Gymnasium's, of an id that RLlib registers repeatedly
@@ -179,11 +182,22 @@ def build(
     return algorithm
 
 
+def gpus_per_learner(setup: Setup) -> int:
+    """1 if this Ray has a GPU for every remote learner, otherwise 0."""
+    gpus = ray.cluster_resources().get("GPU", 0) if setup.learners else 0
+    return int(gpus >= setup.learners > 0)
+
+
 def _start_small(algorithm: Algorithm) -> None:
     """Start near one distribution for all observations: scale the policy's last layer by 0.01
     (Andrychowicz et al., arXiv 2006.05990, section 3.2).
     """
-    pi: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID].pi
+    on_learners(algorithm, _start_learner_small)
+    _sync(algorithm)
+
+
+def _start_learner_small(learner: Any) -> None:
+    pi: Any = learner.module[DEFAULT_MODULE_ID].unwrapped().pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
         last.weight.mul_(0.01)
@@ -192,7 +206,6 @@ def _start_small(algorithm: Algorithm) -> None:
             log_std = getattr(pi, "log_std", None)
             target = last.bias[len(last.bias) // 2 :] if log_std is None else log_std
             target.fill_(math.log(INITIAL_STD))
-    _sync(algorithm)
 
 
 def statistics(algorithm: Algorithm) -> Statistics:
@@ -225,7 +238,7 @@ def learned(result: Mapping[str, Any]) -> dict[str, float]:
 def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> Policy:
     """The algorithm's current policy, between the environment's (observation, action) spaces."""
     algo = type(algorithm).__name__
-    module: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID]
+    module: Any = module_of(algorithm)
     log_std, epsilon = None, 0.0
     if algo == "DQN":
         settings = module.model_config
@@ -274,23 +287,14 @@ def runners(algorithm: Algorithm) -> EnvRunnerGroup:
     return algorithm.env_runner_group
 
 
-def learner_of(algorithm: Algorithm) -> Any:
-    """The learner, which lives in this process (num_learners=0)."""
-    group: Any = algorithm.learner_group
-    return group._learner
-
-
 def save_training(algorithm: Algorithm, folder: Path) -> None:
     """Write the weights of the learner's module, without pickle."""
-    state = learner_of(algorithm).module[DEFAULT_MODULE_ID].state_dict()
-    weights = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    save_file(weights, folder / TRAINING_STATE)
+    save_file(on_learners(algorithm, weights_of)[0], folder / TRAINING_STATE)
 
 
 def load_training(algorithm: Algorithm, folder: Path) -> None:
     """Load the weights that `save_training` wrote, which `check_init` has checked."""
-    module = learner_of(algorithm).module[DEFAULT_MODULE_ID]
-    module.load_state_dict(load_file(folder / TRAINING_STATE))
+    on_learners(algorithm, partial(load_weights, load_file(folder / TRAINING_STATE)))
     _sync(algorithm)
 
 

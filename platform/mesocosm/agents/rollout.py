@@ -24,7 +24,8 @@ def imagined_episodes(
 
     Args:
         policies: Policies, which act greedily.
-        env: The environments. It is closed. Its penalty is part of the reward. An episode ends at
+        env: The environments. It asks for disagreement only where its rewards need it, and is
+            closed. Its penalty is part of the reward. An episode ends at
             its horizon, or where the world terminates or diverges.
         seed: Seed of the environments and policies; the result is a function of it.
         progress: Called with the number of steps.
@@ -35,6 +36,7 @@ def imagined_episodes(
     count = env.num_envs // len(policies)
     assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
     rng = np.random.default_rng(seed)
+    env.disagreement_every = 0
     total, running, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
     lengths = np.zeros(env.num_envs, np.int64)
     actions: list[Any] = [None] * len(policies)

@@ -107,7 +107,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "agents": [] if former is None else [former.id],
         }
         setup = settings.imagined(config, codec.spec.reward_size, ActionMap(spaces[1]).head)
-        left_out = ["world", "backend", "app", "datasets", "init", "rival"]
+        left_out = ["world", "backend", "app", "datasets", "init", "rival", "learners"]
         if not setup.branches:
             left_out += SAC_KEYS
         elif not config.svg:
@@ -117,6 +117,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         facts["starts"] = starts_of(config)
         if config.rival is not None:
             facts["rival"] = True
+        if config.learners:
+            facts["learners"] = config.learners
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
@@ -152,7 +154,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     def resources(self, plan: TrainAgentPlan) -> Resources:
         config = plan.config
         serves = config.backend == "serve" and config.ray.address is None
-        return {f"runners={config.runners}": (config.runners + int(serves), 0)}
+        cpus = config.runners + config.learners + int(serves)
+        return {f"runners={config.runners} and learners={config.learners}": (cpus, 0)}
 
     def make(self, plan: TrainAgentPlan, run: Run) -> Artifact:
         config, horizon = plan.config, plan.horizon
@@ -163,8 +166,9 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             checkpoints.remove()
         progress = checkpoints.latest()
         ray_session.ensure(config.ray)
-        if config.runners:
-            ray_session.preflight(cpus=config.runners, key=f"runners={config.runners}")
+        if actors := config.runners + config.learners:
+            key = f"runners={config.runners} and learners={config.learners}"
+            ray_session.preflight(cpus=actors, key=key)
         arguments = _arguments(plan, run)
         metrics: dict[str, float] = {}
         verdicts: dict[str, str] = {}
@@ -220,6 +224,7 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
         "penalty": config.penalty,
         "max_disagreement": config.max_disagreement,
         "adversary": config.objective == "disagreement",
+        "disagreement_every": settings.DISAGREEMENT_EVERY,
     }
 
 
@@ -331,28 +336,27 @@ def _iterate(
             result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
+            # In an iteration of few steps none may be measured: the last known value remains.
+            disagreement = {n: v for n, v in metrics.items() if n == "disagreement"}
+            disagreement |= seen.mean_disagreement()
             metrics = {
                 "imagined_steps": total,
                 "steps_per_s": seen.steps / (time.monotonic() - began),
-                "disagreement": seen.disagreement / max(seen.steps, 1),
                 "diverged": diverged,
+                **disagreement,
                 **rllib.learned(result),
             }
-            shown = ""
+            shown = "".join(f"disagreement {value:.3f}  " for value in disagreement.values())
             if seen.returns:
                 metrics["imagined_return"] = float(np.mean(seen.returns))
                 metrics["imagined_length"] = float(np.mean(seen.lengths))
-                shown = f"return {metrics['imagined_return']:.1f}  "
+                shown = f"return {metrics['imagined_return']:.1f}  {shown}"
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
             if checkpoints.due():
                 checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
-            update(
-                iteration + 1,
-                f"imagined {shown}disagreement {metrics['disagreement']:.3f} "
-                f" {metrics['steps_per_s']:,.0f} steps/s",
-            )
+            update(iteration + 1, f"imagined {shown}{metrics['steps_per_s']:,.0f} steps/s")
     if diverged:
         run.say(
             f"{diverged} imagined episodes were cut where the world's numbers left all bounds; a"

@@ -29,7 +29,11 @@ def check(config: AgentConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
     rllib.check(config)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
-    checks.at_least(config, 0, "snapshots", "runners", "svg")
+    checks.at_least(config, 0, "snapshots", "runners", "learners", "svg")
+    if config.learners and config.algo == "SAC":
+        fix = "leave it out, or use PPO, APPO, IMPALA or DQN"
+        message = f"learners must be 0 with algo=SAC, got {config.learners}"
+        raise UsageError(f"{message}; SAC in a world learns in the job's process: {fix}")
     if config.starts is not None:
         checks.one_of(config, STARTS, "starts")
     checks.at_least(config, 1, "branch")
@@ -53,10 +57,12 @@ def check(config: AgentConfig) -> None:
             f"rival must be null with init, got {config.rival}; the agent of init is one already"
         )
     steps = config.num_envs * config.rollout * max(config.runners, 1)
+    steps //= max(config.learners, 1)
     minibatch = config.params.get("minibatch_size")
     if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
         fix = "lower it, or raise num_envs or rollout"
-        message = f"params.minibatch_size must be <= the {steps} steps of an iteration"
+        each = " for each learner" if config.learners > 1 else ""
+        message = f"params.minibatch_size must be <= the {steps} steps of an iteration{each}"
         raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 

@@ -25,6 +25,7 @@ from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
 from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
 from mesocosm.policies import behaviours
+from mesocosm.serve.config import first_replicas
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import known
 
@@ -89,15 +90,15 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
 def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
     """(CPUs, GPUs) that each stage needs, by key."""
     train, agent = cfg.pretrain.train, cfg.agent
-    replicas = cfg.serve.replicas if agent.backend == "serve" else 0
-    cpus = replicas * cfg.serve.cpus + agent.runners
+    replicas = first_replicas(cfg.serve) if agent.backend == "serve" else 0
+    cpus = replicas * cfg.serve.cpus + agent.runners + agent.learners
     gpus = replicas if cfg.serve.device == "cuda" else 0
     resources: dict[str, tuple[float, float]] = {
         f"pretrain.train.workers={train.workers}": (
             train.workers,
             train.workers * (train.gpus_per_worker or 0),
         ),
-        f"serve.replicas with agent.runners={cpus:g}": (cpus, gpus),
+        f"serve.replicas with agent.runners and agent.learners={cpus:g}": (cpus, gpus),
     }
     collections = {"collect": cfg.collect} | ({"explore": cfg.explore} if cfg.rounds > 1 else {})
     for name, block in collections.items():

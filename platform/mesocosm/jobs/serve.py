@@ -11,7 +11,7 @@ from typing import Any
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
-from mesocosm.serve.config import ServeConfig, check
+from mesocosm.serve.config import ServeConfig, check, first_replicas
 from mesocosm.serve.deployment import LISTENERS, check_world, deploy, undeploy
 from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
@@ -42,13 +42,17 @@ class Serve(Job[ServeConfig, ServePlan]):
 
     def resources(self, plan: ServePlan) -> Resources:
         config = plan.config
-        gpus = config.replicas if config.device == "cuda" else 0
-        return {f"replicas={config.replicas}": (config.replicas * config.cpus, gpus)}
+        replicas = first_replicas(config)
+        gpus = replicas if config.device == "cuda" else 0
+        return {f"replicas={replicas}": (replicas * config.cpus, gpus)}
 
     def summary(self, plan: ServePlan) -> dict[str, Any]:
         config = plan.config
         summary: dict[str, Any] = {"world": plan.id, "path": str(plan.folder), "app": config.name}
-        summary |= {"replicas": config.replicas, "cpus": config.replicas * config.cpus}
+        replicas = first_replicas(config)
+        summary |= {"replicas": replicas, "cpus": replicas * config.cpus}
+        if config.autoscaling:
+            summary["autoscaling"] = config.autoscaling
         if config.planner is not None:
             summary |= {"planner": config.planner, "agent": config.agent}
         return summary | {"http": config.http, "price": 0.0}
@@ -66,7 +70,9 @@ class Serve(Job[ServeConfig, ServePlan]):
         deploy(config, run.say)
         address = ray.get_runtime_context().gcs_address
         run.record(app=config.name, address=address, inputs={"world": world})
-        served = f"world {world} is served as {config.name!r} by {config.replicas} replica(s)"
+        served = (
+            f"world {world} is served as {config.name!r} by {first_replicas(config)} replica(s)"
+        )
         run.say(f"{served}; Ctrl-C ends it.")
         if not Path(world).is_absolute():
             words = [f"world={world}", f"app={config.name}", f"ray.address={address}"]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MEMBER, TASK, REWARD, REWARD_VALUE, TERMINATION = range(5)
+MEMBER, TASK, REWARD, REWARD_VALUE, TERMINATION, SAMPLED = range(6)
 """Slots of uniforms that belong to no observation; those of observations start at OBSERVATION."""
 OBSERVATION = 16
 KEEP = 0.8

@@ -55,9 +55,14 @@ def check_step(request: Message, spec: Spec, batch: int) -> None:
         _array(request, name, dtype, (batch,))
     if request.get("mode") not in MODES:
         raise _invalid(request, "mode", f"one of {', '.join(MODES)}")
+    requested = request.get("disagreement")
+    if not isinstance(requested, bool):
+        raise _invalid(request, "disagreement", "true or false")
     limit = request.get("max_disagreement")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
         raise _invalid(request, "max_disagreement", "a number (Infinity for no limit)")
+    if limit < float("inf") and not requested:
+        raise _invalid(request, "disagreement", "true with a max_disagreement")
     _parts(request, "action", spec.action, (batch,))
     _check_starts(request, spec, batch)
 

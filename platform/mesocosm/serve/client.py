@@ -45,9 +45,10 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     A trajectory is a function of (world, seed, first_env, B, actions), on both backends and on any
     replica.
 
-    infos: "disagreement" [B] float32 (1 is what a tenth of held-out transitions exceed);
-    "diverged" [B] bool (truncated because the next observation was not finite); "duration" [B]
-    where the world has durations; each with its `_` mask.
+    infos: "disagreement" [B] float32 (1 is what a tenth of held-out transitions exceed), at the
+    steps that `disagreement_every` asks for; "diverged" [B] bool (truncated because the next
+    observation was not finite); "duration" [B] where the world has durations; each with its `_`
+    mask.
 
     Args:
         num_envs: Number of environments B.
@@ -72,6 +73,10 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         max_disagreement: Truncate an episode after a step with more, which infos["uncertain"]
             (bool, B) marks. None for never.
         adversary: The reward becomes log(1 + disagreement); infos["raw_reward"] has the world's.
+        disagreement_every: N: one step of every N has infos["disagreement"], which a hash of
+            (seed, clock) picks; 1 for every step, 0 for none. It takes several times as long as
+            the rest of a step and changes nothing else. With `penalty`, `max_disagreement` or
+            `adversary` every step has it.
         deadline_s: Seconds that a replica may take, including its replacement.
     """
 
@@ -99,11 +104,14 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         penalty: float = 0.0,
         max_disagreement: float | None = None,
         adversary: bool = False,
+        disagreement_every: int = 1,
         deadline_s: float = 120.0,
     ):
         for key, value in (("num_envs", num_envs), ("horizon", horizon)):
             if value is not None and value < 1:
                 raise UsageError(f"{key} must be >= 1, got {value}")
+        if disagreement_every < 0:
+            raise UsageError(f"disagreement_every must be >= 0, got {disagreement_every}")
         if backend not in BACKENDS:
             hint = f"got {backend!r}{nearest(backend, BACKENDS)}"
             raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, {hint}")
@@ -114,6 +122,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
         self.num_envs, self.horizon, self.deadline_s = num_envs, horizon, deadline_s
         self.penalty, self.adversary = penalty, adversary
+        self.disagreement_every = disagreement_every
+        self._needs_disagreement = bool(penalty) or adversary or max_disagreement is not None
         limit = np.inf if max_disagreement is None else max_disagreement
         self.max_disagreement = float(np.float32(limit))
         self._seed, self._first_env, self._starts = seed, first_env, starts
@@ -209,6 +219,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             cut = late
         request: Message = {"op": "step", "session": self._session, "clock": self._history.clock}
         request |= {"mode": self.autoreset_mode.value, "max_disagreement": self.max_disagreement}
+        request["disagreement"] = self._asks(self._history.clock)
         request |= {"episode": self._episode, "step": self._steps, "cut": cut}
         put(request, "action", action)
         if same_step or cut.any():
@@ -216,7 +227,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         reply = self._step(request)
 
         terminated, diverged = reply["terminated"], reply["diverged"]
-        uncertain = reply["disagreement"] > self.max_disagreement
+        uncertain = np.zeros(self.num_envs, np.bool_)
+        if np.isfinite(self.max_disagreement):
+            uncertain = reply["disagreement"] > self.max_disagreement
         truncated = (late | diverged | uncertain) & ~terminated
         if same_step:
             restarted = cut | terminated | diverged | uncertain
@@ -240,6 +253,16 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         decoded = self._codec.decode_observation(observation, self._task)
         return decoded, reward, terminated, truncated, infos
 
+    def _asks(self, clock: int) -> bool:
+        """True if the step at this clock asks for disagreement: one of each `disagreement_every`.
+        A hash picks it: every N-th would always be the same step of short episodes.
+        """
+        every = 1 if self._needs_disagreement else self.disagreement_every
+        if every < 2:
+            return every == 1
+        bits = rng.bits(rng.keys(self._seed, self._env[:1], clock // every, START), rng.SAMPLED)
+        return bool((bits[0] >> 32) % every == clock % every)
+
     def _encode_action(self, actions: Any) -> Parts:
         """Encode actions. Raises UsageError where one is missing or not finite."""
         action = self._codec.action(actions)
@@ -258,8 +281,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _reward(self, reply: Message) -> tuple[NDArray[np.float64], dict[str, Any]]:
         """The reward [B] after penalty or adversary, and the infos of a step."""
-        reward, disagreement = reply["reward"].astype(np.float64), reply["disagreement"]
-        infos = {"disagreement": disagreement, "diverged": reply["diverged"]}
+        reward, infos = reply["reward"].astype(np.float64), {"diverged": reply["diverged"]}
+        if "disagreement" in reply:
+            infos["disagreement"] = disagreement = reply["disagreement"]
         if self._codec.spec.durations:
             infos["duration"] = reply["duration"]
         if self.penalty or self.adversary:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mesocosm.config import JobConfig
 from mesocosm.errors import UsageError, nearest
@@ -28,6 +29,11 @@ class ServeConfig(JobConfig):
     name: str = "mesocosm"
     """Name of the Serve application."""
     replicas: int = 1
+    autoscaling: dict[str, Any] = field(default_factory=dict)
+    """Fields of Ray Serve's AutoscalingConfig: the number of replicas follows the clients' requests
+    between `min_replicas` and `max_replicas`, so that each has `target_ongoing_requests` at once.
+    Empty for always `replicas`.
+    """
     threads: int = 1
     """Torch threads per replica. A trajectory has the same bits only for the same value."""
     cpus: float = 1.0
@@ -50,6 +56,8 @@ def check(config: ServeConfig) -> None:
     for key, least in dict(replicas=1, threads=1, max_sessions=1, max_worlds=1, cpus=0).items():
         if not getattr(config, key) >= least:
             raise UsageError(f"serve.{key} must be >= {least}, got {getattr(config, key)}")
+    if config.autoscaling:
+        _check_autoscaling(config)
     if config.http is not None and not 0 <= config.http <= 65535:
         ports = "a port from 1024 to 65535, 0 for any free port or null for none"
         raise UsageError(f"serve.http must be {ports}, got {config.http}")
@@ -69,3 +77,36 @@ def check(config: ServeConfig) -> None:
     if config.device not in DEVICES:
         hint = f"got {config.device!r}{nearest(config.device, DEVICES)}"
         raise UsageError(f"serve.device must be one of {', '.join(DEVICES)}, {hint}")
+
+
+def first_replicas(config: ServeConfig) -> int:
+    """The number of replicas that start with the application."""
+    if not config.autoscaling:
+        return config.replicas
+    least: int = config.autoscaling.get("min_replicas", 1)
+    first: int | None = config.autoscaling.get("initial_replicas")
+    return least if first is None else first
+
+
+def _check_autoscaling(config: ServeConfig) -> None:
+    """Raise UsageError where Ray Serve has no such field, or refuses its value."""
+    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig  # Ray, which most commands do not need
+
+    if config.replicas != 1:
+        fix = "set serve.autoscaling.initial_replicas instead"
+        raise UsageError(
+            f"serve.replicas must be 1 with serve.autoscaling, got {config.replicas}; {fix}"
+        )
+    names = [name for name in AutoscalingConfig.model_fields if name != "policy"]
+    for name in config.autoscaling:
+        if name not in names:
+            message = f"serve.autoscaling.{name} is not a field of Ray Serve's AutoscalingConfig"
+            raise UsageError(f"{message} that a world can use{nearest(name, names)}")
+    try:
+        AutoscalingConfig(**config.autoscaling)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["serve.autoscaling", *map(str, first["loc"])])
+        value = first["input"] if first["loc"] else config.autoscaling
+        raise UsageError(f"{key} is refused by Ray Serve: {first['msg']}, got {value}") from error

@@ -22,6 +22,8 @@ from mesocosm.serve.line import open_line, packed, receive_frame, send_frame
 from mesocosm.serve.protocol import Message, pack, unpack
 
 LOOPBACK = "127.0.0.1"
+REROUTE_S = 10.0
+"""Seconds between two questions to Serve which replica is this client's: one may have been added"""
 DIAL_S, REDIAL_S = 5.0, 60.0
 """Seconds to open a line, and before one that could not be opened is tried again (a firewall that
 drops packets makes each attempt take DIAL_S)
@@ -61,6 +63,7 @@ class Served:
     """Host, port, node and pid of the replica at the other end of the line"""
     _line: socket.socket | None = None
     _no_line_until = 0.0
+    _routed_at = 0.0
     _number = 0
     """The last request's number, which its reply repeats: no reply is taken for another one's"""
 
@@ -120,6 +123,8 @@ class Served:
                 raise
 
     def _send(self, data: bytes, timeout: float) -> bytes | bytearray:
+        if self._line is not None and time.monotonic() > self._routed_at + REROUTE_S:
+            self._reroute()
         line = self._line or self._dial(timeout)
         if line is None:
             return self._handle.call.remote(data).result(timeout_s=timeout)
@@ -140,6 +145,7 @@ class Served:
         if time.monotonic() < self._no_line_until:
             return None
         replica = self._handle.connect.remote().result(timeout_s=timeout)
+        self._routed_at = time.monotonic()
         token = replica.pop("token")
         if replica["host"] != LOOPBACK or replica["node"] == self._node:
             seconds = min(timeout, DIAL_S)
@@ -149,6 +155,17 @@ class Served:
         else:
             self.replica = replica
         return self._line
+
+    def _reroute(self) -> None:
+        """Close the line if Serve now chooses another replica, as after it has added one. The
+        session is restored there.
+        """
+        self._routed_at = time.monotonic()
+        with contextlib.suppress(*self._lost):
+            replica = self._handle.connect.remote().result(timeout_s=DIAL_S)
+            current = self.replica
+            if current is None or any(replica[key] != current[key] for key in ("host", "port")):
+                self._hang_up()
 
     def _hang_up(self) -> None:
         if self._line is not None:

@@ -15,7 +15,8 @@ import torch
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.world import World
-from mesocosm.serve.config import ServeConfig, check
+from mesocosm.serve.autoscaling import METRIC, OngoingRequests, desired_replicas
+from mesocosm.serve.config import ServeConfig, check, first_replicas
 from mesocosm.serve.connection import LOOPBACK
 from mesocosm.serve.line import LineServer, packed
 from mesocosm.serve.plans import PlanServer
@@ -64,7 +65,8 @@ class Replica:
         self.sessions = Sessions(worlds.get, max_sessions, plans)
         one_machine = len(ray.nodes()) == 1
         host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
-        self._line = LineServer(host, self.call)
+        self._ongoing = OngoingRequests()
+        self._line = LineServer(host, self._call_on_line)
 
     def call(self, data: bytes | bytearray) -> bytes:
         """Answer a packed request. Never raises: the client must get the error and not retry."""
@@ -79,6 +81,14 @@ class Replica:
             logger.exception("a request failed")
             message = f"the replica failed: {type(error).__name__}: {error}"
             return pack({"error": message, "kind": "bug", "number": number})
+
+    def _call_on_line(self, data: bytearray) -> bytes:
+        with self._ongoing:
+            return self.call(data)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks for it where the application autoscales (`autoscaling`)."""
+        return {METRIC: self._ongoing.mean()}
 
     def connect(self) -> dict[str, Any]:
         """The address and token of this replica's line (who calls this may call the world too)."""
@@ -149,8 +159,9 @@ def _start_serve(config: ServeConfig, report: Callable[[str], None]) -> None:
         address = config.ray.address
         report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     ray_session.ensure(config.ray)
-    replicas = f"serve.replicas={config.replicas} with serve"
-    cpus, gpus = config.replicas * config.cpus, config.replicas * (config.device == "cuda")
+    first = first_replicas(config)
+    replicas = f"serve.replicas={first} with serve"
+    cpus, gpus = first * config.cpus, first * (config.device == "cuda")
     ray_session.preflight(key=f"{replicas}.cpus={config.cpus:g}", cpus=cpus)
     ray_session.preflight(key=f"{replicas}.device={config.device}", gpus=gpus)
 
@@ -177,7 +188,8 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     from ray import serve
 
     world = f"world {config.world}" if config.world else "the worlds that clients name"
-    report(f"starting {config.replicas} replica(s), each of which loads {world}")
+    replicas = first_replicas(config)
+    report(f"starting {replicas} replica(s), each of which loads {world}")
     target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
     name, began, reported = f"application {config.name!r}", time.monotonic(), ""
@@ -192,9 +204,7 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
             running = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
         if status.status == "DEPLOY_FAILED":
             raise MesocosmError(f"{name} did not start: {reason or _cause(status.message)}")
-        line = f"{running} of {config.replicas} replica(s) ready" + (
-            f": {reason}" if reason else ""
-        )
+        line = f"{running} of {replicas} replica(s) ready" + (f": {reason}" if reason else "")
         if line != reported and (running or reason):
             report(f"{line} [{time.monotonic() - began:.1f} s]")
             reported = line
@@ -210,15 +220,19 @@ def _cause(message: str) -> str:
 
 
 def application(config: ServeConfig) -> Any:
-    """Build the Serve application of `config.replicas` replicas. Starts nothing."""
+    """Build the Serve application of `config`. Starts nothing."""
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
     gpus, threads = int(config.device == "cuda"), {"OMP_NUM_THREADS": str(config.threads)}
     actor = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads}}
+    count: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.autoscaling:
+        policy = AutoscalingPolicy(policy_function=desired_replicas)
+        count = {"autoscaling_config": AutoscalingConfig(**config.autoscaling, policy=policy)}
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
         name="world",
-        num_replicas=config.replicas,
+        **count,
         max_ongoing_requests=256,
         ray_actor_options=actor,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]

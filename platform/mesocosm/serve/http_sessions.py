@@ -196,13 +196,14 @@ class HttpSessions:
             reply = {"observation": observation, "task": env.task_options}
         return to_json({"session": session, "world": self.id, **reply})
 
-    def step(self, session: str, action: list[Any]) -> bytes:
+    def step(self, session: str, action: list[Any], disagreement: bool) -> bytes:
         """Step a session's environments. Returns the reply as JSON."""
         try:
             batch = self._actions.decode(*self._actions.encode_list(action))
         except MesocosmError as error:
             raise UsageError(str(error)) from error
         with self._env(session) as env:
+            env.disagreement_every = int(disagreement)
             try:
                 observation, reward, terminated, truncated, infos = env.step(batch)
             except ResetNeeded as error:

@@ -3,7 +3,7 @@
 A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool). Parts travel as
 two arrays, `<name>.numbers` and `<name>.categories`.
 
-    b"MSC1" | uint32 header length | header: JSON {"values": {...}, "arrays": [[name, dtype, shape],
+    b"MSC2" | uint32 header length | header: JSON {"values": {...}, "arrays": [[name, dtype, shape],
     ...]} | arrays, each 8-byte aligned
 
 Requests (`op`) and their replies, for B environments:
@@ -12,13 +12,20 @@ Requests (`op`) and their replies, for B environments:
                                                        planner (its size, or None)
     begin     session, world, seed, first_env, replaces, episode [B], start
                                                        -> observation, task
-    step      session, clock, mode, episode [B], step [B], action, cut [B], max_disagreement, start
-                                                       -> observation, reward, terminated, duration,
-                                                       disagreement (+ task, final)
+    step      session, clock, mode, episode [B], step [B], action, cut [B], disagreement,
+              max_disagreement, start                  -> observation, reward, terminated, duration,
+                                                       diverged (+ disagreement, task, final)
     restore   session, world, seed, first_env, context.*
                                                        -> clock
     end       session                                  -> nothing
     plan      world, context.*, plan.*                 -> action, plan.*
+
+A step's reply has `disagreement` [B] only if the request's `disagreement` is true. The members are
+asked for it at several times the cost of the step, which is the same either way. With a finite
+`max_disagreement` it must be true.
+
+MSC1 had no field `disagreement`, and every step's reply had the array. A message of another version
+is refused.
 
 A request through Serve or its line also has a `number`, which its reply repeats.
 
@@ -41,7 +48,7 @@ import torch
 from mesocosm.model.spec import Parts
 
 Message = dict[str, Any]
-MAGIC = b"MSC1"
+MAGIC = b"MSC2"
 CONTEXT = "context."
 """Prefix of a context's arrays (`model.world.Context.to_numpy`) in a message."""
 PLAN = "plan."
@@ -79,6 +86,9 @@ def unpack(data: bytes | bytearray) -> Message:
     Raises:
         ValueError: `data` is not a message, or is damaged.
     """
+    if len(data) >= 8 and data[:3] == MAGIC[:3] and data[:4] != MAGIC:
+        fix = "use the same version of Mesocosm on both sides"
+        raise ValueError(f"a message must have version {MAGIC!r}, got {bytes(data[:4])!r}; {fix}")
     if len(data) < 8 or data[:4] != MAGIC:
         raise ValueError(f"a message must begin with {MAGIC!r}, got {bytes(data[:4])!r}")
     buffer = data if isinstance(data, bytearray) else bytearray(data)

@@ -30,8 +30,8 @@ from mesocosm.store.artifacts import Storage
 
 START = -1
 """The step in the random key of an episode's start; transitions count from 0."""
-STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "disagreement", "diverged")
-"""Fields of `StepOut` in a reply, beside the observation"""
+STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "diverged")
+"""Fields of `StepOut` in a reply, beside the observation and, on request, the disagreement"""
 BLOCKS = 32
 """Blocks of starts that a session keeps; environments with long episodes still use older ones."""
 
@@ -164,18 +164,22 @@ class Session:
         world, episode = self.world, request["episode"]
         keys = rng.keys(self.seed, self.env, episode, request["step"])
         action = get(request, "action").to(world.device)
-        self.carry, out = world.step(self.carry, action, torch.from_numpy(keys).to(world.device))
+        keys_on_device = torch.from_numpy(keys).to(world.device)
+        requested = request["disagreement"]
+        self.carry, out = world.step(self.carry, action, keys_on_device, disagreement=requested)
         observation = out.observation
-        reply: Message = {name: getattr(out, name).numpy(force=True) for name in STEP_FIELDS}
+        names = (*STEP_FIELDS, "disagreement") if requested else STEP_FIELDS
+        reply: Message = {name: getattr(out, name).numpy(force=True) for name in names}
         same_step, mask = request["mode"] == "SameStep", request["cut"]
         if same_step:
-            uncertain = reply["disagreement"] > request["max_disagreement"]
-            mask = mask | reply["terminated"] | reply["diverged"] | uncertain
+            mask = mask | reply["terminated"] | reply["diverged"]
+            if requested:
+                mask = mask | (reply["disagreement"] > request["max_disagreement"])
         if mask.any():
             if same_step:
                 put(reply, "final", observation)
             else:
-                for name in STEP_FIELDS:
+                for name in names:
                     reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
             task, start = self.starts(request, episode + 1, mask)
             chosen = torch.from_numpy(mask).to(world.device)
