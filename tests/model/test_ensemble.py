@@ -168,9 +168,9 @@ def test_draws_follow_the_density() -> None:
 
     change = drawn_step.observation.numbers[:, 0] - observed[:, 0]
     centre = float(change.median())
-    at = observed + torch.tensor([[centre, 0.0], [centre + 0.05, 0.0]])
+    at = observed + torch.tensor([[centre, 0.0], [centre + 0.02, 0.0]])
     density = likelihood(Parts(at, categories[:1].expand(2, -1)))
-    near = [int(((change - centre - shift).abs() < 0.01).sum()) for shift in (0.0, 0.05)]
+    near = [int(((change - centre - shift).abs() < 0.004).sum()) for shift in (0.0, 0.02)]
     assert float(density[0] - density[1]) == pytest.approx(math.log(near[0] / near[1]), abs=0.2)
 
 
