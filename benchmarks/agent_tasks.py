@@ -13,6 +13,8 @@ WORLD = "world"
 """The world's agent: the job `loop`."""
 FORMER = "world, PPO"
 """PPO in the world: cells of earlier commits, which are shown and not run."""
+PLANNER = "planner"
+"""The ablation in which a planner with the agent acts, in the data and when it is measured."""
 PEER = "SB3-SAC"
 """Stable-Baselines3's SAC (peers.py)."""
 
@@ -130,7 +132,7 @@ ABLATIONS: dict[str, list[str]] = {
     "penalty=0.3": ["agent.penalty=0.3"],
     "members=1": ["pretrain.model.members=1"],
     "members=8": ["pretrain.model.members=8"],
-    "planner": ["explore.behaviours=[{kind: planner}]"],
+    PLANNER: ["explore.behaviours=[{kind: planner}]", "stop_at_target=false"],
     "warm_start=false": ["warm_start=false"],
     "warm_start=auto": ["warm_start=auto"],
 }

@@ -40,15 +40,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import agent_report
 import peers
-from agent_tasks import ABLATED, ABLATIONS, FORMER, HERE, LEAN, PEER, TASKS, WORLD
+from agent_tasks import ABLATED, ABLATIONS, FORMER, HERE, LEAN, PEER, PLANNER, TASKS, WORLD
 from bench_world import ROOT, commit
 
 from mesocosm import config, signals
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import facts_of
+from mesocosm.evaluate import policy_set
+from mesocosm.evaluate.judge import judge
 from mesocosm.jobs import baseline, loop
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
+from mesocosm.store.artifacts import Artifact, Storage
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -101,7 +106,7 @@ class Cell:
 
 def world(cell: Cell, save: Callable[[dict[str, Any]], None]) -> None:
     """Run the loop, and save the curve so far a few times. More rounds keep the first ones."""
-    cfg = cell.loop()
+    cfg, target = cell.loop(), TASKS[cell.task].target
     step = max(1, cfg.rounds // PARTS)
     for rounds in [*range(step, cfg.rounds, step), cfg.rounds]:
         part = replace(cfg, rounds=rounds)
@@ -109,19 +114,40 @@ def world(cell: Cell, save: Callable[[dict[str, Any]], None]) -> None:
             artifact = loop.JOB.run(part, run)
         summary = json.loads((artifact.path / "summary.json").read_text())
         curve = summary["curves"]["world"][0]
+        points = [(p["real_steps"], p["mean"]) for p in curve["points"]]
+        if cell.ablation == PLANNER:
+            points = planned(cell, part, artifact, [steps for steps, _ in points])
+        reached = next((steps for steps, mean in points if mean >= target), None)
         spent = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
         save(
             {
-                "reached": curve["steps_to_target"],
+                "reached": reached,
                 "judged": spent["judge"]["steps"],
                 "price": spent["collect"]["price"],
-                "points": [(p["real_steps"], p["mean"]) for p in curve["points"]],
+                "points": points,
                 "seconds": curve["wall_seconds"],
-                "finished": rounds == cfg.rounds or curve["steps_to_target"] is not None,
+                "finished": rounds == cfg.rounds or reached is not None,
             }
         )
-        if curve["steps_to_target"] is not None:
+        if reached is not None:
             break
+
+
+def planned(
+    cell: Cell, cfg: loop.LoopConfig, artifact: Artifact, steps: list[int]
+) -> list[tuple[int, float]]:
+    """(real steps, mean return) of the planner with each round's agent, instead of the agent's."""
+    storage, points = Storage(str(ROOT)), read().get(cell.name, {"points": []})["points"]
+    ledger = Ledger(storage, f"planned-{artifact.id}", price=cfg.reality.price)
+    spaces = facts_of(cfg.reality).spaces
+    for agent in artifact.meta["inputs"]["agents"][len(points) :]:
+        behaviour = BehaviourConfig(kind="planner", policy=f"agents/{agent}")
+        policy = policy_set.named(behaviour, storage, *spaces).policy
+        episodes, seed = cfg.evaluate.episodes, cell.seed
+        judged = judge(policy, cfg.reality, ledger, episodes=episodes, seed=seed)
+        points.append((steps[len(points)], judged.mean))
+        print(f"  planner after {points[-1][0]} real steps: {judged.mean:.1f}", flush=True)
+    return points
 
 
 def model_free(cell: Cell, save: Callable[[dict[str, Any]], None]) -> None:
