@@ -90,6 +90,22 @@ def test_the_artifact_has_its_provenance(whole: Any) -> None:
     assert "warning: termination check failed" in whole.log
 
 
+def test_known_parts_are_of_the_world_and_change_no_weight(whole: Any, pretrain: Make) -> None:
+    root, module = str(whole.artifact.path.parent.parent), "mesocosm.envs.known"
+    ended = f"{module}:cartpole_terminated"
+    result = pretrain(root, *SHORT, f"known.terminated={ended}")
+    meta, world = result.artifact.meta, World.load(result.artifact.path)
+    assert result.artifact.id != whole.artifact.id and same_weights(result, whole)
+    assert meta["config"]["known"]["terminated"]["function"] == ended
+    assert "known" not in whole.artifact.meta["config"]
+    assert meta["checks"]["termination"] == f"not applicable: {ended} is known"
+    assert meta["metrics"]["termination_recall"] == 0.0, "of the learned one"
+    assert world.known is not None and world.known.reward is None
+    with pytest.raises(UsageError, match=r"known.terminated='.*:never' must agree with the data"):
+        pretrain(root, *SHORT, f"known.terminated={module}:never")
+    assert Storage(root).list("runs/checkpoints") == []
+
+
 def test_run_again_reuses_the_world_and_leaves_nothing(whole: Any, pretrain: Make) -> None:
     root = str(whole.artifact.path.parent.parent)
     again = pretrain(root, *SHORT, "train.zero_stage=1", "train.checkpoint_every=6")
