@@ -25,7 +25,7 @@ def test_true_functions_make_no_error_and_untrained_networks_do(
     tmp_path: Path, family: str
 ) -> None:
     data = worlds.collect(tmp_path / "walks", 30)
-    world = worlds.untrained_world(data, family=family, context=4, head_steps=0)
+    world = worlds.untrained_world(data, family=family, context=4, head_steps=1)
     assert known_parts(world, data) is None
     world.known = Codec.from_json(world.codec).known(REWARD, ENDED)
     parts = known_parts(world, data)
