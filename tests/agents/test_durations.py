@@ -166,6 +166,7 @@ def built(
     *,
     reports: bool = True,
     by_time: bool = False,
+    runners: int = 0,
     **params: Any,
 ) -> Iterator[Any]:
     """An algorithm on `num_envs` Pace environments, with the defaults of training in a world, but
@@ -179,7 +180,7 @@ def built(
         return AgentEnv(vector)
 
     config = AgentConfig(algo=algo, params=params, model={"fcnet_hiddens": [16]}, gamma=GAMMA)
-    config.num_envs, config.rollout = num_envs, rollout
+    config.num_envs, config.rollout, config.runners = num_envs, rollout, runners
     setup = replace(settings.imagined(config), rollout=rollout, imagined=False)
     algorithm = rllib.build(setup, make_env, folder)
     try:
@@ -323,6 +324,26 @@ def test_steps_of_several_transitions_are_refused_where_durations_discount(
         pytest.raises(UsageError, match=r"params.n_step must be 1 .*got [23]"),
     ):
         rllib.train(algorithm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runners", [0, 1])
+def test_an_error_of_an_environment_reaches_the_job(
+    ray_local: None, tmp_path: Path, runners: int
+) -> None:
+    """RLlib by itself ends the runner's process, and the reason stays in a log."""
+    with built(tmp_path, "PPO", runners=runners) as algorithm:
+        algorithm.env_runner_group.foreach_env_runner(break_env)
+        with pytest.raises(MesocosmError, match="the tank is empty"):
+            rllib.train(algorithm)
+
+
+def break_env(runner: Any) -> None:
+    def step(actions: Any) -> Any:
+        raise MesocosmError("the tank is empty")
+
+    if runner.env is not None:
+        runner.env.unwrapped.step = step
 
 
 # -- an environment's infos

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from mesocosm.agents.durations import Durations
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
@@ -141,3 +142,10 @@ def make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
     episodes.
     """
     return AgentEnv(WorldVectorEnv(num_envs, **arguments))
+
+
+class AgentRunner(SingleAgentEnvRunner):
+    """An environment runner whose errors reach the job. RLlib's logs them and ends its process."""
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return func(self, *args, **kwargs)

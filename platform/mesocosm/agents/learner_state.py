@@ -12,6 +12,7 @@ continue, but do not repeat.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import deque
 from functools import partial
@@ -153,7 +154,7 @@ def _runner_state(runner: Any) -> dict[str, Any] | None:
 def _restore_runner(states: dict[int, dict[str, Any]], runner: Any) -> None:
     if runner.env is None:
         return
-    state = states[runner.worker_index]
+    state = copy.deepcopy(states[runner.worker_index])  # arrays from Ray are read-only
     runner.set_state(state["state"] | {"weights_seq_no": 0})  # 0: always take the weights
     runner._weights_seq_no = state["state"]["weights_seq_no"]
     runner.metrics.set_state(state["metrics"])

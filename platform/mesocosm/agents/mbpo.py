@@ -23,12 +23,11 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.algorithms.sac import SAC
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.metrics import LEARNER_RESULTS
 from torch import Tensor
 
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.env import FlatEnv
+from mesocosm.agents.env import AgentRunner, FlatEnv
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
 from mesocosm.agents.svg import Lookahead
@@ -128,7 +127,7 @@ class BranchEnv(FlatEnv):
         """The inverse of `state`."""
 
 
-class BranchRunner(SingleAgentEnvRunner):
+class BranchRunner(AgentRunner):
     """An environment runner whose sample is columns."""
 
     def imagine(self, steps: int) -> Columns:

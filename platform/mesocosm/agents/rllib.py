@@ -30,7 +30,7 @@ from torch import nn
 from mesocosm import checks
 from mesocosm.agents import durations, mbpo
 from mesocosm.agents.config import AgentConfig, BaselineConfig
-from mesocosm.agents.env import AgentEnv, Statistics
+from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics
 from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
@@ -85,6 +85,7 @@ def _configure(config: AlgorithmConfig, setup: Setup, gpus: int = 0) -> None:
     config.framework("torch")
     config.learners(num_learners=setup.learners, num_gpus_per_learner=gpus)
     config.env_runners(
+        env_runner_cls=AgentRunner,
         num_env_runners=setup.runners,
         num_envs_per_env_runner=setup.num_envs,
         gym_env_vectorize_mode="vector_entry_point",
