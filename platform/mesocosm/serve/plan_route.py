@@ -23,7 +23,7 @@ from mesocosm.serve.schema import integer, json_type
 Seed: Any = integer(0, (1 << 62) - 1)
 
 
-class PlanRequest(BaseModel):
+class PlanBody(BaseModel):
     """Without a state new episodes begin. With the state of the last reply they go on, except where
     `restart` is true.
     """
@@ -96,7 +96,7 @@ def add_route(app: FastAPI, sessions: HttpSessions, responses: dict[int | str, A
     one_each = Field(min_length=1, max_length=MAX_ENVS, description="one for each environment")
     observations: Any = Annotated[list[observation], one_each], ...
     actions: Any = list[action], ...
-    plan_request = create_model("Plan", __base__=PlanRequest, observation=observations)
+    plan_request = create_model("Plan", __base__=PlanBody, observation=observations)
     plan_reply = create_model("PlanReply", __base__=PlanReply, action=actions)
 
     def plan(request: Any) -> Response:
