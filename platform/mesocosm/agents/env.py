@@ -12,9 +12,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from mesocosm.agents.durations import Durations
+from mesocosm.errors import MesocosmError
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -148,4 +150,20 @@ class AgentRunner(SingleAgentEnvRunner):
     """An environment runner whose errors reach the job. RLlib's logs them and ends its process."""
 
     def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return func(self, *args, **kwargs)
+        try:
+            return func(self, *args, **kwargs)
+        except Exception as error:
+            raise (root_error(error) or error) from None  # Ray drops an error's cause
+
+
+def root_error(error: BaseException) -> MesocosmError | None:
+    """The MesocosmError behind an error, which RLlib or Ray wrapped."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RayTaskError):
+            cause = cause.cause
+        elif isinstance(cause, MesocosmError):
+            return cause
+        else:
+            cause = cause.__cause__ or cause.__context__
+    return None

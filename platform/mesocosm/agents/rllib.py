@@ -30,11 +30,11 @@ from torch import nn
 from mesocosm import checks
 from mesocosm.agents import durations, mbpo
 from mesocosm.agents.config import AgentConfig, BaselineConfig
-from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics
+from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, root_error
 from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
-from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.errors import UsageError, nearest
 from mesocosm.policies.heads import ActionMap, flat_space
 from mesocosm.policies.policy import Head, Layout, Policy, describe
 
@@ -222,9 +222,7 @@ def train(algorithm: Algorithm) -> dict[str, Any]:
     try:
         return algorithm.train()
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, MesocosmError):
-            cause = cause.__cause__ or cause.__context__
+        cause = root_error(error)
         if cause is None or cause is error:
             raise
         raise cause from error
