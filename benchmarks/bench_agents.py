@@ -29,6 +29,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,7 +218,9 @@ def run(cell: Cell) -> None:
         shown = {**result, "settings": cell.settings, "commit": commit(), "command": cell.command}
         RESULTS.parent.mkdir(exist_ok=True)
         by_name = dict(sorted({**read(), cell.name: shown}.items()))
-        RESULTS.write_text(json.dumps(by_name, indent=1) + "\n")
+        part = RESULTS.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(by_name, indent=1) + "\n")
+        os.replace(part, RESULTS)  # other cells may be running
 
     (world if cell.method == WORLD else model_free)(cell, save)
 
@@ -225,14 +228,15 @@ def run(cell: Cell) -> None:
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
     """Raise KeyboardInterrupt, as Ctrl-C does, when the seconds have passed in the block."""
+    # A thread: the alarm signal belongs to the guard of real steps.
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
     with signals.end_like_interrupt():
-        former = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        timer.start()
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, former)
+            timer.cancel()
 
 
 def left(cell: Cell, results: dict[str, Any]) -> tuple[str, float]:
