@@ -14,7 +14,7 @@ WORLD = "world"
 FORMER = "world, PPO"
 """PPO in the world: cells of earlier commits, which are shown and not run."""
 PLANNER = "planner"
-"""The ablation in which a planner with the agent acts, in the data and when it is measured."""
+"""The ablation in which a planner with the agent acts when it is measured."""
 PEER = "SB3-SAC"
 """Stable-Baselines3's SAC (peers.py)."""
 
@@ -133,7 +133,8 @@ ABLATIONS: dict[str, list[str]] = {
     "penalty=0.3": ["agent.penalty=0.3"],
     "members=1": ["pretrain.model.members=1"],
     "members=8": ["pretrain.model.members=8"],
-    PLANNER: ["explore.behaviours=[{kind: planner}]", "stop_at_target=false"],
+    PLANNER: [],
+    "planner collects": ["explore.behaviours=[{kind: planner}]"],
     "warm_start=false": ["warm_start=false"],
     "warm_start=auto": ["warm_start=auto"],
 }

@@ -42,19 +42,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import agent_report
 import peers
 from agent_tasks import ABLATED, ABLATIONS, FORMER, HERE, LEAN, PEER, PLANNER, TASKS, WORLD
+from bench_planner import played
 from bench_world import ROOT, commit
 
 from mesocosm import config, signals
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
+from mesocosm.data.planners import load_planner
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import facts_of
-from mesocosm.evaluate import policy_set
-from mesocosm.evaluate.judge import judge
 from mesocosm.jobs import baseline, loop
-from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.runs import tracking
-from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.store.artifacts import Storage
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -117,7 +116,9 @@ def world(cell: Cell, save: Callable[[dict[str, Any]], None]) -> None:
         curve = summary["curves"]["world"][0]
         points = [(p["real_steps"], p["mean"]) for p in curve["points"]]
         if cell.ablation == PLANNER:
-            points = planned(cell, part, artifact, [steps for steps, _ in points])
+            points = planned(
+                cell, part, artifact.meta["inputs"]["agents"], [at for at, _ in points]
+            )
         reached = next((steps for steps, mean in points if mean >= target), None)
         spent = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
         save(
@@ -135,19 +136,19 @@ def world(cell: Cell, save: Callable[[dict[str, Any]], None]) -> None:
 
 
 def planned(
-    cell: Cell, cfg: loop.LoopConfig, artifact: Artifact, steps: list[int]
+    cell: Cell, cfg: loop.LoopConfig, agents: list[str], steps: list[int]
 ) -> list[tuple[int, float]]:
-    """(real steps, mean return) of the planner with each round's agent, instead of the agent's."""
+    """(real steps, mean return) of the planner with each round's agent, instead of the agent's. No
+    ledger counts these measurements, whose episodes step together.
+    """
     storage, points = Storage(str(ROOT)), read().get(cell.name, {"points": []})["points"]
-    ledger = Ledger(storage, f"planned-{artifact.id}", price=cfg.reality.price)
-    spaces = facts_of(cfg.reality).spaces
-    for agent in artifact.meta["inputs"]["agents"][len(points) :]:
-        behaviour = BehaviourConfig(kind="planner", policy=f"agents/{agent}")
-        policy = policy_set.named(behaviour, storage, *spaces).policy
-        episodes, seed = cfg.evaluate.episodes, cell.seed
-        judged = judge(policy, cfg.reality, ledger, episodes=episodes, seed=seed)
-        points.append((steps[len(points)], judged.mean))
-        print(f"  planner after {points[-1][0]} real steps: {judged.mean:.1f}", flush=True)
+    for agent in agents[len(points) :]:
+        planner = load_planner(storage, f"agents/{agent}")
+        policy = PlannerPolicy(planner)
+        policy.reset(cfg.evaluate.episodes)
+        mean = float(played(policy.act, planner.codec, cfg.evaluate.episodes).mean())
+        points.append((steps[len(points)], mean))
+        print(f"  planner after {points[-1][0]} real steps: {mean:.1f}", flush=True)
     return points
 
 
@@ -194,7 +195,9 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         tasks = [options.task] if options.task else ABLATED
         seeds = [options.seed] if options.seed is not None else SEEDS
         cells = [Cell(task, WORLD, seed, options.ablation) for seed in seeds for task in tasks]
-        return [cell for cell in cells if cell.loop() != replace(cell, ablation=None).loop()]
+        plain = [replace(cell, ablation=None).loop() for cell in cells]
+        pairs = zip(cells, plain, strict=True)
+        return [cell for cell, base in pairs if cell.ablation == PLANNER or cell.loop() != base]
     return [
         Cell(name, method, seed)
         for seed in SEEDS

@@ -28,10 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gymnasium
 import numpy as np
 import torch
+from bench_world import commit
 from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array, iterate
 
-from benchmarks.bench_world import commit
 from mesocosm.data.loading.codec import Codec, Scaling
 from mesocosm.data.planners import load_agent, load_planner
 from mesocosm.datasets.spaces import SpaceCodec
