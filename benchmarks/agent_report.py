@@ -177,15 +177,22 @@ def _ablations(results: Results) -> None:
 
 
 def plot(results: Results, curves: Curves, path: Path) -> None:
-    """Return against environment steps of each task: a line a seed, a cross at a censored end."""
+    """Return against environment steps of each task that has any: a line a seed, a cross at a
+    censored end.
+    """
+    names = [
+        name
+        for name, task in TASKS.items()
+        if name in curves or any(runs_of(results, name, method) for method in task.methods)
+    ]
     with pyplot.rc_context({**STYLE, "svg.hashsalt": "mesocosm"}):
-        rows = -(-len(TASKS) // COLUMNS)
+        rows = -(-len(names) // COLUMNS)
         figure, grid = pyplot.subplots(
             rows, COLUMNS, figsize=(12, 2.9 * rows), layout="constrained"
         )
-        for axis in grid.flat[len(TASKS) :]:
+        for axis in grid.flat[len(names) :]:
             axis.set_axis_off()
-        for axis, name in zip(grid.flat, TASKS, strict=False):
+        for axis, name in zip(grid.flat, names, strict=False):
             _panel(axis, name, results, curves.get(name, {}))
         figure.supxlabel("real environment steps trained on")
         figure.supylabel("mean return of greedy real episodes")
