@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_AUTH_MODE"] = "token"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Workers import the worlds of the tests.
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
 
 import numpy as np
 import ray
@@ -47,6 +49,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentEnv, make_env
 from mesocosm.agents.learners import on_learners
 from mesocosm.cluster import ray_session
+from mesocosm.cluster.spec import make_token
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import ModelConfig
 from mesocosm.plotting import STYLE, WORLD, canvas, document, legend
@@ -79,11 +82,10 @@ class SimulatedReplica:
         world = untrained(*SPACES, terminal=1e-9, **MODEL)
         self.sessions = Sessions(lambda _: ("simulated", world))
         self.replies: dict[int, Message] = {}
-        self.lock = threading.Lock()
         self._line = LineServer(LOOPBACK, self.call)
 
     def call(self, data: bytes | bytearray) -> bytes:
-        """Answer a packed request; `cpu` is this process's CPU time so far, in seconds."""
+        """Answer a packed request."""
         request = unpack(data)
         number = request.pop("number")
         size = len(request["episode"]) if request["op"] == "step" else 0
@@ -189,7 +191,7 @@ def replicas() -> dict[str, Any]:
         counts, groups = (1, 2), []
         for count in counts:
             options: dict[str, Any] = {"storage": StorageConfig(root), "cpus": 0.5}
-            deploy(ServeConfig("sequence", name=f"of{count}", replicas=count, **options))
+            deploy(ServeConfig(world="sequence", name=f"of{count}", replicas=count, **options))
             groups.append(start_runners(f"of{count}", 2, REAL_ENVS, "sequence"))
         rows = [[measure(group, SECONDS)[0] for group in groups] for _ in range(2 * ROUNDS)]
         for count in counts:
@@ -239,6 +241,7 @@ def nodes(count: int) -> Iterator[None]:
     """A private Ray of a head and `count` nodes of one CPU, all on this machine."""
     from ray.cluster_utils import Cluster
 
+    make_token(Path.home() / ".ray" / "auth_token", "set RAY_AUTH_TOKEN_PATH to one of your own")
     with tempfile.TemporaryDirectory(prefix="mesoray-") as folder:
         options: dict[str, Any] = {"include_dashboard": False, "node_ip_address": LOOPBACK}
         head = options | {"num_cpus": 4, "temp_dir": folder}
@@ -295,7 +298,8 @@ def main() -> None:
         head = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, cwd=HERE).stdout.strip()
         for name, function in cells().items():
-            if not name.startswith(options.only) or (name in results and not options.force):
+            chosen = name == options.only or name.startswith(f"{options.only} ".lstrip())
+            if not chosen or (name in results and not options.force):
                 continue
             with nodes(2):
                 cell = function()
