@@ -15,9 +15,10 @@ from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
+from mesocosm.model.head_fit import BATCH, fit_heads
 from mesocosm.model.mup import init_, param_groups
 from mesocosm.model.net import apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Windows
+from mesocosm.model.spec import Events, Parts, PartSpec, Spec, TextSpan, Windows
 from mesocosm.model.world import StepOut, World
 
 from .nets import categories, nothing, numbers
@@ -42,14 +43,47 @@ def take(data: Windows, rows: Tensor | slice) -> Windows:
     return Windows(**{k: None if v is None else v[rows] for k, v in values.items()})
 
 
+def single(data: Windows, spec: Spec, rows: Tensor) -> Windows:
+    """Some of the windows' transitions, each in a window of its own and as an event."""
+    pairs = (
+        torch.stack((x[:, :-1], x[:, 1:]), 2).flatten(0, 1)[rows]
+        for x in (data.observation.numbers, data.observation.categories)
+    )
+    observation = Parts(*pairs)
+    before, after = observation[:, 0], observation[:, 1]
+    action, task = data.action.flatten()[rows], Parts.empty(spec.task, len(rows))
+    episode = data.episode.repeat_interleave(W)[rows]
+    reward, terminated = (x.flatten()[rows].unsqueeze(1) for x in (data.reward, data.terminated))
+    valid = torch.ones(len(rows), 1, dtype=torch.bool)
+    return Windows(
+        observation=observation,
+        action=action.repeat(1),
+        task=task,
+        reward=reward,
+        terminated=terminated,
+        duration=torch.zeros(len(rows), 1),
+        mask=valid,
+        start=~valid[:, 0],
+        episode=episode,
+        events=Events(before, action, after, task, terminated[:, 0], valid[:, 0].float(), episode),
+    )
+
+
 def train(spec: Spec, data: Windows, steps: int, *, lr: float = 5e-3, **config: Any) -> World:
-    defaults = {"size": "10k", "members": 2, "context": W, "base_steps": 50}
+    defaults = {"size": "10k", "members": 2, "context": W, "base_steps": 50, "head_steps": 2000}
     cfg = ModelConfig(**(defaults | config))
     net = build(spec, cfg)
     init_(net, 0)
     before, after = data.observation[:, :-1].flatten(), data.observation[:, 1:].flatten()
     task, episode = Parts.empty(spec.task, data.mask.numel()), data.episode.repeat_interleave(W)
     base = Base.fit(spec, cfg, (before, data.action.flatten(), task, after, episode), seed=0)
+    rows = torch.arange(data.mask.numel())
+
+    def some_transitions(step: int) -> Windows:
+        generator = torch.Generator().manual_seed(step)
+        return single(data, spec, rows[torch.randint(len(rows), (BATCH,), generator=generator)])
+
+    fit_heads(base, some_transitions, single(data, spec, rows), cfg.head_steps, seed=0)
     optimizer = torch.optim.AdamW(param_groups(net, lr, 0.01), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2.0 * (1 - step / max(steps, 1)))
@@ -134,7 +168,7 @@ def test_history_is_used_where_the_state_is_hidden() -> None:
     def nats(world: World) -> float:
         return float(world.losses(held_out).nats["dynamics"]) / 100
 
-    world = train(NUMBER, data, 250, lr=2e-3)
+    world = train(NUMBER, data, 250, lr=2e-3, base_steps=0)
     # log 2 an episode with history, log 2 for each of its four departures from 0 without.
     assert nats(world) < 2 * np.log(2)
     assert nats(train(NUMBER, data, 80, lr=2e-3, family="ensemble")) > 3.5 * np.log(2)
