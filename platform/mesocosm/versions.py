@@ -16,6 +16,6 @@ VERSIONS = {
     "train-agent": 2,
     "baseline": 1,
     "evaluate": 1,
-    "propose": 1,
+    "propose": 2,
     "loop": 2,
 }

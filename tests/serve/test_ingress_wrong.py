@@ -145,7 +145,8 @@ def send(client: Any, message: Fields | bytes) -> Any:
 def damaged(name: str, value: Any) -> list[Any]:
     """Wrong values of the field `name`, which holds `value`."""
     if not isinstance(value, np.ndarray):
-        wrong: list[Any] = [None, [], {}, True, 7 if isinstance(value, str) else "x"]
+        wrong: list[Any] = [None, [], {}, 7 if isinstance(value, str) else "x"]
+        wrong += [] if isinstance(value, bool) else [True]
         return wrong + ([1 << 70, -(1 << 70), 0.5] if isinstance(value, int) else [])
     dtypes = [dtype for dtype in (np.float32, np.int64, np.bool_) if dtype != value.dtype]
     wrong = ["x", None, 3, value[None], np.zeros((0, *value.shape), value.dtype)]

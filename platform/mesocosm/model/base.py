@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.fitting import Fit, fit
+from mesocosm.model.fitting import StoppedFit, fit
 from mesocosm.model.heads import reward_outputs
 from mesocosm.model.ladder import BASE_HIDDEN
 from mesocosm.model.layers import MemberMLP
@@ -96,7 +96,7 @@ class Base(nn.Module):
         }
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def record(self, part: str, fit: Fit) -> None:
+    def record(self, part: str, fit: StoppedFit) -> None:
         """Note the result of a part's fit in `fits`."""
         self.fits[PARTS.index(part)] = torch.tensor([fit.steps, fit.loss], dtype=torch.float64)
 
@@ -207,7 +207,7 @@ def _fit_ridge(base: Base, x: Tensor, change: Tensor, keep: Tensor) -> None:
 
 def _fit_mlp(
     base: Base, x: Tensor, target: Tensor, keep: Tensor, most: int, generator: torch.Generator
-) -> Fit:
+) -> StoppedFit:
     """AdamW on the Huber loss of `target` [K, N, n], which keeps rare impacts from dominating. Each
     member draws from its own rows, and the rows that it leaves out stop the fit.
     """
@@ -215,7 +215,7 @@ def _fit_mlp(
     for buffer in weights[:4:2]:
         buffer.normal_(0.0, buffer.shape[1] ** -0.5, generator=generator)
     if most == 0:
-        return Fit(0, math.nan)
+        return StoppedFit(0, math.nan)
     trained = [buffer.clone().requires_grad_() for buffer in weights]
     settings: Any = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "fused": True}
     optimizer = torch.optim.AdamW(trained, **settings)

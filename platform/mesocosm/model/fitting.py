@@ -27,7 +27,7 @@ ALONE = 300
 
 
 @dataclass(frozen=True)
-class Fit:
+class StoppedFit:
     """The result of a fit."""
 
     steps: int  # after which the kept weights were reached
@@ -39,7 +39,7 @@ def fit(
     loss: Callable[[int], Tensor],
     held_out: Callable[[], Tensor] | None,
     most: int,
-) -> Fit:
+) -> StoppedFit:
     """Minimise `loss` and leave the average with the least held-out loss in the parameters.
 
     Args:
@@ -55,7 +55,7 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters]
     best = [p.clone() for p in average]
-    result, reference, last_gain = Fit(0, math.nan), math.inf, 0
+    result, reference, last_gain = StoppedFit(0, math.nan), math.inf, 0
     if held_out is None:
         most = min(most, ALONE)
     for step in range(1, most + 1):
@@ -69,14 +69,14 @@ def fit(
             continue
         value = _judged(parameters, average, held_out)
         if math.isnan(result.loss) or value < result.loss:
-            result = Fit(step, value)
+            result = StoppedFit(step, value)
             torch._foreach_copy_(best, average)
         if value < (1 - GAIN) * reference:
             reference, last_gain = value, step
         if step > 1.5 * last_gain + SLACK:
             break
     if held_out is None:
-        result, best = Fit(most, math.nan), average
+        result, best = StoppedFit(most, math.nan), average
     with torch.no_grad():
         torch._foreach_copy_(parameters, best)
     return result

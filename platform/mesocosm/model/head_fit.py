@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mesocosm.model import mup
 from mesocosm.model.base import Base
-from mesocosm.model.fitting import Fit, fit
+from mesocosm.model.fitting import StoppedFit, fit
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, head_inputs, reward_outputs
 from mesocosm.model.net import unroll
 from mesocosm.model.rng import fitted_by
@@ -44,14 +44,14 @@ def fit_heads(
     without = ~fitted_by(episodes, members).any(1, keepdim=True)
     reward, termination = RewardHead(spec, members, 0), TerminationHead(spec, members, 0)
 
-    def kept(episode: Tensor) -> Tensor:
+    def trained(episode: Tensor) -> Tensor:
         return (fitted_by(episode, members) | without).float()
 
     def rewards(windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
         transition, outcome = unroll(windows)
         outputs = base.reward(head_inputs(transition, outcome.observation))
         loss = -reward.log_prob(outputs, None, windows.reward.flatten())
-        return loss, windows.mask.flatten().float(), kept(windows.episode)
+        return loss, windows.mask.flatten().float(), trained(windows.episode)
 
     def terminations(windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
         events = windows.events
@@ -59,14 +59,14 @@ def fit_heads(
         single = Transition(events.observation, events.action, events.task)
         outputs = base.termination(head_inputs(single, events.next_observation))
         loss = bce(termination.logit(outputs), events.terminated)
-        return loss, events.weight, kept(events.episode)
+        return loss, events.weight, trained(events.episode)
 
     if reward_outputs(spec) > 1:
-        judged = bool((1 - kept(held_out.episode)).any())
+        judged = bool((1 - trained(held_out.episode)).any())
         base.record("reward", _fit(base.reward, rewards, draw, held_out, judged, most, seed))
     if events is not None:
         ends = events.terminated > 0.5
-        judged = bool((1 - kept(events.episode[ends])).any())
+        judged = bool((1 - trained(events.episode[ends])).any())
         result = _fit(base.termination, terminations, draw, held_out, judged, most, seed)
         base.record("termination", result)
 
@@ -79,7 +79,7 @@ def _fit(
     judged: bool,
     most: int,
     seed: int,
-) -> Fit:
+) -> StoppedFit:
     """Fit `network` by `losses`: losses [K, N], weights [N], and 1 [K, N] where a member trains on
     the transition. `judged`: transitions that matter are held out.
     """

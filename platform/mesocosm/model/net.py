@@ -41,7 +41,7 @@ class BaseOut:
     """[K, ..., n]: each member's predicted normalised change o_{t+1} - o_t of the numbers"""
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
     heads: HeadOut | None = None
-    """Of the reward and termination networks, if the next observation is known."""
+    """None where the next observation is not known."""
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
         """(shift [K, N, n], scale [n]), float32; with one more column for the duration, if any."""
