@@ -52,13 +52,14 @@ from mesocosm.cluster import ray_session
 from mesocosm.cluster.spec import make_token
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.spec import Parts
 from mesocosm.plotting import STYLE, WORLD, canvas, document, legend
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.connection import LOOPBACK
-from mesocosm.serve.deployment import ROUTER, deploy, undeploy
+from mesocosm.serve.deployment import LOGGING, ROUTER, deploy, undeploy
 from mesocosm.serve.line import LineServer, packed
-from mesocosm.serve.protocol import Message, unpack
+from mesocosm.serve.protocol import Message, put, unpack
 from mesocosm.serve.session import Sessions
 from mesocosm.store.artifacts import Storage
 from tests.serve.worlds import untrained
@@ -72,6 +73,10 @@ LATENCY_S = 0.005
 RUNNERS = (1, 2, 4, 8, 16, 32)
 ENVS, REAL_ENVS = 256, 512
 SECONDS, ROUNDS = 4.0, 5
+NODES = ("127.0.0.2", "127.0.0.3")
+"""Addresses of the nodes besides the head's: of one machine, and yet not 127.0.0.1, on which other
+nodes reach no line
+"""
 
 
 class SimulatedReplica:
@@ -82,7 +87,7 @@ class SimulatedReplica:
         world = untrained(*SPACES, terminal=1e-9, **MODEL)
         self.sessions = Sessions(lambda _: ("simulated", world))
         self.replies: dict[int, Message] = {}
-        self._line = LineServer(LOOPBACK, self.call)
+        self._line = LineServer(NODES[0], self.call)
 
     def call(self, data: bytes | bytearray) -> bytes:
         """Answer a packed request."""
@@ -94,7 +99,9 @@ class SimulatedReplica:
             reply = self.replies[size]
         else:
             reply = self.sessions.call(request)
-            if size:
+            if size:  # with a task, for environments that reset
+                empty = Parts.empty(self.sessions.world("")[1].spec.task, size)
+                put(reply, "task", empty)
                 self.replies[size] = reply | {"terminated": np.zeros(size, np.bool_)}
         return packed(reply | {"number": number})
 
@@ -114,12 +121,13 @@ def simulate(name: str) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    serve.start(proxy_location="Disabled")
+    serve.start(proxy_location="Disabled", logging_config=LOGGING)
     deployment = serve.deployment(SimulatedReplica).options(  # type: ignore[attr-defined]
         name="world",
         max_ongoing_requests=256,
         ray_actor_options={"num_cpus": 0},
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        logging_config=LOGGING,
     )
     return serve.run(deployment.bind(), name=name, route_prefix=None)
 
@@ -133,6 +141,7 @@ class Runner:
         self.env.reset(seed=0)
         self.actions = self.env.action_space.sample()
         self.env.step(self.actions)
+        assert self.env.env._connection.replica is not None, "no line to the replica"
 
     def run(self, seconds: float) -> tuple[int, float, float]:
         """(steps, wall seconds, CPU seconds) of at least `seconds`."""
@@ -237,18 +246,18 @@ def driver(learners: int) -> dict[str, Any]:
 
 
 @contextmanager
-def nodes(count: int) -> Iterator[None]:
-    """A private Ray of a head and `count` nodes of one CPU, all on this machine."""
+def nodes(head_cpus: int) -> Iterator[None]:
+    """A private Ray of a head and of NODES with one CPU each, all on this machine."""
     from ray.cluster_utils import Cluster
 
     make_token(Path.home() / ".ray" / "auth_token", "set RAY_AUTH_TOKEN_PATH to one of your own")
     with tempfile.TemporaryDirectory(prefix="mesoray-") as folder:
-        options: dict[str, Any] = {"include_dashboard": False, "node_ip_address": LOOPBACK}
-        head = options | {"num_cpus": 4, "temp_dir": folder}
+        options: dict[str, Any] = {"include_dashboard": False}
+        head = options | {"num_cpus": head_cpus, "temp_dir": folder, "node_ip_address": LOOPBACK}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            for _ in range(count):
-                cluster.add_node(num_cpus=1, **options)
+            for address in NODES:
+                cluster.add_node(num_cpus=1, node_ip_address=address, **options)
             ray_session.ensure(RayConfig(address=cluster.address))
             yield
         finally:
@@ -261,6 +270,11 @@ def cells() -> dict[str, Any]:
     made: dict[str, Any] = {f"simulated {n}": partial(simulated, n) for n in RUNNERS}
     made["replicas"] = replicas
     return made | {f"driver {n}": partial(driver, n) for n in (0, 2)}
+
+
+def stored() -> dict[str, Any]:
+    """The finished cells by name."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def plot(results: dict[str, Any]) -> None:
@@ -293,7 +307,7 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only draw the stored results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = stored()
     if not options.plot:
         head = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, cwd=HERE).stdout.strip()
@@ -301,9 +315,9 @@ def main() -> None:
             chosen = name == options.only or name.startswith(f"{options.only} ".lstrip())
             if not chosen or (name in results and not options.force):
                 continue
-            with nodes(2):
+            with nodes(4 if name.startswith("driver") else 0):
                 cell = function()
-            results[name] = cell | {"commit": commit}
+            results = stored() | {name: cell | {"commit": commit}}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(name, cell, flush=True)
     if any(name.startswith("simulated") for name in results):
