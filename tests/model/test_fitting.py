@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mesocosm.model.fitting import ALONE, EVERY, Fit, fit
+from mesocosm.model.fitting import ALONE, EVERY, StoppedFit, fit
 
 
-def run(held_out_optimum: float | None, most: int) -> tuple[Tensor, Fit]:
+def run(held_out_optimum: float | None, most: int) -> tuple[Tensor, StoppedFit]:
     """Fit a weight to 10 from 0, by about 0.01 a step; held-out data prefer another value."""
     weight = torch.zeros(1, requires_grad=True)
 
