@@ -16,7 +16,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -34,7 +33,7 @@ from mesocosm.agents.svg import Lookahead
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.model.world import World
-from mesocosm.policies.heads import ActionMap, flatten_batch
+from mesocosm.policies.heads import ActionMap, flatten_batch, stack
 from mesocosm.serve.client import WorldVectorEnv
 
 IMAGINED = 100_000
@@ -256,7 +255,7 @@ def logged(data: Dataset, gamma: float) -> Replay:
         flat = torch.from_numpy(_flatten(space, episode.observations))
         durations = np.ones(len(episode)) if episode.durations is None else episode.durations
         discount = np.where(episode.terminated, 0.0, gamma**durations)
-        action = actions.to_head(_stack(data.action_space, episode.actions))
+        action = actions.to_head(stack(data.action_space, episode.actions))
         reward, weight = (torch.tensor(x, dtype=torch.float32) for x in (episode.rewards, discount))
         parts.append(Columns(flat[:-1], torch.from_numpy(action), reward, flat[1:], weight))
     rows = Columns(*map(torch.cat, zip(*parts, strict=True)))
@@ -265,10 +264,5 @@ def logged(data: Dataset, gamma: float) -> Replay:
     return replay
 
 
-def _stack(space: gym.Space[Any], values: Sequence[Any]) -> Any:
-    """The values in Gymnasium's vector layout."""
-    return concatenate(space, values, create_empty_array(space, len(values)))
-
-
 def _flatten(space: gym.Space[Any], observations: Sequence[Any]) -> NDArray[np.float32]:
-    return flatten_batch(space, _stack(space, observations))
+    return flatten_batch(space, stack(space, observations))

@@ -30,13 +30,17 @@ def check(config: AgentConfig) -> None:
     """Raise UsageError where the config's `svg` cannot be used, whatever the world."""
     if not config.svg:
         return
-    for key, value in (("algo", "SAC"), ("backend", "local")):
+    needs = (
+        ("algo", "SAC", "only SAC's actor learns by a critic's gradient"),
+        (
+            "backend",
+            "local",
+            "the actor's gradient passes through a world in the learner's process",
+        ),
+    )
+    for key, value, reason in needs:
         actual = getattr(config, key)
         if actual != value:
-            reason = "the actor's gradient passes through a world in the learner's process"
-            reason = (
-                reason if key == "backend" else "only SAC's actor learns by a critic's gradient"
-            )
             raise UsageError(
                 f"svg={config.svg} needs {key}={value}, got {key}={actual}, because {reason}; set"
                 f" {key}={value} or svg=0"

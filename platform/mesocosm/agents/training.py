@@ -155,7 +155,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         config = plan.config
         serves = config.backend == "serve" and config.ray.address is None
         cpus = config.runners + config.learners + int(serves)
-        return {f"runners={config.runners} and learners={config.learners}": (cpus, 0)}
+        return {_actors(config): (cpus, 0)}
 
     def make(self, plan: TrainAgentPlan, run: Run) -> Artifact:
         config, horizon = plan.config, plan.horizon
@@ -167,8 +167,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         progress = checkpoints.latest()
         ray_session.ensure(config.ray)
         if actors := config.runners + config.learners:
-            key = f"runners={config.runners} and learners={config.learners}"
-            ray_session.preflight(cpus=actors, key=key)
+            ray_session.preflight(cpus=actors, key=_actors(config))
         arguments = _arguments(plan, run)
         metrics: dict[str, float] = {}
         verdicts: dict[str, str] = {}
@@ -183,6 +182,10 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         artifact = self.commit(plan, run, fill, metrics=metrics, checks=verdicts)
         checkpoints.remove()
         return artifact
+
+
+def _actors(config: AgentConfig) -> str:
+    return f"runners={config.runners} and learners={config.learners}"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode
@@ -17,15 +16,15 @@ from mesocosm.evaluate.report import report
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
+from mesocosm.policies.heads import stack
 from mesocosm.policies.policy import Acts
 
 
 def starts_of(world: World, episodes: Sequence[Episode]) -> tuple[Parts, Parts]:
     """(task, o_0) of real episodes, [n, ...]. Raises UsageError for a task unknown to the world."""
     codec = codec_of(world)
-    space = codec.observation_space
     first = [episode.observations[0] for episode in episodes]
-    batch = concatenate(space, first, create_empty_array(space, len(first)))
+    batch = stack(codec.observation_space, first)
     return codec.task(batch, [episode.task for episode in episodes]), codec.observation(batch)
 
 

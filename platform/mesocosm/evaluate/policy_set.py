@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, iterate
 
 from mesocosm.data.planners import planner_policy
 from mesocosm.envs.episode import Act
@@ -24,7 +24,7 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.policies.heads import batch_size
+from mesocosm.policies.heads import batch_size, stack
 from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -67,7 +67,7 @@ class Noisy:
             return behaviours.perturbed(actions, space, self.noise, rng).astype(actions.dtype)
         space.seed(int(rng.integers(2**31)))
         rows = iterate(batch_space(space, batch_size(actions)), actions)
-        return _batch(space, [behaviours.perturbed(row, space, self.noise, rng) for row in rows])
+        return stack(space, [behaviours.perturbed(row, space, self.noise, rng) for row in rows])
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map one observation to one action."""
@@ -89,16 +89,12 @@ class Scripted:
     def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map observations of B environments to B actions; `rng` is needed."""
         rows = iterate(batch_space(self.observation_space, batch_size(observations)), observations)
-        return _batch(self.action_space, [self.act_one(row, explore, rng) for row in rows])
+        return stack(self.action_space, [self.act_one(row, explore, rng) for row in rows])
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map one observation to one action; `rng` is needed."""
         assert rng is not None, "a scripted policy takes rng"
         return self.function(observation, rng)
-
-
-def _batch(space: Space, rows: list[Any]) -> Any:
-    return concatenate(space, rows, create_empty_array(space, len(rows)))
 
 
 def full(config: BehaviourConfig, storage: Storage) -> BehaviourConfig:

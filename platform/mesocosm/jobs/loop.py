@@ -225,7 +225,7 @@ class _Loop:
         agent = self._stage(agents.JOB, continued, round, first=serve)
         if cfg.warm_start == "auto":
             new = replace(config, init=None, rival=agent.name)
-            agent = self._stage(agents.JOB, new, round, "train-agent, new", first=serve)
+            agent = self._stage(agents.JOB, new, round, "train-agent, new")
         return agent
 
     def evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:

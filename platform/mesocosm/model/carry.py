@@ -119,3 +119,17 @@ class Prediction:
     p_terminated: Tensor  # [B] of that o_{t+1}; 0 or 1, without gradient, where it is known
     duration: Tensor  # [B] raw units, >= 0; zeros without durations
     disagreement: Tensor | None  # [B] as `StepOut.disagreement`; None where it was not asked for
+
+
+def prefixed(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arrays under names that start with `prefix`."""
+    return {f"{prefix}{name}": value for name, value in arrays.items()}
+
+
+def grouped(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The arrays whose names start with `prefix`, named without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }

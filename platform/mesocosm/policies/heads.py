@@ -7,12 +7,13 @@ action is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError
@@ -32,6 +33,11 @@ def map_batch(function: Callable[..., Any], *batches: Any) -> Any:
     if isinstance(first, tuple) and not isinstance(first[0], str):
         return tuple(map_batch(function, *parts) for parts in zip(*batches, strict=True))
     return function(*batches)
+
+
+def stack(space: gym.Space[Any], values: Sequence[Any]) -> Any:
+    """The values of a space as one batch in vector layout."""
+    return concatenate(space, values, create_empty_array(space, len(values)))
 
 
 def batch_size(batch: Any) -> int:

@@ -9,14 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError
-from mesocosm.model.carry import Context
+from mesocosm.model.carry import Context, grouped, prefixed
 from mesocosm.model.history import History
 from mesocosm.model.spec import Parts
-from mesocosm.policies.heads import batch_size, map_batch
+from mesocosm.policies.heads import batch_size, map_batch, stack
 from mesocosm.policies.planner import PlannerCodec, PlanState
 
 SEEDS = 1 << 62
@@ -140,11 +139,11 @@ class PlannerPolicy:
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything that the next action depends on, as flat arrays without pickle."""
         assert self._state is not None, "call reset before state"
-        arrays = {f"plan.{name}": value for name, value in self._state.to_numpy().items()}
+        arrays = prefixed("plan.", self._state.to_numpy())
         if self._action is None:
             return arrays
-        context = self._history.context(np.zeros(len(self._restarted), np.int64)).to_numpy()
-        arrays |= {f"context.{name}": value for name, value in context.items()}
+        context = self._history.context(np.zeros(len(self._restarted), np.int64))
+        arrays |= prefixed("context.", context.to_numpy())
         arrays |= {
             "action.numbers": self._action.numbers.numpy(),
             "action.categories": self._action.categories.numpy(),
@@ -154,10 +153,7 @@ class PlannerPolicy:
 
     def restored(self, state: Mapping[str, NDArray[Any]]) -> PlannerPolicy:
         """Continue from a `state` of this planner, and return self."""
-        plan, context = (
-            {name[len(group) :]: x for name, x in state.items() if name.startswith(group)}
-            for group in ("plan.", "context.")
-        )
+        plan, context = (grouped(state, prefix) for prefix in ("plan.", "context."))
         self._state = PlanState.from_numpy(plan)
         self._history, self._action = History(self.planner.memory), None
         self._restarted = np.zeros(len(self._state.planned), np.bool_)
@@ -172,8 +168,7 @@ class PlannerPolicy:
         self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
     ) -> Any:
         """Plan the action of one environment."""
-        space = self.observation_space
-        batch = concatenate(space, [observation], create_empty_array(space, 1))
+        batch = stack(self.observation_space, [observation])
         return map_batch(lambda leaf: leaf[0], self.act(batch, explore, rng))
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:

@@ -10,14 +10,20 @@ from typing import Any, Literal, Protocol
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.policies.heads import ActionMap, batch_size, flat_size, flatten_batch, map_batch
+from mesocosm.policies.heads import (
+    ActionMap,
+    batch_size,
+    flat_size,
+    flatten_batch,
+    map_batch,
+    stack,
+)
 from mesocosm.store.artifacts import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
@@ -188,8 +194,7 @@ class Policy:
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map one observation to one action."""
-        space = self.observation_space
-        batch = concatenate(space, [observation], create_empty_array(space, 1))
+        batch = stack(self.observation_space, [observation])
         return map_batch(lambda leaf: leaf[0], self.act(batch, explore, rng))
 
     def save(self, folder: Path) -> None:
@@ -273,7 +278,7 @@ class RandomPolicy:
         """Return one action per observation, in vector layout."""
         count = batch_size(observations)
         draws = [self.act_one(None, explore, rng) for _ in range(count)]
-        return concatenate(self.action_space, draws, create_empty_array(self.action_space, count))
+        return stack(self.action_space, draws)
 
     def act_one(self, observation: Any, explore: bool = True, rng: Rng | None = None) -> Any:
         """Return one action."""

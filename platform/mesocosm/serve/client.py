@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
+from mesocosm.model.carry import prefixed
 from mesocosm.model.history import History
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
@@ -367,7 +368,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 raise MesocosmError(f"world {self.world!r}: {problem}; raise serve.max_sessions")
             member = rng.member_of(self._seed, self._env, self._episode, self._members)
             context = self._history.context(member).to_numpy()
-            arrays = {f"{CONTEXT}{name}": value for name, value in context.items()}
+            arrays = prefixed(CONTEXT, context)
             self._call(self._in_world("restore") | arrays)
 
     def _call(self, request: Message) -> Message:

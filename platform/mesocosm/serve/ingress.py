@@ -26,7 +26,7 @@ import uvicorn
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -41,7 +41,7 @@ from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
 from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection, admit, serve
 from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession
 from mesocosm.serve.plan_route import add_route
-from mesocosm.serve.schema import integer, json_type
+from mesocosm.serve.schema import Model, integer, json_type
 
 logger = logging.getLogger(__name__)
 BINARY = "/v1/call"
@@ -135,10 +135,6 @@ NumEnvs: Any = integer(1, MAX_ENVS)
 Tasks = list[dict[str, bool | int | float | str]]
 Numbers = list[float | None]
 Flags = list[bool]
-
-
-class Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class Problem(Model):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Response
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
@@ -18,17 +18,15 @@ from mesocosm.serve.connection import Served
 from mesocosm.serve.http_sessions import DEADLINE_S, MAX_ENVS, HttpSessions, to_json
 from mesocosm.serve.plans import ServedPlans
 from mesocosm.serve.protocol import pack, unpack
-from mesocosm.serve.schema import integer, json_type
+from mesocosm.serve.schema import Model, integer, json_type
 
 Seed: Any = integer(0, (1 << 62) - 1)
 
 
-class PlanBody(BaseModel):
+class PlanBody(Model):
     """Without a state new episodes begin. With the state of the last reply they go on, except where
     `restart` is true.
     """
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     state: str | None = None
     seed: Seed = 0
@@ -39,9 +37,7 @@ class PlanBody(BaseModel):
     """Reset options of each environment's task, where the world has any"""
 
 
-class PlanReply(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
+class PlanReply(Model):
     state: str
     """The state of the next request"""
 

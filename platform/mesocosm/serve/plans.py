@@ -10,14 +10,14 @@ from types import TracebackType
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.planners import load_agent
 from mesocosm.errors import UsageError
-from mesocosm.model.carry import Context
+from mesocosm.model.carry import Context, grouped, prefixed
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.planner import Planner, PlanSize, PlanState
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve.check import check_plan
 from mesocosm.serve.connection import Connection, Served, reply_of
-from mesocosm.serve.protocol import CONTEXT, PLAN, Message, get, grouped, put
+from mesocosm.serve.protocol import CONTEXT, PLAN, Message, get, put
 from mesocosm.store.artifacts import Storage
 
 
@@ -59,7 +59,7 @@ class PlanServer:
             raise UsageError(
                 f"request 'plan': {error}; send the state of the last reply"
             ) from error
-        reply: Message = {f"{PLAN}{name}": value for name, value in after.to_numpy().items()}
+        reply: Message = prefixed(PLAN, after.to_numpy())
         put(reply, "action", action)
         return reply
 
@@ -87,8 +87,7 @@ class ServedPlans:
     def plan(self, context: Context, state: PlanState) -> tuple[Parts, PlanState]:
         """The next actions [B, ...], and the state after them."""
         request: Message = {"op": "plan", "world": self.world}
-        request |= {f"{CONTEXT}{name}": value for name, value in context.to_numpy().items()}
-        request |= {f"{PLAN}{name}": value for name, value in state.to_numpy().items()}
+        request |= prefixed(CONTEXT, context.to_numpy()) | prefixed(PLAN, state.to_numpy())
         reply = reply_of(self._connection.call(request))
         return get(reply, "action"), PlanState.from_numpy(grouped(reply, PLAN))
 

@@ -121,15 +121,6 @@ def put(message: Message, name: str, parts: Parts) -> None:
     message[f"{name}.categories"] = parts.categories.numpy(force=True)
 
 
-def grouped(message: Message, prefix: str) -> Message:
-    """The items whose names start with `prefix`, named without it."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in message.items()
-        if name.startswith(prefix)
-    }
-
-
 def get(message: Message, name: str) -> Parts:
     """The parts of that name, which share memory with the message."""
     numbers, categories = message[f"{name}.numbers"], message[f"{name}.categories"]

@@ -13,10 +13,16 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
 from mesocosm.datasets.spaces import EXACT, children
+
+
+class Model(BaseModel):
+    """The base of requests and replies: no other fields, and attribute docstrings in OpenAPI."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 @lru_cache(1024)

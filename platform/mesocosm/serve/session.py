@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
-from mesocosm.model.carry import Carry, Context
+from mesocosm.model.carry import Carry, Context, grouped
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
 from mesocosm.serve.plans import PlanServer
-from mesocosm.serve.protocol import CONTEXT, Message, get, grouped, put
+from mesocosm.serve.protocol import CONTEXT, Message, get, put
 from mesocosm.store.artifacts import Storage
 
 START = -1

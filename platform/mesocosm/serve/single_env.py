@@ -9,10 +9,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
-from gymnasium.vector.utils import concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import iterate
 
 from mesocosm.errors import UsageError
 from mesocosm.model.world import World
+from mesocosm.policies.heads import stack
 from mesocosm.serve.client import WorldVectorEnv
 
 
@@ -42,7 +43,7 @@ class WorldEnv(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._over:
             raise ResetNeeded("the episode is over: call reset() before step()")
-        batch = concatenate(self.action_space, [action], create_empty_array(self.action_space, 1))
+        batch = stack(self.action_space, [action])
         observation, reward, terminated, truncated, infos = self._vector.step(batch)
         self._over = bool(terminated[0] or truncated[0])
         info = {name: infos[name][0] for name in infos if not name.startswith("_")}
