@@ -348,16 +348,8 @@ def test_a_world_of_other_spaces_is_refused(points: Dataset, goals: Dataset) -> 
 def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
     walks = worlds.collect(tmp_path / "walks", 300, valid_fraction=0.4, limit=2)
     world = worlds.untrained_world(walks, family="ensemble")
-    start = world.net.start
-    optimizer = torch.optim.Adam(start.parameters(), 1e-2)
-    before = judged(world, walks)
-    world.net.requires_grad_(True)
-    for _ in range(200):
-        loss = -start.log_prob(*start_parts(walks, Codec.fit(walks))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    world.base.start.fit(*start_parts(walks, Codec.fit(walks)))
     after = judged(world, walks)
-    assert before.auc > after.auc + 0.1 and after.auc < 0.62
+    assert after.auc < 0.62
     assert after.coverage > 0.9 and after.validity > 0.9
     assert math.isclose(after.nearest_ratio, 1, abs_tol=0.4)

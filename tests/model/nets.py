@@ -72,7 +72,7 @@ def random_nets(spec: Spec, config: ModelConfig) -> tuple[WorldNet, Base]:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     for name, buffer in base.named_buffers():
-        if name != "fits":
+        if name != "fits" and not name.startswith("start."):
             buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
     for head in (base.reward, base.termination):
         init_(head, 1)

@@ -36,7 +36,7 @@ def test_parameters_are_exact(spec: Spec, family: str) -> None:
     counts = params(spec, config)
     assert counts == count(net, base)
     assert counts.total == sum(p.numel() for p in net.parameters())
-    assert counts.total == counts.dynamics + counts.heads + counts.start
+    assert counts.total == counts.dynamics + counts.heads
     assert counts.base == sum(b.numel() for b in base.state_dict().values()) and counts.members == 3
     assert counts.n == (dims("30k") if family == "sequence" else ensemble_dims("30k")).params
     one = params(spec, ModelConfig(family=family, size="30k", members=1))

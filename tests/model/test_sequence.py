@@ -84,6 +84,8 @@ def train(spec: Spec, data: Windows, steps: int, *, lr: float = 5e-3, **config: 
         return single(data, spec, rows[torch.randint(len(rows), (BATCH,), generator=generator)])
 
     fit_heads(base, some_transitions, single(data, spec, rows), cfg.head_steps, seed=0)
+    first = data.observation[data.start, 0]
+    base.start.fit(Parts.empty(spec.task, len(first.numbers)), first)
     optimizer = torch.optim.AdamW(param_groups(net, lr, 0.01), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2.0 * (1 - step / max(steps, 1)))
@@ -154,24 +156,25 @@ def test_kinds_of_start_come_in_their_frequencies() -> None:
 
 def hidden_mode(episodes: int, seed: int) -> Windows:
     """A hidden mode, +0.5 or -0.5 an episode: every other step goes there and back, and from 0 only
-    history tells where.
+    history tells where. With noise, because a world of exact values is not trained for the values
+    that it imagines.
     """
-    mode = np.random.default_rng(seed).choice([-0.5, 0.5], size=(episodes, 1, 1))
-    x = np.tile(mode, (1, W + 1, 1))
+    random = np.random.default_rng(seed)
+    x = np.tile(random.choice([-0.5, 0.5], size=(episodes, 1, 1)), (1, W + 1, 1))
     x[:, ::2] = 0.0
-    return windows(numbers(torch.from_numpy(x)))
+    return windows(numbers(torch.from_numpy(x + random.normal(scale=0.05, size=x.shape))))
 
 
 def test_history_is_used_where_the_state_is_hidden() -> None:
-    data, held_out = hidden_mode(200, 0), hidden_mode(100, 1)
+    data, held_out = hidden_mode(1000, 0), hidden_mode(100, 1)
 
     def nats(world: World) -> float:
         return float(world.losses(held_out).nats["dynamics"]) / 100
 
-    world = train(NUMBER, data, 250, lr=2e-3, base_steps=0)
-    # log 2 an episode with history, log 2 for each of its four departures from 0 without.
-    assert nats(world) < 2 * np.log(2)
-    assert nats(train(NUMBER, data, 80, lr=2e-3, family="ensemble")) > 3.5 * np.log(2)
+    world = train(NUMBER, data, 600, lr=2e-3, base_steps=0, size="30k")
+    without = train(NUMBER, data, 100, lr=2e-3, base_steps=0, size="30k", family="ensemble")
+    # The mode costs log 2 once an episode with history, and at each of four departures without.
+    assert nats(without) - nats(world) > 3 * np.log(2)
     seen, _ = rollout(world, 200, W, start=numbers(torch.zeros(200, 1)))
     modes = seen.numbers[:, 1::2, 0]
     assert 60 < int((modes[:, 0] > 0).sum()) < 140, "both modes are imagined"

@@ -1,6 +1,6 @@
-"""The base of a world, fitted and frozen before pretraining: a ridge regression plus a small MLP
-that predict the change of an observation's numbers, and MLPs that predict reward and termination of
-single transitions (`head_fit`). The networks model what is left.
+"""The base of a world, fitted and frozen before pretraining: the start model (`start`), a ridge
+regression plus a small MLP that predict the change of an observation's numbers, and MLPs that
+predict reward and termination of single transitions (`head_fit`). The networks model what is left.
 
 Each of the K members is fitted on its own episodes (`rng.fitted_by`), because members that share a
 base agree everywhere, and its other episodes stop the fit (`fitting`). Far outside the data the
@@ -25,6 +25,7 @@ from mesocosm.model.ladder import BASE_HIDDEN
 from mesocosm.model.layers import MemberMLP
 from mesocosm.model.rng import fitted_by
 from mesocosm.model.spec import Parts, PartSpec, Spec, Transition
+from mesocosm.model.start import StartModel
 
 HEAD_HIDDEN = 128
 """Hidden units of the reward and the termination networks."""
@@ -67,6 +68,7 @@ class Base(nn.Module):
         self.members = config.members
         self.enabled = config.base and spec.observation.numbers > 0
         n, k, hidden = spec.observation.numbers, config.members, config.base_hidden
+        self.start = StartModel(spec)
         self.register_buffer("residual_scale", torch.ones(n))
         fits = torch.tensor([[0.0, torch.nan]] * len(PARTS), dtype=torch.float64)
         self.register_buffer("fits", fits)

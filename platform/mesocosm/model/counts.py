@@ -34,10 +34,9 @@ class ParamCounts:
     """Embeddings and output layers of one member, with their biases: what the spaces decide."""
     dynamics: int  # the backbone and all members' decoders (or all MLPs), embeddings included
     heads: int  # the corrections of reward and termination by history, of all members
-    start: int  # the start model
-    total: int  # all trained parameters: dynamics + heads + start
+    total: int  # all trained parameters: dynamics + heads
     members: int
-    base: int  # the frozen base of all members, with its reward and termination networks
+    base: int  # the frozen base of all members, with the start model before its fit
 
 
 def params(spec: Spec, config: ModelConfig) -> ParamCounts:
@@ -48,13 +47,11 @@ def params(spec: Spec, config: ModelConfig) -> ParamCounts:
 
 def count(net: WorldNet, base: Base) -> ParamCounts:
     """The counts of an existing model."""
-    n = embeddings = dynamics = heads = start = 0
+    n = embeddings = dynamics = heads = 0
     for name, parameter in net.named_parameters():
         size, part = parameter.numel(), name.split(".")[0]
         if part in ("reward", "termination"):
             heads += size
-        elif part == "start":
-            start += size
         else:
             dynamics += size
             one_member = size // net.members if net.memory == 0 or part == "decoder" else size
@@ -68,8 +65,8 @@ def count(net: WorldNet, base: Base) -> ParamCounts:
             else:
                 n += one_member
     frozen = sum(value.numel() for value in base.state_dict().values())
-    total = dynamics + heads + start
-    return ParamCounts(n, embeddings, dynamics, heads, start, total, net.members, frozen)
+    total = dynamics + heads
+    return ParamCounts(n, embeddings, dynamics, heads, total, net.members, frozen)
 
 
 def flops_per_batch(spec: Spec, config: ModelConfig, batch: int, window: int) -> int:
@@ -90,7 +87,7 @@ def measured_flops(net: WorldNet, base: Base, windows: Windows) -> int:
 
 
 def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
-    """Windows of zeros, all valid, on torch's default device."""
+    """Windows of zeros, all valid, none at the start of an episode, on torch's default device."""
     zeros = torch.zeros(batch, window)
 
     def parts(of: PartSpec, *shape: int) -> Parts:
@@ -99,4 +96,4 @@ def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
     o, a, task = spec.observation, spec.action, spec.task
     rows = parts(o, batch, window + 1), parts(a, batch, window), parts(task, batch)
     mask, episode = zeros == 0, zeros[:, 0].long()
-    return Windows(*rows, zeros, zeros, zeros, mask, mask[:, 0], episode)
+    return Windows(*rows, zeros, zeros, zeros, mask, ~mask[:, 0], episode)

@@ -20,7 +20,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import dims
 from mesocosm.model.layers import Constant, Linear, RMSNorm, TransformerBlock, first_rows
 from mesocosm.model.mup import tag
-from mesocosm.model.spec import PartSpec, TextSpan
+from mesocosm.model.spec import PartSpec
+from mesocosm.model.texts import Allowed
 
 Order = tuple[tuple[str, int], ...]
 """("number" or "category", j) of each slot"""
@@ -34,10 +35,10 @@ class Scale:
     scale: Tensor  # [n] float32
 
 
-def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> Order:
-    """The slots of a part: its numbers, counted from `number`, then its categories."""
-    numbers = [("number", number + j) for j in range(part.numbers)]
-    categories = [("category", category + j) for j in range(len(part.categories))]
+def slot_order(part: PartSpec) -> Order:
+    """The slots of a part: its numbers, then its categories."""
+    numbers = [("number", j) for j in range(part.numbers)]
+    categories = [("category", j) for j in range(len(part.categories))]
     return (*numbers, *categories)
 
 
@@ -66,7 +67,7 @@ class SlotBlock(TransformerBlock):
 
 
 class Decoder(nn.Module):
-    """p(values of all slots | context) for K members. `inputs`: width of the context, or 0."""
+    """p(values of all slots | context) for K members. `inputs`: width of the context."""
 
     def __init__(
         self, part: PartSpec, order: Order, config: ModelConfig, *, members: int, inputs: int
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
         self.category_slots = [slot for slot, (kind, _) in enumerate(order) if kind == "category"]
         rung, components = dims(config.size), config.components
         stack, numbers, cardinalities = rung.decoder, part.numbers, part.categories
-        self.most = max(cardinalities, default=0)
+        self.allowed = Allowed(part)
         categories, several = len(cardinalities), self.slots > 1
 
         def embedding(*shape: int, fan_in: int) -> nn.Parameter:
@@ -86,11 +87,10 @@ class Decoder(nn.Module):
             return tag(weight, "embedding", fan_in=fan_in)
 
         # A ZeRO engine cannot partition a zero-sized parameter: what has nothing to hold is None.
-        self.project = self.value = self.table = self.density = self.logits = None
+        self.value = self.table = self.density = self.logits = None
         self.density_bias = self.logits_bias = None
-        if inputs:
-            width = rung.backbone.width
-            self.project = Linear(inputs, stack.d, "hidden", members=members, width=width)
+        width = rung.backbone.width
+        self.project = Linear(inputs, stack.d, "hidden", members=members, width=width)
         self.slot = embedding(members, self.slots, fan_in=1)
         if numbers and several:
             self.value = embedding(numbers, members, 2, fan_in=2)
@@ -108,37 +108,27 @@ class Decoder(nn.Module):
             bias = spread.flatten().repeat(members, numbers, 1)
             self.density_bias = tag(nn.Parameter(bias), "vector")
         if categories:
-            self.logits = output(self.most)
-            bias = torch.zeros(members, categories, self.most)
+            self.logits = output(self.allowed.most)
+            bias = torch.zeros(members, categories, self.allowed.most)
             self.logits_bias = tag(nn.Parameter(bias), "vector")
 
         self.bins = Constant(torch.tensor(part.bins))
         self.offsets = Constant(first_rows(cardinalities))
-        sizes = torch.tensor(cardinalities, dtype=torch.int64).unsqueeze(-1)
-        allowed = torch.arange(self.most) < sizes
-        for text in part.texts:
-            allowed[text.start : text.start + text.min_length, 0] = False
-        self.allowed = Constant(allowed)
         # The column of each slot's value when (numbers, categories) lie side by side.
         columns = [j if kind == "number" else numbers + j for kind, j in order]
         self.columns = Constant(torch.tensor(columns, dtype=torch.int64))
         self.uniforms = Constant(torch.arange(2 * self.slots) + rng.OBSERVATION)
-        self.inside_text = {
-            j for text in part.texts for j in range(text.start + 1, text.start + text.length)
-        }
 
     # All slots at once: the values are given.
 
     def forward(
-        self, context: Tensor | None, r: Tensor, numbers: Tensor, categories: Tensor
+        self, context: Tensor, r: Tensor, numbers: Tensor, categories: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced (density parameters [K, N, n, 3 M], logits [K, N, m, C]), float32, of
         context [N, inputs], r [K, N, n], numbers [N, n] and categories [N, m].
         """
         k, n, s = self.members, numbers.shape[0], self.slots
-        x = self.slot.unsqueeze(1).expand(k, n, s, -1)
-        if self.project is not None:
-            x = x + self.project(context).unsqueeze(2)
+        x = self.slot.unsqueeze(1) + self.project(context).unsqueeze(2)
         if s > 1:
             values = self._values(r, numbers, categories)[:, :, self.columns(r)[:-1]]
             x = x + F.pad(values, (0, 0, 1, 0))
@@ -168,7 +158,7 @@ class Decoder(nn.Module):
 
     def log_prob(
         self,
-        context: Tensor | None,
+        context: Tensor,
         numbers: Tensor,
         categories: Tensor,
         scale: Scale,
@@ -187,7 +177,7 @@ class Decoder(nn.Module):
 
     def _distributions(
         self,
-        context: Tensor | None,
+        context: Tensor,
         numbers: Tensor,
         categories: Tensor,
         scale: Scale,
@@ -197,7 +187,7 @@ class Decoder(nn.Module):
         r = (numbers - scale.shift) / scale.scale
         params, logits = self(context, r, numbers if absolute is None else absolute, categories)
         if self.logits is not None:
-            logits = logits.masked_fill(~self._allowed(categories), -torch.inf)
+            logits = logits.masked_fill(~self.allowed(categories), -torch.inf)
         return r, density.mixture(params, self.bins(scale.scale) / scale.scale), logits
 
     def expected(
@@ -210,27 +200,15 @@ class Decoder(nn.Module):
         means = density.mean(mixture) + scale.shift / scale.scale
         return means, None if self.logits is None else F.softmax(logits, -1)
 
-    def _allowed(self, categories: Tensor) -> Tensor:
-        """[N, m, C] bool: the values that each slot may take: after a text's end only padding."""
-        allowed = self.allowed(categories).expand(len(categories), -1, -1)
-        if self.part.texts:
-            allowed = allowed.clone()
-        for text in self.part.texts:
-            ended = text_ended(categories, text)
-            rest = slice(text.start + 1, text.start + text.length)
-            allowed[:, rest, 1:] &= ~ended.unsqueeze(-1)
-            allowed[:, rest, 0] |= ended
-        return allowed
-
     # One slot after another: the values are drawn.
 
     def draw(
-        self, context: Tensor | None, scale: Scale, keys: Tensor, now: Tensor | None = None
+        self, context: Tensor, scale: Scale, keys: Tensor, now: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sample all slots of K groups of M rows, by each member for its own group.
 
         Args:
-            context: [K, M, inputs], or None for the start model.
+            context: [K, M, inputs].
             scale: Its shift is [K, M, n].
             keys: [K, M] int64.
             now: [K, M, n]: later slots read `now` + numbers; by default the numbers alone.
@@ -243,9 +221,7 @@ class Decoder(nn.Module):
         quantiles = torch.logit(u[..., 1])
         bins, offsets = self.bins(scale.scale) / scale.scale, self.offsets(u)
         members = torch.arange(k, device=u.device).unsqueeze(1)
-        x0 = self.slot.unsqueeze(2)
-        if self.project is not None:
-            x0 = x0 + self.project(context).unsqueeze(1)
+        x0 = self.slot.unsqueeze(2) + self.project(context).unsqueeze(1)
         blocks = cast(list[SlotBlock], list(self.blocks))
         caches = [x0.new_empty(2, s, k, m, block.heads, block.head) for block in blocks]
         numbers = u.new_empty(k, m, self.part.numbers)
@@ -270,26 +246,12 @@ class Decoder(nn.Module):
             else:
                 assert self.logits is not None and self.logits_bias is not None
                 logits = self.logits(x).float() + self.logits_bias[:, j : j + 1]
-                logits = logits.masked_fill(~self._allowed_at(j, categories), -torch.inf)
+                logits = logits.masked_fill(~self.allowed.at(j, categories), -torch.inf)
                 category = density.categorical(logits, u[:, :, slot, 0])
                 categories[..., j] = category
                 if self.table is not None and not last:
                     value = self.table[category + offsets[j], members]
         return numbers, categories
-
-    def _allowed_at(self, j: int, categories: Tensor) -> Tensor:
-        """`_allowed` of category slot j alone."""
-        allowed = self.allowed(categories)[j]
-        if j not in self.inside_text:
-            return allowed
-        ended = (categories[..., j - 1] == 0).unsqueeze(-1)
-        return torch.where(ended, torch.arange(self.most, device=ended.device) == 0, allowed)
-
-
-def text_ended(categories: Tensor, text: TextSpan) -> Tensor:
-    """[N, length - 1] bool: True where the text has ended before each of its slots 1 and on."""
-    before = categories[:, text.start : text.start + text.length - 1]
-    return (before == 0).cumsum(1) > 0
 
 
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:

@@ -54,6 +54,14 @@ def log_prob(m: Mixture, x: Tensor) -> Tensor:
     return torch.logsumexp(F.log_softmax(m.logits, -1) + mass, -1).clamp(max=0.0)
 
 
+def smooth_uniform(x: Tensor, mu: Tensor, scale: Tensor, width: Tensor, half: Tensor) -> Tensor:
+    """Log of the mass within `half` of `x` of a uniform of half width `width` >= `half` around `mu`
+    plus a logistic of `scale`, <= 0; all broadcast. The density is taken as constant over the bin;
+    at `width` = `half` the mass is a logistic's, exactly.
+    """
+    return log_mass(x, mu, scale, width) + torch.log(half / width)
+
+
 def mean(m: Mixture) -> Tensor:
     """The expectation [...] (of the mixture itself: a bin is narrow)."""
     return (F.softmax(m.logits, -1) * m.mu).sum(-1)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.decoder import text_ended
 from mesocosm.model.ladder import ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.texts import text_ended
 
 
 class Ensemble(WorldNet):

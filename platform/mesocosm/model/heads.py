@@ -1,5 +1,5 @@
-"""The start model, and how rewards and terminations follow from the base's networks and from
-history. All families share them.
+"""How rewards and terminations follow from the base's networks and from history. All families share
+them.
 """
 
 from __future__ import annotations
@@ -12,50 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model import density
-from mesocosm.model.config import ModelConfig
-from mesocosm.model.decoder import Decoder, Scale, slot_order
 from mesocosm.model.ladder import BASE_WIDTH
 from mesocosm.model.layers import Constant, Inputs, Linear, read
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Transition
+from mesocosm.model.spec import Parts, Spec, Transition
 
 REWARD_COMPONENTS = 2
 NEVER = 1e-8
 """Probability of termination if the data never terminate: below the least of `rng.uniform`."""
-
-
-class StartModel(nn.Module):
-    """p(task, o_0): a decoder over the slots of the task, then of the observation, of absolute
-    values and without context; one for all members.
-    """
-
-    def __init__(self, spec: Spec, config: ModelConfig):
-        super().__init__()
-        self.spec = spec
-        task, o = spec.task, spec.observation
-        first = len(task.categories)
-        texts = tuple(TextSpan(t.start + first, t.length, t.min_length) for t in o.texts)
-        numbers, categories = task.numbers + o.numbers, task.categories + o.categories
-        both = PartSpec(numbers, task.bins + o.bins, categories, task.texts + texts)
-        order = slot_order(task) + slot_order(o, task.numbers, first)
-        self.decoder = Decoder(both, order, config, members=1, inputs=0)
-        self.scale = Constant(torch.ones(numbers))
-
-    def _scale(self, like: Tensor) -> Scale:
-        scale = self.scale(like)
-        return Scale(scale.new_zeros(1, len(like), len(scale)), scale)
-
-    def log_prob(self, task: Parts, observation: Parts) -> Tensor:
-        """[B] float32 <= 0, of the task and o_0 [B, ...] jointly."""
-        numbers = torch.cat((task.numbers, observation.numbers), -1).float()
-        categories = torch.cat((task.categories, observation.categories), -1)
-        return self.decoder.log_prob(None, numbers, categories, self._scale(numbers))[0].sum(-1)
-
-    def draw(self, keys: Tensor) -> tuple[Parts, Parts]:
-        """(task, o_0) for each of `keys` [B] int64."""
-        drawn = self.decoder.draw(None, self._scale(keys), keys.unsqueeze(0))
-        numbers, categories = (values.squeeze(0) for values in drawn)
-        n, m = self.spec.task.numbers, len(self.spec.task.categories)
-        return Parts(numbers[:, :n], categories[:, :m]), Parts(numbers[:, n:], categories[:, m:])
 
 
 class Correction(nn.Module):

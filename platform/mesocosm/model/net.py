@@ -1,7 +1,7 @@
 """The network interface that all families share: the losses of all parts of a trajectory.
 
-A family implements the dynamics. The base class adds the start model p(task, o_0), the corrections
-of reward and termination by history, and the sums of nats.
+A family implements the dynamics. The base class adds the corrections of reward and termination by
+history, and the sums of nats. The start model p(task, o_0) is part of the frozen base.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, bce, head_inputs
+from mesocosm.model.heads import RewardHead, TerminationHead, bce, head_inputs
 from mesocosm.model.layers import Constant
 from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Outcome, Spec, Transition, Windows
@@ -42,6 +42,9 @@ class BaseOut:
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
     heads: HeadOut | None = None
     """None where the next observation is not known."""
+    log_start: Tensor | None = None
+    """[B]: log-likelihood of (task, o_0), 0 for windows that do not start an episode; None: not
+    asked for."""
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
         """(shift [K, N, n], scale [n]), float32; with one more column for the duration, if any."""
@@ -88,7 +91,6 @@ class WorldNet(nn.Module, ABC):
         self.spec = spec
         self.config = config
         self.members = config.members
-        self.start = StartModel(spec, config)
         self.reward = RewardHead(spec, config.members, features)
         self.termination = TerminationHead(spec, config.members, features)
         self._left_out = Constant(torch.zeros(config.members, dtype=torch.bool))
@@ -188,17 +190,15 @@ class WorldNet(nn.Module, ABC):
             log_prob.view(dynamics.shape)
             for log_prob in (reward, -bce(logit, windows.terminated.flatten()))
         )
-        log_start = self.start.log_prob(windows.task, windows.observation[:, 0])
-        start = torch.where(windows.start, log_start, 0.0)
+        start = valid.new_zeros(len(valid)) if base.log_start is None else base.log_start
 
         by_window = {
             "dynamics": nats(dynamics),
             "reward": nats(reward),
             "termination": nats(termination),
-            "task": -start.detach(),
+            "task": -start,
         }
         total = objective(dynamics) + objective(reward) + objective(termination)
-        total = total - start.sum() / valid.numel()
         if duration is not None:
             by_window["duration"] = nats(duration)
             total = total + objective(duration)
@@ -225,7 +225,11 @@ def apply_base(base: Base, windows: Windows) -> BaseOut:
     change = base(transition.observation, transition.action, transition.task)
     inputs = head_inputs(transition, outcome.observation)
     heads = HeadOut(base.reward(inputs), base.termination(inputs))
-    return BaseOut(change, base.residual_scale, heads)
+    log_start = torch.zeros(len(windows.start), device=change.device)
+    if log_start.device.type != "meta":  # where no number of starts is known
+        first = windows.start
+        log_start[first] = base.start.log_prob(windows.task[first], windows.observation[first, 0])
+    return BaseOut(change, base.residual_scale, heads, log_start)
 
 
 def spread(numbers: Tensor, probabilities: Tensor | None) -> Tensor:

@@ -177,6 +177,7 @@ class Sequence(WorldNet):
     def draw(
         self, features: Features, transition: Transition, base: BaseOut, keys: Tensor
     ) -> Outcome:
+        assert features is not None
         n, now = self.spec.observation.numbers, transition.observation.numbers
         absolute = F.pad(now, (0, 1)) if self.spec.durations else now
         scale = Scale(*base.flat(self.spec.durations))

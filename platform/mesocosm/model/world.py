@@ -32,7 +32,7 @@ from mesocosm.model.layers import Constant, read
 from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, Transition, Windows
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class World:
@@ -66,7 +66,7 @@ class World:
     @torch.inference_mode()
     def sample_start(self, keys: Tensor) -> tuple[Parts, Parts]:
         """Draw (task, o_0) for each of `keys` [B] int64 (`rng.keys`)."""
-        task, observation = self.net.start.draw(keys)
+        task, observation = self.base.start.draw(keys)
         return self._task_grid(task), self._observation_grid(observation)
 
     @torch.inference_mode()

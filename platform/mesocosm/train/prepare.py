@@ -1,5 +1,5 @@
-"""The codec and the frozen base, which are fitted before the network trains. They are stored in
-the training's folder, so that a resume uses the same ones.
+"""The codec and the frozen base with the start model, which are fitted before the network trains.
+They are stored in the training's folder, so that a resume uses the same ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from safetensors.torch import load, save
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
+from mesocosm.model.start import ANCHORS
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
 from mesocosm.train.config import DataConfig, TrainConfig
@@ -87,10 +89,11 @@ def fit_base(
 def fitted_base(
     dataset: Dataset, codec: Codec, config: ModelConfig, seed: int, data: DataConfig | None = None
 ) -> Base:
-    """A base fitted on the training split: the change of the numbers, then reward and termination,
-    on batches of single transitions in the order of `data`.
+    """A base fitted on the training split: the start model, the change of the numbers, then reward
+    and termination, on batches of single transitions in the order of `data`.
     """
     base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
+    base.start.fit(*start_parts(dataset, codec, limit=ANCHORS))
     data = data or DataConfig()
     events = head_fit.BATCH if codec.spec.terminal_rate > 0 else 0
 

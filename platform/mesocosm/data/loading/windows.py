@@ -106,9 +106,15 @@ def runs(array: Array, first: Index, size: int) -> Array:
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
 
 
-def start_parts(dataset: Dataset, codec: Codec, split: Split = "train") -> tuple[Parts, Parts]:
-    """The (task, observation) of the first row of every episode of a split, in order, [n, ...]."""
+def start_parts(
+    dataset: Dataset, codec: Codec, split: Split = "train", limit: int | None = None
+) -> tuple[Parts, Parts]:
+    """The (task, observation) of the first row of the episodes of a split, in order, [n, ...]: of
+    at most `limit` episodes, spread evenly.
+    """
     episodes = dataset.episodes(split)
+    if limit is not None and len(episodes) > limit:
+        episodes = episodes[np.arange(limit) * len(episodes) // limit]
     return _parts(dataset, codec, episodes, np.zeros(len(episodes), np.int64))
 
 
