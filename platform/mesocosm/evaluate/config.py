@@ -99,7 +99,7 @@ class EvaluateConfig(JobConfig):
             raise UsageError(f"horizons must be >= 1, got {self.horizons}")
 
 
-TRUSTED = ("", "mesocosm.envs.builtin")
+TRUSTED = ("", "mesocosm.envs.builtin", "mesocosm.envs.text")
 """Modules whose environments a world may name; "" is Gymnasium's registry."""
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -40,12 +40,14 @@ class BehaviourConfig:
     """Relative share of the episodes, kept to within two episodes for any number of them."""
     noise: float = 0.1
     """Noise of kind noisy. Box: the standard deviation as a fraction of half the action's range (1
-    where unbounded). Other spaces: the probability of a random action.
+    where unbounded). Other spaces: the probability of a random action, drawn from the space or by
+    the function's own `random_action(observation, rng)`.
     """
     policy: str | None = None
     """`agents/ID`, or `agents/ID@ITERATION` for a snapshot of its training."""
     function: str | None = None
-    """`module:function`, called as f(observation, rng) -> action. Modules may be in the current
+    """`module:function`, called as f(observation, rng) -> action, or a class whose instance is
+    called so; its `start(k, rng)`, if it has one, begins an episode. Modules may be in the current
     directory.
     """
     task_options: dict[str, DrawnOption] = field(default_factory=dict)
@@ -178,6 +180,8 @@ def build(
         return RandomActions(action_space)
     if behaviour.function is not None:
         source = load_function(behaviour.function)
+        if isinstance(source, type):
+            source = source()
     else:
         assert behaviour.policy is not None
         spaces = (observation_space, action_space)
@@ -220,6 +224,13 @@ def policy_actions(
     return lambda observation, rng: policy.act_one(observation, explore, rng)
 
 
+@runtime_checkable
+class DrawsActions(Protocol):
+    """A behaviour that draws the random actions of its own noise, such as sensible texts."""
+
+    def random_action(self, observation: Any, rng: np.random.Generator) -> Any: ...
+
+
 class NoisyActions(RandomActions):
     """Another behaviour's actions, with noise."""
 
@@ -227,7 +238,16 @@ class NoisyActions(RandomActions):
         super().__init__(action_space)
         self._source, self._noise = source, noise
 
+    def start(self, k: int, rng: np.random.Generator) -> None:
+        super().start(k, rng)
+        if isinstance(self._source, EpisodeAct):
+            self._source.start(k, rng)
+
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
+        if isinstance(self._source, DrawsActions):
+            noisy = rng.random() < self._noise
+            act = self._source.random_action if noisy else self._source
+            return act(observation, rng)
         return perturbed(self._source(observation, rng), self._space, self._noise, rng)
 
 
