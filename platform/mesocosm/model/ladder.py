@@ -94,6 +94,38 @@ class EnsembleDims:
         return (self.layers - 1) * (self.hidden**2 + self.hidden)
 
 
+@dataclass(frozen=True)
+class LanguageDims:
+    """A rung of the language family: a Llama-type network with grouped-query attention."""
+
+    d_model: int
+    layers: int
+    d_ff: int
+    key_heads: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads; each of `key_heads` serves heads / key_heads of them."""
+        return self.d_model // HEAD
+
+    @property
+    def width(self) -> float:
+        """CompleteP's m_N."""
+        return self.d_model / BASE_WIDTH
+
+    @property
+    def depth(self) -> float:
+        """CompleteP's m_L."""
+        return self.layers / BASE_LAYERS
+
+    @property
+    def params(self) -> int:
+        """N: hidden matrices and norm gains, without the token embedding, adapters and heads."""
+        d, keys = self.d_model, self.key_heads * HEAD
+        block = 2 * d * d + 2 * d * keys + 3 * d * self.d_ff + 2 * d
+        return self.layers * block + d
+
+
 RUNGS: dict[str, Dims] = {
     "10k": Dims(32, 1, 32, 16, 1, 32),
     "30k": Dims(32, 2, 64, 32, 1, 32),
@@ -126,6 +158,22 @@ ENSEMBLE_RUNGS: dict[str, EnsembleDims] = {
     "7b": EnsembleDims(34160, 7),
 }
 
+LANGUAGE_RUNGS: dict[str, LanguageDims] = {
+    "10k": LanguageDims(32, 1, 64, 1),
+    "30k": LanguageDims(32, 3, 64, 1),
+    "100k": LanguageDims(64, 2, 192, 1),
+    "300k": LanguageDims(96, 3, 256, 1),
+    "1m": LanguageDims(160, 4, 384, 1),
+    "3m": LanguageDims(256, 5, 576, 2),
+    "10m": LanguageDims(384, 6, 1152, 2),
+    "30m": LanguageDims(576, 8, 1728, 2),
+    "100m": LanguageDims(768, 15, 2304, 4),
+    "300m": LanguageDims(1152, 22, 3072, 4),
+    "1b": LanguageDims(1792, 30, 4864, 8),
+    "3b": LanguageDims(2560, 44, 6912, 8),
+    "7b": LanguageDims(3584, 53, 9728, 8),
+}
+
 LADDERS: dict[str, Mapping[str, Dims | EnsembleDims]] = {
     "sequence": RUNGS,
     "ensemble": ENSEMBLE_RUNGS,
@@ -141,6 +189,11 @@ def dims(size: str) -> Dims:
 def ensemble_dims(size: str) -> EnsembleDims:
     """A rung of the ensemble family. Raises UsageError for an unknown size."""
     return ENSEMBLE_RUNGS[_checked(size)]
+
+
+def language_dims(size: str) -> LanguageDims:
+    """A rung of the language family. Raises UsageError for an unknown size."""
+    return LANGUAGE_RUNGS[_checked(size)]
 
 
 def nominal(size: str, key: str = "model.size") -> int:
