@@ -4,4 +4,5 @@
 - `llama`, `adapter`, `cache`: the network with its four calls (`hidden`, `logits`, `new_cache`,
   `feed`), LoRA members, and the cache of ragged rows.
 - `hf`: checkpoints of Hugging Face's format.
+- `tokenizer`: texts to tokens and back, without loss.
 """
