@@ -15,3 +15,6 @@ gymnasium.register(
     max_episode_steps=20,
     kwargs={"easy": True},
 )
+gymnasium.register(
+    "Company-v0", entry_point="mesocosm.envs.text.company_shell:CompanyShell", max_episode_steps=30
+)
