@@ -88,6 +88,7 @@ def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool)
       mesocosm data show ID --json
     """
     from mesocosm.datasets.dataset import Dataset
+    from mesocosm.datasets.spaces import shown_space
     from mesocosm.evaluate.report import coverage_page
 
     storage = options.open_storage(files, overrides)
@@ -100,8 +101,8 @@ def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool)
     facts = _row(artifact.id, commit, manifest) | {
         "where": artifact.uri,
         "shards": len(manifest.shards),
-        "observation_space": str(dataset.observation_space),
-        "action_space": str(dataset.action_space),
+        "observation_space": shown_space(dataset.observation_space),
+        "action_space": shown_space(dataset.action_space),
         "task": manifest.environment.task,
         "seed": manifest.seed,
         "outcomes": manifest.counts.outcomes,
@@ -300,14 +301,16 @@ def _minute(created: str) -> str:
 
 def _facts(dataset: Dataset, artifact: Artifact) -> dict[str, Any]:
     """The facts of a dataset that `data diff` compares."""
+    from mesocosm.datasets.spaces import shown_space
+
     manifest = dataset.manifests[0]
     counts, meta = manifest.counts, artifact.meta
     return {
         "environment": manifest.environment.id,
         "environment's version": manifest.environment.version,
         "task": manifest.environment.task,
-        "observation": str(dataset.observation_space),
-        "action": str(dataset.action_space),
+        "observation": shown_space(dataset.observation_space),
+        "action": shown_space(dataset.action_space),
         "made by": meta.get("job"),
         "from": meta.get("inputs", {}).get("datasets", []),
         "how": _recipe(meta),

@@ -1,6 +1,6 @@
 """Values outside their space, and `reality.bounds`, which says what happens to an episode with a
 number outside the bounds of a Box: `drop` it, `clip` the number, or `ignore` the bounds. A category
-or a text outside its space always drops its episode, because no column can hold it.
+or a text outside its space always drops its episode.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mesocosm.datasets.spaces import FLOAT32, children
+from mesocosm.datasets.texts import text_problem
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
@@ -34,9 +35,7 @@ def outside(space: Space, array: Array, bounds: str = "drop") -> Array:
     if not len(array):
         return np.zeros(0, bool)
     if isinstance(space, spaces.Text):
-        allowed = space.character_set
-        lengths = range(space.min_length, space.max_length + 1)
-        return np.array([not (len(v) in lengths and set(v) <= allowed) for v in array], bool)
+        return np.array([text_problem(space, text) is not None for text in array], bool)
     flat = array.reshape(len(array), -1)
     inside = np.ones(len(array), bool)
     floats = np.dtype(space.dtype).kind == "f"

@@ -28,8 +28,10 @@ from mesocosm.datasets.manifest import (
     lengths_of,
 )
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.slots import SlotRows
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.texts import FILE, TEXTS, TextRows, read_texts, stored
 from mesocosm.datasets.writer import DatasetWriter, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.cache import Files, Partial
@@ -141,17 +143,48 @@ class Dataset:
             files.release([unit])
 
     def array(self, shard: int, name: str) -> Array:
-        """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
+        """One of a shard's `manifest.ARRAYS` or `texts.TEXTS`, memory-mapped. Texts, and categories
+        with slots of texts, are decoded where they are read. Raises ArtifactError where it is
+        missing or damaged.
+        """
+        codec = self.observation_codec if name.startswith("obs") else self.action_codec
+        if name in TEXTS:
+            return self.texts(shard, name)  # type: ignore[return-value]
+        if name.endswith("_cat") and codec.text_leaves:
+            texts = self.texts(shard, name.replace("cat", "text"))
+            plain, slots = self.plain(shard, name), codec.slots
+            return SlotRows(plain, texts, codec.cardinalities, slots)  # type: ignore[return-value]
+        return self.plain(shard, name)
+
+    def texts(self, shard: int, name: str) -> TextRows:
+        """The texts of a shard's observations (`obs_text`) or actions (`act_text`)."""
+        folder, arrays = self._hold(shard)
+        if name not in arrays:
+            count = len(self.observation_codec.text_leaves)
+            columns: list[Any] = []
+            if count or self.action_codec.text_leaves:
+                columns = read_texts(folder / FILE)
+            columns = columns[:count] if name == "obs_text" else columns[count:]
+            rows = len(self.plain(shard, "reward"))
+            arrays[name] = TextRows(columns, rows)  # type: ignore[assignment]
+        return arrays[name]  # type: ignore[return-value]
+
+    def plain(self, shard: int, name: str) -> Array:
+        """A shard's array as it is stored: its categories hold no slots of texts."""
+        folder, arrays = self._hold(shard)
+        if name not in arrays:
+            arrays[name] = _load(folder / f"{name}.npy", mapped=True)
+        return arrays[name]
+
+    def _hold(self, shard: int) -> tuple[Path, dict[str, Array]]:
+        """A shard's folder, and its arrays that are mapped already."""
         if shard not in self._open:
             if self.most is not None and shard not in self._pinned:
                 # Hold one unpinned shard at a time, so that random reads need no further room.
                 self._release(set(self._open) - self._pinned)
             files, unit = self._unit(shard)
             self._open[shard] = files.hold(unit), {}
-        folder, arrays = self._open[shard]
-        if name not in arrays:
-            arrays[name] = _load(folder / f"{name}.npy", mapped=True)
-        return arrays[name]
+        return self._open[shard]
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
         """As `gathered`, of one array."""
@@ -291,11 +324,9 @@ class Dataset:
     def episode(self, number: int) -> Episode:
         """Episode `number` as it was collected: raw values of the spaces."""
         record = self.table[number]
-        first, length = int(record["first_row"]), int(record["length"])
-        rows = slice(first, first + length + 1)
-        data = {name: self.array(int(record["shard"]), name)[rows] for name in ARRAYS}
-        observations = self.observation_codec.decode(data["obs_num"], data["obs_cat"])
-        actions = self.action_codec.decode(data["act_num"][:-1], data["act_cat"][:-1])
+        data = self.rows(number, int(record["length"]))
+        observations = self.observation_codec.decode_stored(*stored(data, "obs"))
+        actions = self.action_codec.decode_stored(*stored(data, "act", -1))
         durations = np.array(data["duration"][:-1])
         behaviours = self.manifests[int(self.part[number])].behaviours
         return Episode(
@@ -310,6 +341,16 @@ class Dataset:
             task=self.task(number),
             success=None if record["success"] < 0 else bool(record["success"]),
         )
+
+    def rows(self, number: int, length: int) -> dict[str, Array]:
+        """The rows of the first `length` transitions of episode `number`, as they are stored:
+        copies of `manifest.ARRAYS`, and `texts.TEXTS`.
+        """
+        record = self.table[number]
+        shard, first = int(record["shard"]), int(record["first_row"])
+        rows = slice(first, first + length + 1)
+        data = {name: np.array(self.plain(shard, name)[rows]) for name in ARRAYS}
+        return data | {name: self.texts(shard, name)[rows] for name in TEXTS}
 
     def task(self, number: int) -> dict[str, bool | int | float | str]:
         """The reset options of episode `number`."""

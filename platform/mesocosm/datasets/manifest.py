@@ -14,6 +14,8 @@ from mesocosm.errors import ArtifactError, UsageError
 
 Array = NDArray[Any]
 SCHEMA: Literal[2] = 2
+TEXT_SCHEMA: Literal[3] = 3
+"""The schema of a dataset with texts, which version 2 stored as characters."""
 MANIFEST = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
 OUTCOMES = ("terminated", "truncated", "unfinished")
@@ -24,7 +26,8 @@ ARRAYS = ("obs_num", "obs_cat", "act_num", "act_cat", "reward", "terminated", "d
 
 obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an
 episode's last row), reward [rows] float64, terminated [rows] bool, duration [rows] float64 seconds
-(NaN where unknown), step [rows] int32.
+(NaN where unknown), step [rows] int32. Texts are stored apart (`texts`); as a model reads them,
+obs_cat and act_cat hold their slots too.
 """
 
 EPISODES = np.dtype(
@@ -130,7 +133,7 @@ class Shard(_Model):
 
 
 class Manifest(_Model):
-    schema_version: Literal[2]
+    schema_version: Literal[2, 3]
     id: str
     environment: Environment
     observation_space: dict[str, Any]
@@ -153,7 +156,7 @@ class Manifest(_Model):
         """Raises ArtifactError where the file is missing or is not a manifest of this schema."""
         path = folder / MANIFEST
         try:
-            return Manifest.model_validate_json(path.read_text())
+            manifest = Manifest.model_validate_json(path.read_text())
         except OSError as error:
             problem = f"{MANIFEST} cannot be read ({error.strerror}); give a datasets/ID"
             raise ArtifactError(f"{str(folder)!r} is not a dataset: {problem}") from error
@@ -164,6 +167,20 @@ class Manifest(_Model):
                 f"{str(path)!r} is not a manifest of schema {SCHEMA}: {problem}; make it again by"
                 " its job with --force"
             ) from error
+        texts = has_texts(manifest.observation_space) or has_texts(manifest.action_space)
+        if manifest.schema_version != (TEXT_SCHEMA if texts else SCHEMA):
+            raise ArtifactError(
+                f"{str(path)!r} is of an earlier version, which stored texts as characters; make"
+                " the dataset again by its job with --force"
+            )
+        return manifest
+
+
+def has_texts(space: dict[str, Any]) -> bool:
+    """True if a space, as JSON, has a Text leaf."""
+    if space["kind"] == "Dict":
+        return any(has_texts(child) for _, child in space["spaces"])
+    return space["kind"] == "Text" or any(map(has_texts, space.get("spaces", ())))
 
 
 def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:

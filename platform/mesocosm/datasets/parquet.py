@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from mesocosm.datasets.manifest import OUTCOMES
 from mesocosm.datasets.spaces import SpaceCodec, children
+from mesocosm.datasets.texts import stored
 
 Array = NDArray[Any]
 
@@ -43,7 +44,9 @@ def episodes_table(
     behaviours: Sequence[str],
     tasks: Sequence[dict[str, Any]],
 ) -> pa.Table:
-    """The table of a shard, of its `manifest.ARRAYS`, `manifest.EPISODES` and reset options."""
+    """The table of a shard, of its `manifest.ARRAYS` with `texts.TEXTS`, `manifest.EPISODES` and
+    reset options.
+    """
     observation, action = codecs
     repeats = records["length"] + 1
     last = np.zeros(len(arrays["step"]), bool)
@@ -53,8 +56,8 @@ def episodes_table(
     truncated[(np.cumsum(repeats) - 2)[by_limit]] = True
     each = np.repeat(np.arange(len(records)), repeats)
     success = records["success"][each]
-    observations = observation.decode(arrays["obs_num"], arrays["obs_cat"])
-    actions = action.decode(arrays["act_num"], arrays["act_cat"])
+    observations = observation.decode_stored(*stored(arrays, "obs"))
+    actions = action.decode_stored(*stored(arrays, "act"))
     columns: dict[str, pa.Array] = {
         "episode": pa.array(records["index"][each]),
         "step": pa.array(arrays["step"]),

@@ -1,15 +1,20 @@
 """Gymnasium spaces <-> flat arrays: numbers [B, n] float64 and categories [B, m] int64.
 
 A space is flattened into leaves, in its own order. A Box becomes numbers (a Box of bool: categories
-of 2). Discrete, MultiDiscrete and MultiBinary become categories that count from 0. A Text of at
-most L characters becomes L categories: 0 after its end, c for the c-th character of its sorted
-charset. Values outside a Box pass both ways (`bounds` checks them).
+of 2). Discrete, MultiDiscrete and MultiBinary become categories that count from 0. Values outside a
+Box pass both ways (`bounds` checks them).
+
+A Text has two forms. Datasets store it as it is: `encode_stored` gives [B, t] of `str` beside the
+numbers and the other categories (`texts`). Families of tensors read it as slots: a short Text
+of at most L characters becomes L categories, 0 after its end, c for the c-th character of its
+sorted charset. A longer one has no slots (`slots`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium
@@ -17,6 +22,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.slots import LONGEST, MOST, decode_texts, encode_texts, has_slots
+from mesocosm.datasets.texts import SHOWN, check_text
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.spec import TextSpan
 
@@ -50,7 +57,9 @@ class Leaf:
     categories: slice
     cardinalities: tuple[int, ...] = ()
     start: Array | None = None  # [m] int64: the raw value of category 0
-    characters: Array | None = None  # Text: sorted code points, uint32
+    characters: Array | None = None  # Text: sorted code points, uint32; empty without slots
+    text: int | None = None
+    """Text: its column in the texts of a dataset."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,14 +81,21 @@ class SpaceCodec:
     def __init__(self, space: Space, name: str = "observation"):
         self.space = space
         self.leaves: list[Leaf] = []
+        self.text_leaves: list[Leaf] = []
+        """The t leaves that are texts."""
         self.numbers = 0
         """n"""
         self.cardinalities: tuple[int, ...] = ()
         """of each of the m category columns"""
         self._append(space, (), name)
         if not self.leaves:
-            fix = "a world needs at least one number or category"
+            fix = "a world needs at least one number, category or text"
             raise UsageError(f"{name}: the space {space} has no parts; {fix}")
+        of_texts = [np.arange(self.categories)[leaf.categories] for leaf in self.text_leaves]
+        self.plain: Array = np.setdiff1d(
+            np.arange(self.categories), np.concatenate([[], *of_texts])
+        )
+        """Positions of the category columns that are no slots of a text"""
 
     @property
     def categories(self) -> int:
@@ -93,6 +109,27 @@ class SpaceCodec:
             for leaf in self.leaves
             if isinstance(leaf.space, spaces.Text) and leaf.cardinalities
         ]
+
+    @property
+    def long_texts(self) -> list[Leaf]:
+        """The texts that are too long for slots."""
+        return [leaf for leaf in self.text_leaves if not has_slots(leaf.space)]
+
+    def check_slots(self) -> None:
+        """Raise UsageError where a text is too long for the families of tensors."""
+        for leaf in self.long_texts:
+            space: Any = leaf.space
+            raise UsageError(
+                f"{leaf.name} may have {space.max_length} characters out of"
+                f" {len(space.character_set)}, and the families ensemble and sequence learn a text"
+                f" as one category per character, with at most {LONGEST} characters and {MOST}"
+                " categories together; shorten the text or its charset with a wrapper, or drop it"
+            )
+
+    @cached_property
+    def plain_dtype(self) -> np.dtype[Any]:
+        """The smallest type of the categories that are no slots of a text."""
+        return np.min_scalar_type(max((self.cardinalities[i] for i in self.plain), default=1) - 1)
 
     def labels(self) -> list[str]:
         return [label for leaf in self.leaves for label in leaf.labels()]
@@ -109,7 +146,7 @@ class SpaceCodec:
                     raise UsageError(f"{name}: a Dict key must be a string, got {key!r}")
                 self._append(child, (*path, key), f"{name}.{key}")
             return
-        m, numbers, start, characters = self.categories, 0, None, None
+        m, numbers, start, characters, text = self.categories, 0, None, None, None
         size = int(np.prod(space.shape or ()))
         cardinalities: tuple[int, ...] = ()
         box = isinstance(space, spaces.Box)
@@ -129,12 +166,17 @@ class SpaceCodec:
             cardinalities = tuple(np.ravel(space.nvec).tolist())
             start = np.ravel(space.start).astype(np.int64)
         elif isinstance(space, spaces.Text):
-            characters = np.array(sorted(map(ord, space.character_set)), np.uint32)
-            cardinalities = (len(characters) + 1,) * space.max_length
+            text, characters = len(self.text_leaves), np.zeros(0, np.uint32)
+            if has_slots(space):
+                characters = np.array(sorted(map(ord, space.character_set)), np.uint32)
+                cardinalities = (len(characters) + 1,) * space.max_length
         else:
             raise unsupported(space, name)
         columns = slice(self.numbers, self.numbers + numbers), slice(m, m + len(cardinalities))
-        self.leaves.append(Leaf(name, path, space, *columns, cardinalities, start, characters))
+        self.leaves.append(
+            Leaf(name, path, space, *columns, cardinalities, start, characters, text)
+        )
+        self.text_leaves += self.leaves[-1:] if text is not None else []
         self.numbers += numbers
         self.cardinalities += cardinalities
 
@@ -157,11 +199,21 @@ class SpaceCodec:
 
     def encode_leaves(self, columns: Sequence[Any], size: int) -> tuple[Array, Array]:
         """Encode `size` values given leaf by leaf, in the order of `leaves`, as `encode`."""
+        numbers, plain, texts = self.encode_stored(columns, size)
+        return numbers, self.slots(plain, texts)
+
+    def encode_stored(self, columns: Sequence[Any], size: int) -> tuple[Array, Array, Array]:
+        """Encode `size` values given leaf by leaf, as a dataset stores them.
+
+        Returns:
+            (numbers [B, n] float64, categories [B, len(plain)] int64, texts [B, t] of `str`).
+        """
         numbers = np.empty((size, self.numbers), np.float64)
         categories = np.empty((size, self.categories), np.int64)
+        texts = np.empty((size, len(self.text_leaves)), object)
         for leaf, values in zip(self.leaves, columns, strict=True):
-            if leaf.characters is not None:
-                categories[:, leaf.categories] = _encode_text(leaf, leaf.characters, values, size)
+            if leaf.text is not None:
+                texts[:, leaf.text] = _checked_texts(leaf, values, size)
                 continue
             try:
                 array = np.asarray(values)
@@ -177,14 +229,47 @@ class SpaceCodec:
                 numbers[:, leaf.numbers] = flat
             else:
                 categories[:, leaf.categories] = _checked_categories(leaf, leaf.start, flat)
-        return numbers, categories
+        if self.text_leaves:
+            categories = categories.take(self.plain, axis=1)
+        return numbers, categories, texts
+
+    def stored_list(self, values: Sequence[Any]) -> tuple[Array, Array, Array]:
+        """Encode a list of B raw values, as `encode_stored`."""
+        columns = [[_descend(value, leaf) for value in values] for leaf in self.leaves]
+        return self.encode_stored(columns, len(values))
+
+    def slots(self, plain: Array, texts: Array) -> Array:
+        """Categories [B, m] of the stored categories and texts; long texts have none."""
+        if not self.text_leaves:
+            return plain
+        categories = np.empty((len(plain), self.categories), np.int64)
+        categories[:, self.plain] = plain
+        for leaf in self.text_leaves:
+            if leaf.cardinalities:
+                assert leaf.characters is not None
+                width = len(leaf.cardinalities)
+                slots = encode_texts(leaf.characters, width, texts[:, leaf.text])
+                categories[:, leaf.categories] = slots
+        return categories
+
+    def decode_stored(self, numbers: Array, plain: Array, texts: Array) -> Any:
+        """As `decode`, of what `encode_stored` gave."""
+        categories = np.zeros((len(plain), self.categories), np.int64)
+        categories[:, self.plain] = plain
+        columns = (
+            _decode_leaf(leaf, numbers, categories)
+            if leaf.text is None
+            else tuple(texts[:, leaf.text].tolist())
+            for leaf in self.leaves
+        )
+        return _build(self.space, columns)
 
     def decode(self, numbers: Array, categories: Array) -> Any:
         """Decode numbers [B, n] and categories [B, m] into a vector environment's batch
         (`gymnasium.vector.utils.concatenate`).
 
         Integers are rounded and saturate at their dtype's range. A text that ends before its
-        min_length continues with the first character.
+        min_length continues with the first character; one without slots is empty.
         """
         columns = (_decode_leaf(leaf, numbers, categories) for leaf in self.leaves)
         return _build(self.space, columns)
@@ -258,31 +343,37 @@ def _checked_categories(leaf: Leaf, start: Array, flat: Array) -> Array:
     return categories
 
 
-def _encode_text(leaf: Leaf, characters: Array, values: Any, size: int) -> Array:
+def _checked_texts(leaf: Leaf, values: Any, size: int) -> Sequence[str]:
     space = leaf.space
     assert isinstance(space, spaces.Text)
     strings = not isinstance(values, str) and all(isinstance(value, str) for value in values)
     if not strings or len(values) != size:
         raise MesocosmError(f"{leaf.name} must be {size} strings, got {values!r}; {AGREE}")
-    width = space.max_length
     for value in values:
-        if not space.min_length <= len(value) <= width:
-            limits = f"{space.min_length} to {width} characters, got {len(value)}"
-            raise MesocosmError(f"{leaf.name}: the text {value!r} must have {limits}")
-    padded = "".join(value.ljust(width, "\0") for value in values)
-    codes = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), "<u4").reshape(size, width)
-    inside = np.arange(width) < np.array([len(value) for value in values], np.int64)[:, None]
-    unknown = inside & ~np.isin(codes, characters)
-    if unknown.any():
-        character = chr(int(codes[unknown][0]))
-        problem = f"the character {character!r} is not in the charset of {space}"
-        raise MesocosmError(f"{leaf.name}: {problem}")
-    return np.where(inside, np.searchsorted(characters, codes) + 1, 0)
+        check_text(space, value, leaf.name)
+    return [str(value) for value in values]
+
+
+def shown_space(space: Space) -> str:
+    """`str(space)` with long charsets cut, for tables and messages."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = [shown_space(child) for _, child in children(space)]
+        if isinstance(space, spaces.Dict):
+            names = [repr(name) for name, _ in children(space)]
+            pairs = [f"{name}: {part}" for name, part in zip(names, parts, strict=True)]
+            return f"Dict({', '.join(pairs)})"
+        return f"Tuple({', '.join(parts)})"
+    if isinstance(space, spaces.Text) and len(space.character_set) > SHOWN:
+        limits = f"{space.min_length}, {space.max_length}"
+        return f"Text({limits}, charset of {len(space.character_set)} characters)"
+    return str(space)
 
 
 def _decode_leaf(leaf: Leaf, numbers: Array, categories: Array) -> Any:
     if leaf.characters is not None:
-        return _decode_text(leaf, leaf.characters, categories[:, leaf.categories])
+        assert isinstance(leaf.space, spaces.Text)
+        codes = categories[:, leaf.categories]
+        return decode_texts(leaf.characters, leaf.space.min_length, codes)
     if leaf.start is not None:
         values = categories[:, leaf.categories] + leaf.start
     else:
@@ -294,19 +385,6 @@ def _decode_leaf(leaf: Leaf, numbers: Array, categories: Array) -> Any:
                 top = np.nextafter(top, 0.0)
             values = np.clip(np.rint(values), float(info.min), top)
     return values.astype(leaf.dtype).reshape(len(numbers), *leaf.shape)
-
-
-def _decode_text(leaf: Leaf, characters: Array, codes: Array) -> tuple[str, ...]:
-    assert isinstance(leaf.space, spaces.Text)
-    width = leaf.space.max_length
-    if width == 0 or not len(characters):
-        return ("",) * len(codes)
-    ended = codes == 0
-    ended[:, : leaf.space.min_length] = False
-    lengths = np.where(ended.any(1), ended.argmax(1), width)
-    points = np.concatenate([characters[:1], characters])[np.clip(codes, 0, len(characters))]
-    text = points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    return tuple(text[i * width : i * width + length] for i, length in enumerate(lengths.tolist()))
 
 
 def unsupported(space: Space, name: str) -> UsageError:

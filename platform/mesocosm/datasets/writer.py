@@ -6,6 +6,7 @@ tables/00000.npy          one record an episode of the shard (`manifest.EPISODES
 tables/00000.task_numbers.npy, tables/00000.task_values.npy
                           [episodes, options] float64 and int32, where the task has reset options
 shards/00000/*.npy        memory-mapped training arrays (`manifest.ARRAYS`)
+shards/00000/texts.arrow  the texts of the spaces' Text leaves, where they have any (`texts`)
 episodes/00000.parquet    the same episodes for people and other tools (`parquet`)
 """
 
@@ -30,6 +31,7 @@ from mesocosm.datasets.manifest import (
     OUTCOMES,
     SCHEMA,
     SPLITS,
+    TEXT_SCHEMA,
     BehaviourCounts,
     Environment,
     EpisodeCounts,
@@ -43,6 +45,7 @@ from mesocosm.datasets.parquet import episodes_table
 from mesocosm.datasets.permutation import key
 from mesocosm.datasets.space_json import space_to_json
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.texts import FILE, TEXTS, write_texts
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]
@@ -88,13 +91,14 @@ class DatasetWriter:
         observation = SpaceCodec(observation_space, "observation")
         action = SpaceCodec(action_space, "action")
         self._codecs = observation, action
+        self._text_names = [leaf.name for codec in self._codecs for leaf in codec.text_leaves]
         self._options = [name for name in environment.task if not observation.matching(name)]
         numbers, categories = observation.numbers + action.numbers, observation.categories
         row_bytes = 8 * (numbers + 4) + 4 * (categories + action.categories)
         self._shard_rows = min(shard_rows, SHARD_BYTES // row_bytes)
         self._buffer: list[dict[str, Array]] = []
         """The rows of the last episodes, which are in no shard yet."""
-        self._rows = 0
+        self._rows = self._characters = 0
         self._shards: list[Shard] = []
         self._table: list[tuple[Any, ...]] = []
         self._tasks: list[dict[str, Any]] = []
@@ -144,7 +148,8 @@ class DatasetWriter:
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
         self._buffer.append(rows)
         self._rows += len(episode) + 1
-        if self._rows >= self._shard_rows:
+        self._characters += sum(len(text) for name in TEXTS for text in rows[name].flat)
+        if self._rows >= self._shard_rows or self._characters >= SHARD_BYTES:
             self._flush()
 
     @property
@@ -183,17 +188,23 @@ class DatasetWriter:
         name = f"{len(self._shards):05d}"
         folder = self._folder / "shards" / name
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {field: np.concatenate([rows[field] for rows in self._buffer]) for field in ARRAYS}
+        arrays = {
+            field: np.concatenate([rows[field] for rows in self._buffer])
+            for field in (*ARRAYS, *TEXTS)
+        }
         self._buffer.clear()
-        for field, array in arrays.items():
-            np.save(folder / f"{field}.npy", array, allow_pickle=False)
+        for field in ARRAYS:
+            np.save(folder / f"{field}.npy", arrays[field], allow_pickle=False)
+        if self._text_names:
+            texts = np.concatenate([arrays[name] for name in TEXTS], 1)
+            write_texts(folder / FILE, self._text_names, texts)
         records = np.array(self._table[-count:], EPISODES)
         tasks = self._tasks[-count:]
         table = episodes_table(self._codecs, arrays, records, list(self._behaviours), tasks)
         (self._folder / "episodes").mkdir(exist_ok=True)
         pq.write_table(table, self._folder / "episodes" / f"{name}.parquet", compression="zstd")
         self._shards.append(Shard(name=name, rows=self._rows, episodes=count))
-        self._rows = 0
+        self._rows = self._characters = 0
 
     def close(self, *, dropped: int = 0) -> Manifest:
         """Write the rest. Raises MesocosmError where no episode has a transition."""
@@ -209,7 +220,7 @@ class DatasetWriter:
         by_split = {name: table[table["split"] == i] for i, name in enumerate(SPLITS)}
         outcomes = np.bincount(table["outcome"], minlength=len(OUTCOMES)).tolist()
         manifest = Manifest(
-            schema_version=SCHEMA,
+            schema_version=TEXT_SCHEMA if self._text_names else SCHEMA,
             id=self._id,
             environment=self._environment,
             observation_space=space_to_json(self._codecs[0].space),
@@ -280,7 +291,9 @@ class DatasetWriter:
 def encode_episode(
     episode: Episode, observation: SpaceCodec, action: SpaceCodec
 ) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS`. Raises MesocosmError where a value is not of its space."""
+    """The rows of `manifest.ARRAYS` and `texts.TEXTS`, texts apart from the categories. Raises
+    MesocosmError where a value is not of its space.
+    """
     where, length = _where(episode), len(episode)
     counts = len(episode.observations), len(episode.actions)
     if counts != (length + 1, length):
@@ -293,12 +306,12 @@ def encode_episode(
         ("act", action, episode.actions),
     ):
         try:
-            numbers, categories = codec.encode_list(values)
+            numbers, categories, texts = codec.stored_list(values)
         except MesocosmError as error:
             raise MesocosmError(f"{where}: {error}") from error
         _check_finite(numbers, codec.labels(), where)
-        kind = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
-        rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(kind)
+        rows[f"{prefix}_num"], rows[f"{prefix}_text"] = numbers, texts
+        rows[f"{prefix}_cat"] = categories.astype(codec.plain_dtype)
     rows["reward"] = np.asarray(episode.rewards, np.float64)
     _check_finite(rows["reward"][:, None], ["reward"], where)
     rows["terminated"] = episode.terminated
@@ -308,9 +321,15 @@ def encode_episode(
         _check_finite(rows["duration"][:, None], ["duration"], where)
     for name, array in rows.items():
         if len(array) == length:  # no action follows the last observation
-            rows[name] = np.concatenate([array, np.zeros_like(array, shape=(1, *array.shape[1:]))])
+            rows[name] = np.concatenate([array, nothing(array)])
     rows["step"] = np.arange(length + 1, dtype=np.int32)
     return rows
+
+
+def nothing(array: Array) -> Array:
+    """One row like those of `array`, of zeros or of empty texts: the action after the last one."""
+    fill = "" if array.dtype == object else 0
+    return np.full_like(array, fill, shape=(1, *array.shape[1:]))
 
 
 def _where(episode: Episode) -> str:

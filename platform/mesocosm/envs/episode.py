@@ -180,5 +180,7 @@ def all_finite(value: Any) -> bool:
         return all(all_finite(item) for item in value.values())
     if isinstance(value, tuple | list):
         return all(all_finite(item) for item in value)
+    if isinstance(value, str):
+        return True
     array = np.asarray(value)
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())

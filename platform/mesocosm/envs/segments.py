@@ -26,12 +26,15 @@ from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.datasets.manifest import ARRAYS
+from mesocosm.datasets.texts import TEXTS, pack, unpack
 from mesocosm.envs.ledger import Ledger, Reservation, Usage
 from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import Storage
 
 Rows = dict[str, NDArray[Any]]
-"""The arrays of `manifest.ARRAYS` of one episode, as `encode_episode` returns them."""
+"""The arrays of `manifest.ARRAYS` and `texts.TEXTS` of one episode, as `encode_episode` returns
+them.
+"""
 FOLDER = "runs/episodes"
 NAME = re.compile(r"(\d+)-(\d+)\.npz")
 SHARED = ("index", "behaviour", "seed", "outcome", "success", "task")
@@ -146,6 +149,9 @@ class Segments:
         arrays: Rows = {}
         if rows:
             arrays = {name: np.concatenate([row[name] for row in rows]) for name in ARRAYS}
+            for name in TEXTS:
+                texts = pack(np.concatenate([row[name] for row in rows]))
+                arrays[name], arrays[f"{name}_ends"] = texts
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
@@ -167,9 +173,11 @@ class Segments:
                     reservation = Reservation(**usage["reservation"])
                     about["usage"] = Usage(**{**usage, "reservation": reservation})
                 about["beyond"] = tuple(about["beyond"])
-                return _Segment(
-                    **about, arrays={name: file[name] for name in ARRAYS if name in file}
-                )
+                arrays = {name: file[name] for name in ARRAYS if name in file}
+                for name in TEXTS:
+                    if name in file:
+                        arrays[name] = unpack(file[name], file[f"{name}_ends"])
+                return _Segment(**about, arrays=arrays)
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(
                 f"{self._storage.url(path)} is damaged; remove it and those after it of the same"

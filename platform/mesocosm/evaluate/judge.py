@@ -20,6 +20,7 @@ from mesocosm.config import fingerprint
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.texts import stored
 from mesocosm.datasets.writer import encode_episode
 from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
@@ -274,8 +275,8 @@ class _StoredEpisodes:
         if rows is None:
             return _Judged(attempt.steps, reason=attempt.reason)
         episode = attempt.episode(rows)
-        observations = self._observation.decode(rows["obs_num"], rows["obs_cat"])
-        actions = self._action.decode(rows["act_num"][:-1], rows["act_cat"][:-1])
+        observations = self._observation.decode_stored(*stored(rows, "obs"))
+        actions = self._action.decode_stored(*stored(rows, "act", -1))
         episode.observations = self._observation.unbatch(observations)
         episode.actions = self._action.unbatch(actions)
         return _Judged(attempt.steps, episode)

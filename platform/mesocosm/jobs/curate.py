@@ -26,8 +26,8 @@ from mesocosm.data.curation.scan import Scan, size
 from mesocosm.data.curation.table import EpisodeTable
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
-from mesocosm.datasets.manifest import ARRAYS, OUTCOMES, SPLITS
-from mesocosm.datasets.writer import DatasetWriter
+from mesocosm.datasets.manifest import OUTCOMES, SPLITS
+from mesocosm.datasets.writer import DatasetWriter, nothing
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
@@ -268,7 +268,7 @@ def _write(
     numbers = index if len(dataset.ids) == 1 else np.arange(len(retained))
     for new, number in zip(numbers.tolist(), retained.tolist(), strict=True):
         record = dataset.table[number]
-        rows = _rows(dataset, record, int(table.length[number]))
+        rows = _rows(dataset, number, int(table.length[number]))
         manifest = dataset.manifests[int(dataset.part[number])]
         episode = Episode(
             index=new,
@@ -290,16 +290,13 @@ def _write(
     pq.write_table(pa.table(origin), folder / ORIGIN)
 
 
-def _rows(dataset: Dataset, record: Array, length: int) -> dict[str, Array]:
-    """`manifest.ARRAYS` of the first `length` transitions of an episode. The last row has only an
+def _rows(dataset: Dataset, number: int, length: int) -> dict[str, Array]:
+    """The stored rows of the first `length` transitions of an episode. The last one has only an
     observation.
     """
-    shard, first = int(record["shard"]), int(record["first_row"])
-    rows = {
-        name: np.array(dataset.array(shard, name)[first : first + length + 1]) for name in ARRAYS
-    }
-    for name in ("act_num", "act_cat", "reward", "terminated"):
-        rows[name][-1] = 0
+    rows = dataset.rows(number, length)
+    for name in ("act_num", "act_cat", "act_text", "reward", "terminated"):
+        rows[name][-1:] = nothing(rows[name])
     if not np.isnan(rows["duration"][-1]):
         rows["duration"][-1] = 0.0
     return rows

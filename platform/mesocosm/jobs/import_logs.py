@@ -31,8 +31,8 @@ from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.data.parallel import ordered, resources, worker_count
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import Environment
-from mesocosm.datasets.spaces import SpaceCodec, check_spaces
-from mesocosm.datasets.writer import DatasetWriter
+from mesocosm.datasets.spaces import SpaceCodec, check_spaces, shown_space
+from mesocosm.datasets.writer import DatasetWriter, nothing
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest
@@ -109,8 +109,8 @@ class ImportLogs(Job[ImportConfig, Import]):
             "environment": config.reality.env or "none given: the spaces are inferred",
             "files": len(files),
             **{name.replace("_", " "): value for name, value in counts.items()},
-            "observation space": str(inspection.spaces[0]),
-            "action space": str(inspection.spaces[1]),
+            "observation space": shown_space(inspection.spaces[0]),
+            "action space": shown_space(inspection.spaces[1]),
             "price": "nothing: no real step is taken",
             "columns": report["columns"],
             **{name: rows for name, rows in optional.items() if rows},
@@ -347,18 +347,20 @@ def _write(
 
 
 def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
-    """`manifest.ARRAYS` of an episode: T+1 rows, of which the last has only an observation."""
+    """`manifest.ARRAYS` and `texts.TEXTS` of an episode: T+1 rows, of which the last has only an
+    observation.
+    """
     logged, length = episode.rows, episode.length
     arrays: dict[str, Array] = {}
-    for kind in ("num", "cat"):
+    for kind in ("num", "cat", "text"):
         observations = logged[f"obs_{kind}"][: length + 1]
         if len(observations) == length:
             last = logged[f"next_{kind}"][length - 1 : length]
             observations = np.concatenate([observations, last])
         arrays[f"obs_{kind}"] = observations
-    for name in ("act_num", "act_cat", "reward", "terminated", "duration"):
+    for name in ("act_num", "act_cat", "act_text", "reward", "terminated", "duration"):
         values = logged[name][:length]
-        arrays[name] = np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
+        arrays[name] = np.concatenate([values, nothing(values)])
     if length and np.isnan(arrays["duration"][0]):
         arrays["duration"] = np.full(length + 1, np.nan)
     arrays["step"] = np.arange(length + 1, dtype=np.int32)

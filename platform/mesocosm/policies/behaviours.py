@@ -10,10 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Text
 
 from mesocosm import checks, user_code
 from mesocosm.datasets.permutation import GOLDEN
+from mesocosm.datasets.spaces import shown_space
+from mesocosm.datasets.texts import text_problem
 from mesocosm.envs.config import DrawnOption, RealityConfig, check_option
 from mesocosm.envs.episode import Act, EpisodeAct, stream
 from mesocosm.errors import MesocosmError, UsageError
@@ -281,9 +283,13 @@ class CheckedActions:
         action = self._source(observation, rng)
         if isinstance(self._space, Box):
             action = np.asarray(action, dtype=self._space.dtype)
-        if not self._space.contains(action):
+        if isinstance(self._space, Text) and isinstance(action, str):
+            problem = text_problem(self._space, action)
+            if problem is not None:
+                raise MesocosmError(f"behaviour {self._name!r} returned an action: {problem}")
+        elif not self._space.contains(action):
             raise MesocosmError(
                 f"behaviour {self._name!r} returned the action {action!r}, which is not in the"
-                f" action space {self._space}"
+                f" action space {shown_space(self._space)}"
             )
         return action

@@ -17,6 +17,7 @@ from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.data.loading.normalize import Moments
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import ARRAYS
+from mesocosm.datasets.texts import TEXTS, pack
 
 Array = NDArray[Any]
 POINTS = 16
@@ -48,10 +49,17 @@ def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
     """digest [e, 2] uint64: BLAKE2b of 128 bits of all of an episode's arrays."""
     rows = Rows(dataset, piece)
     digests = [hashlib.blake2b(digest_size=16) for _ in rows.lengths]
-    for name in ARRAYS:
+    texts = [name for name in TEXTS if rows[name].size]
+    for name in (*ARRAYS, *texts):
         array = rows[name]
         if not name.startswith("obs"):
-            array[rows.last] = 0  # an episode that was cut has its next action there
+            # An episode that was cut has its next action there.
+            array[rows.last] = "" if name in texts else 0
+        if name in texts:
+            for digest, start, length in zip(digests, rows.starts, rows.lengths, strict=True):
+                values, ends = pack(array[start : start + length + 1])
+                digest.update(ends.tobytes() + values.tobytes())
+            continue
         if array.dtype.kind == "f":
             array = array + 0.0  # -0.0 becomes 0.0
         for digest, start, length in zip(digests, rows.starts, rows.lengths, strict=True):

@@ -68,7 +68,7 @@ def kind_of(type: pa.DataType) -> str | None:
         return "number"
     if is_.is_boolean(inner):
         return "bool"
-    return "text" if is_.is_string(inner) else None
+    return "text" if is_.is_string(inner) or is_.is_large_string(inner) else None
 
 
 def flatten(table: pa.Table) -> pa.Table:

@@ -10,7 +10,7 @@ in any process and joined in order (`episodes`), so rows are plain arrays by nam
     duration [B]                    seconds, NaN where the row has none
     behaviour, task, seed, success  [B] object; constant in an episode. Success may be None
     wrong [B]                       the row is faulty
-    obs_*, act_*, next_* [B, ...]   values: a leaf each, or encoded (`manifest.ARRAYS`)
+    obs_*, act_*, next_* [B, ...]   values: a leaf each, or encoded (`manifest.ARRAYS`, `texts`)
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from mesocosm.data.ingest.readers import PROBLEM, LogPiece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
 from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
 from mesocosm.datasets.bounds import FIX, outside
-from mesocosm.datasets.spaces import EXACT, FLOAT32, SpaceCodec
+from mesocosm.datasets.spaces import EXACT, FLOAT32, SpaceCodec, shown_space
+from mesocosm.datasets.texts import text_problem
 
 Key = int | str
 Rows = dict[str, Array]
@@ -121,7 +122,8 @@ def read_batch(
     ):
         if codecs is not None and arrays:
             codec = codecs[part == "act"]
-            columns[f"{part}_num"], columns[f"{part}_cat"] = _encode(codec, arrays, usable)
+            encoded = _encode(codec, arrays, usable)
+            columns |= zip((f"{part}_num", f"{part}_cat", f"{part}_text"), encoded, strict=True)
             continue
         for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
             columns[f"{part}_{i}"] = array
@@ -223,8 +225,14 @@ class _CheckedRows:
             values = np.where(good.reshape(-1, *[1] * len(leaf.shape)), clipped, values)
         bad = np.zeros(len(values), bool)
         bad[good] = outside(space, values[good], self._schema.bounds)
-        must = f"{name} must be in the environment's {space}"
-        self.mark(bad, OUTSIDE, lambda row: f"{must}, got {values[[row]].tolist()[0]!r}")
+        must = f"{name} must be in the environment's {shown_space(space)}"
+
+        def text(row: int) -> str:
+            if isinstance(space, spaces.Text):
+                return f"{name}: {text_problem(space, values[row])}"
+            return f"{must}, got {values[[row]].tolist()[0]!r}"
+
+        self.mark(bad, OUTSIDE, text)
         return values
 
     def _check_elements(
@@ -240,15 +248,19 @@ class _CheckedRows:
         self.mark(mask & bad.any(1), reason, text)
 
 
-def _encode(codec: SpaceCodec, arrays: Sequence[Array], usable: Array) -> tuple[Array, Array]:
-    """(numbers, categories) of every row, 0 where it is not usable."""
-    numbers = np.zeros((len(usable), codec.numbers))
-    categories = np.zeros((len(usable), codec.categories), np.int64)
+def _encode(codec: SpaceCodec, arrays: Sequence[Array], usable: Array) -> tuple[Array, ...]:
+    """(numbers, categories, texts) of every row as they are stored; 0 or "" where it is not
+    usable.
+    """
+    count = len(usable)
+    numbers = np.zeros((count, codec.numbers))
+    categories = np.zeros((count, len(codec.plain)), codec.plain_dtype)
+    texts = np.full((count, len(codec.text_leaves)), "", object)
     values = []
     for leaf, array in zip(codec.leaves, arrays, strict=True):
-        integers = leaf.characters is None and leaf.dtype.kind != "f" and array.dtype.kind == "f"
+        integers = leaf.text is None and leaf.dtype.kind != "f" and array.dtype.kind == "f"
         values.append(array[usable].astype(np.int64) if integers else array[usable])
     if usable.any():
-        numbers[usable], categories[usable] = codec.encode_leaves(values, int(usable.sum()))
-    widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
-    return numbers, categories.astype(widest)
+        encoded = codec.encode_stored(values, int(usable.sum()))
+        numbers[usable], categories[usable], texts[usable] = encoded
+    return numbers, categories, texts

@@ -29,6 +29,7 @@ from mesocosm.data.ingest.leaves import (
 from mesocosm.data.ingest.readers import PROBLEM, About, lerobot
 from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import RowError, Stat, infer_space, take_integers
+from mesocosm.datasets.spaces import shown_space
 from mesocosm.errors import UsageError, nearest
 
 REQUIRED = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
@@ -95,7 +96,7 @@ class Schema:
             name = _file_name(leaf.columns[0], self.renames)
             if leaf.flattened and len(leaf.columns) > 1:
                 name = f"{name} ... {_file_name(leaf.columns[-1], self.renames)}"
-            became = str(space)
+            became = shown_space(space)
             if isinstance(space, spaces.Box):  # its bounds, which may be long, are in the manifest
                 became = f"Box{space.shape} {space.dtype}"
             type = str(self.types[leaf.columns[0]])

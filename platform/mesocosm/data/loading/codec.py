@@ -148,9 +148,11 @@ class Codec:
 
         Raises:
             UsageError: the training split is empty, a task key changes within an episode, a number
-                is beyond float32, or a duration is negative.
+                is beyond float32, a duration is negative, or a text is too long for slots.
         """
         codecs = dataset.observation_codec, dataset.action_codec
+        for codec in codecs:
+            codec.check_slots()
         scalings, change, rest = statistics(dataset)
         environment = dataset.environment.model_dump()
         return Codec(*codecs, environment, dataset.options, scalings, change, rest)

@@ -13,6 +13,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import Index
 from mesocosm.datasets.dataset import Dataset, Split, grouped
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.slots import SlotRows
 from mesocosm.model.spec import Events, Parts, Windows
 
 Array = NDArray[Any]
@@ -101,6 +102,8 @@ def runs(array: Array, first: Index, size: int) -> Array:
         return np.empty(shape, array.dtype)
     if len(array) < size:
         return array.take(np.minimum(first[:, None] + np.arange(size), len(array) - 1), axis=0)
+    if isinstance(array, SlotRows):
+        return array.take(np.minimum(first, len(array) - size)[:, None] + np.arange(size))
     block = np.dtype((np.void, size * array.strides[0]))
     every = np.ndarray((len(array) - size + 1,), block, array, strides=array.strides[:1])
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
