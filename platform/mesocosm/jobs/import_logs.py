@@ -25,6 +25,7 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, read_batches
 from mesocosm.data.ingest.progress import ImportProgress
 from mesocosm.data.ingest.readers.files import sha256, stamp
+from mesocosm.data.ingest.readers.traces import REWARDS, TASKS, TraceConfig, TraceOptions
 from mesocosm.data.ingest.report import ImportTally, Inspection
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
@@ -57,6 +58,10 @@ class ImportConfig(JobConfig):
     """The file's column names that differ from the schema's, as in columns.observation=obs."""
     per_file: bool = False
     """Each file numbers its own episodes. Without an episode column each file is one."""
+    traces: TraceConfig = field(default_factory=TraceConfig)
+    """The rules for chats, OpenTelemetry spans and AgentWorldBench (docs/text.md).
+    `columns.reward=NAME` and the like name the fields of a trace or a message.
+    """
     bad: str = "refuse"
     """At a faulty episode: refuse (the import, naming file and row), or drop (the episode)."""
     workers: int | None = None
@@ -89,6 +94,8 @@ class ImportLogs(Job[ImportConfig, Import]):
     def check(self, cfg: ImportConfig) -> None:
         """Raise UsageError at the first invalid value. Reads no file."""
         checks.one_of(cfg, ("refuse", "drop"), "bad")
+        checks.one_of(cfg.traces, TASKS, "task", prefix="traces.")
+        checks.one_of(cfg.traces, REWARDS, "reward", prefix="traces.")
         checks.at_least(cfg, 0, "workers")
         checks.within(cfg, 0, 1, "valid_fraction", open="]")
         check_bounds(cfg.reality)
@@ -100,7 +107,7 @@ class ImportLogs(Job[ImportConfig, Import]):
         `resolve` would download Minari's and take the checksums of all.
         """
         self.check(config)
-        files = sources(config.paths, fetch=False)
+        files = sources(config.paths, fetch=False, traces=_trace_options(config))
         inspection = _inspect(config, files, 0, lambda rows: None)
         report = inspection.report()
         counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
@@ -119,11 +126,13 @@ class ImportLogs(Job[ImportConfig, Import]):
 
     def resolve(self, config: ImportConfig, storage: Storage) -> Import:
         self.check(config)
-        files = sources(config.paths, fetch=True)
+        files = sources(config.paths, fetch=True, traces=_trace_options(config))
         stamps = [_stamp(source) for source in files]
         with ThreadPoolExecutor(4) as pool:
             sums = list(pool.map(_checksum, files))
-        settings = identity(config, without=["paths", "workers", *PAID])
+        # Without traces, so that ids are those of before there were any.
+        unused = ["traces"] if config.traces == TraceConfig() else []
+        settings = identity(config, without=["paths", "workers", *PAID, *unused])
         facts = _facts(config)
         return Import(
             config=config,
@@ -199,6 +208,10 @@ class ImportLogs(Job[ImportConfig, Import]):
         if not made:
             transitions = artifact.meta["counts"]["transitions"]
             run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
+
+
+def _trace_options(config: ImportConfig) -> TraceOptions:
+    return TraceOptions(config.traces.task, config.traces.reward, dict(config.columns))
 
 
 def _stamp(source: Source) -> tuple[int, tuple[str, ...]]:

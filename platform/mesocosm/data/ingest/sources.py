@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import pyarrow as pa
 from mesocosm.data.ingest.readers import (
     About,
     LogPiece,
+    agentworld,
+    chat,
     files,
     jsonl,
     lerobot,
     minari,
+    otel,
     parquet,
     rllib,
 )
+from mesocosm.data.ingest.readers.traces import TraceOptions, TraceReader, documents
 from mesocosm.errors import MesocosmError, UsageError
 
 READERS: dict[str, Any] = {
@@ -29,8 +34,15 @@ READERS: dict[str, Any] = {
     "minari": minari,
     "parquet": parquet,
     "rllib": rllib,
+    "agentworld": TraceReader(agentworld.traces, "AgentWorldBench"),
+    "chat": TraceReader(chat.traces, "a chat"),
+    "otel": TraceReader(otel.traces, "OpenTelemetry spans"),
 }
-SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+TRACES = {"agentworld": agentworld.holds, "chat": chat.holds, "otel": otel.holds}
+"""The formats of traces of language agents, by how the first value of a file is known."""
+SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+IN_FOLDERS = (".parquet", ".jsonl", ".ndjson")
+"""The suffixes that a folder is searched for; for .json only if there are none of these."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Source:
     path: str
     name: str
     """As the user named it."""
+    traces: TraceOptions = field(default_factory=TraceOptions)
 
     @functools.cached_property
     def about(self) -> About:
@@ -52,11 +65,17 @@ class Source:
         return self.about.files or [self.path]
 
     def head(self) -> pa.Table:
-        return READERS[self.format].head(self.path)
+        reader = READERS[self.format]
+        if self.format in TRACES:
+            return reader.head(self.path, self.traces)
+        return reader.head(self.path)
 
     def pieces(self, source: int) -> list[LogPiece]:
         ranges = READERS[self.format].pieces(self.path)
-        return [LogPiece(self.format, source, self.path, begin, end) for begin, end in ranges]
+        return [
+            LogPiece(self.format, source, self.path, begin, end, traces=self.traces)
+            for begin, end in ranges
+        ]
 
 
 def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -64,21 +83,23 @@ def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     yield from READERS[piece.format].read(piece, columns)
 
 
-def sources(words: Sequence[str], fetch: bool) -> list[Source]:
+def sources(words: Sequence[str], fetch: bool, traces: TraceOptions | None = None) -> list[Source]:
     """The files that paths, patterns and folders name, in the order given.
 
     The files of a pattern or folder are sorted by name, with numbers by value, and so are words in
     alphabetical order, as a shell gives the files of a pattern.
 
     Args:
+        words: As the command line gives them.
         fetch: Download Minari's datasets that are not on this machine.
+        traces: How traces of language agents are read.
 
     Raises:
         UsageError: No file, a file twice, several formats, or an unknown format.
     """
     if not words:
         raise UsageError(
-            "no path was given; name files, patterns or folders of Parquet or JSONL, such as"
+            "no path was given; name files, patterns or folders of Parquet, JSONL or JSON, such as"
             " 'logs/*.parquet'"
         )
     ordered = files.sorted_naturally(words) if list(words) == sorted(words) else words
@@ -94,7 +115,7 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
                 f" {source.format}; import one format at a time, and train on both datasets"
                 " together"
             )
-    return sources
+    return [replace(source, traces=traces or source.traces) for source in sources]
 
 
 def _sources_of(word: str, fetch: bool) -> list[Source]:
@@ -103,7 +124,7 @@ def _sources_of(word: str, fetch: bool) -> list[Source]:
     if not files.is_remote(word) and os.path.exists(os.path.join(word, lerobot.INFO)):
         return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.data(word)]
     try:
-        paths = files.expand(word, list(SUFFIXES))
+        paths = files.expand(word, IN_FOLDERS) or files.expand(word, [".json"])
         if not paths:
             raise UsageError(
                 f"{word!r} is no file, folder or pattern that matches a file that ends in"
@@ -129,4 +150,23 @@ def _source(path: str) -> Source:
         )
     if format == "parquet" and rllib.holds(parquet.head(path).schema):
         format = "rllib"
+    if format in ("json", "jsonl"):
+        format = _json_format(path, format)
     return Source(format, path if files.is_remote(path) else os.path.abspath(path), path)
+
+
+def _json_format(path: str, suffix: str) -> str:
+    """The format of a file of JSON: of traces, as its first value is, else rows of JSONL."""
+    first: Any = None
+    with suppress(UsageError):  # the reader of rows names the row
+        first = next((value for _, value in documents(path)), None)
+    for format, holds in TRACES.items():
+        if holds(first):
+            return format
+    if suffix == "json":
+        next(documents(path), None)  # an error of the file itself comes first
+        raise UsageError(
+            f"{path!r} holds no traces that are known; give chats (objects with messages),"
+            " OpenTelemetry spans (resourceSpans) or AgentWorldBench's samples, or rows in JSONL"
+        )
+    return suffix

@@ -17,6 +17,7 @@ from mesocosm.data.ingest.leaves import innermost
 from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, LogPiece
 from mesocosm.data.ingest.readers.files import open_file, stamp
 from mesocosm.data.ingest.values import RowError
+from mesocosm.datasets.texts import utf8_problem
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000
@@ -89,6 +90,9 @@ def _table(rows: list[dict[str, Any]], columns: Sequence[str], done: int = 0) ->
 def _array(name: str, values: list[Any]) -> pa.Array:
     try:
         array = pa.array(values)
+    except UnicodeEncodeError as error:
+        row, problem = _surrogate(values)
+        raise RowError(row, f"{name}: {problem}") from error
     except (pa.ArrowException, OverflowError, TypeError) as error:
         _check_kinds(name, values)
         types = "numbers, booleans, strings, lists or objects of them"
@@ -96,6 +100,19 @@ def _array(name: str, values: list[Any]) -> pa.Array:
     if is_.is_floating(innermost(array.type)[0]):  # true among floats has become 1.0
         _check_kinds(name, values)
     return array
+
+
+def _surrogate(values: list[Any]) -> tuple[int, str]:
+    """The first row with a text that UTF-8 cannot hold, and the problem."""
+    for row, value in enumerate(values):
+        pending = [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, str) and (problem := utf8_problem(item)) is not None:
+                return row, problem
+            if isinstance(item, list | dict):
+                pending += [*item, *(item.values() if isinstance(item, dict) else ())]
+    return 0, "a text cannot be written as UTF-8"
 
 
 def _check_kinds(name: str, values: list[Any]) -> None:

@@ -1,0 +1,382 @@
+"""Import of traces of language agents: chats, OpenTelemetry spans, AgentWorldBench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gymnasium import spaces
+
+from mesocosm.data.ingest.readers.traces import TraceConfig
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.episode import Episode
+from mesocosm.errors import UsageError
+from mesocosm.jobs.import_logs import JOB
+from mesocosm.store.artifacts import Artifact, Storage
+
+from .logs import configured, report
+
+Import = Callable[..., Artifact]
+Record = dict[str, Any]
+SEARCH = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"q": "日"}'}}
+
+
+def say(role: str, text: Any, **more: Any) -> Record:
+    return {"role": role, "content": text, **more}
+
+
+def chat(**fields: Any) -> Record:
+    """Two actions: a tool call, and the answer that ends it."""
+    messages = [
+        say("system", "You are a clerk."),
+        say("user", "Find the day 🙂"),
+        say("assistant", "I search.", tool_calls=[SEARCH]),
+        say("tool", "Sunday", tool_call_id="1"),
+        say("user", "Hurry!"),
+        say("assistant", "It is Sunday."),
+    ]
+    return {"messages": messages, "reward": 1.0} | fields
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def episodes(artifact: Artifact) -> list[Episode]:
+    return list(Dataset([artifact.path]).iter_episodes())
+
+
+def refused(path: Path, **keys: Any) -> str:
+    """The one sentence that refuses an import."""
+    with pytest.raises(UsageError) as caught:
+        JOB.preview(configured(path, **keys))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_chat_is_an_episode(folder: Path, import_logs: Import) -> None:
+    result = import_logs(lines(folder / "a.jsonl", chat(model="clerk-1"), chat(success=True)))
+    first, second = episodes(result)
+    call = '{"name": "search", "arguments": {"q": "日"}}'
+    assert first.observations == ["Find the day 🙂", "Sunday\nHurry!", ""]
+    assert first.actions == [f"I search.\n{call}", "It is Sunday."]
+    assert first.rewards.tolist() == [0, 1] and first.outcome == "terminated"
+    assert first.task == {"system": "You are a clerk."} and first.behaviour == "clerk-1"
+    assert first.success is None and second.success is True
+    assert second.behaviour == "imported"
+    table = {row["became"].partition(":")[0]: row["how"] for row in report(result)["columns"]}
+    assert "the empty text" in table["observation"] and "tool calls" in table["action"]
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "options"),
+    [
+        ("system", "Find the day 🙂", {"system": "You are a clerk."}),
+        ("prompt", "", {"system": "You are a clerk.\nFind the day 🙂"}),
+        ("none", "You are a clerk.\nFind the day 🙂", {}),
+    ],
+)
+def test_the_task_is_a_choice(
+    folder: Path, import_logs: Import, task: str, first: str, options: Record
+) -> None:
+    result = import_logs(lines(folder / "a.jsonl", chat()), traces=TraceConfig(task=task))
+    (episode,) = episodes(result)
+    assert episode.observations[0] == first and episode.task == options
+
+
+def test_rewards_of_messages_belong_to_the_action_before(folder: Path, import_logs: Import) -> None:
+    trace = chat()
+    del trace["reward"]
+    trace["messages"][3]["score"] = 0.25
+    trace["messages"][4]["score"] = 0.25
+    trace["messages"][5]["score"] = 2
+    (episode,) = episodes(
+        import_logs(lines(folder / "a.jsonl", trace), columns={"reward": "score"})
+    )
+    assert episode.rewards.tolist() == [0.5, 2]
+    nested = chat(reward=None, grade={"points": 3})
+    path = lines(folder / "b.jsonl", nested)
+    (episode,) = episodes(import_logs(path, columns={"reward": "grade.points"}))
+    assert episode.rewards.tolist() == [0, 3]
+
+
+def test_how_an_episode_ends(folder: Path, import_logs: Import) -> None:
+    unfinished = chat()
+    unfinished["messages"].append(say("user", "Thanks"))
+    cut = chat(truncated=True)
+    never = chat(terminated=False)
+    result = import_logs(lines(folder / "a.jsonl", chat(), unfinished, cut, never))
+    ends = [episode.outcome for episode in episodes(result)]
+    assert ends == ["terminated", "unfinished", "truncated", "unfinished"]
+    assert episodes(result)[1].observations[-1] == "Thanks"
+
+
+def test_forms_of_chats(folder: Path, import_logs: Import) -> None:
+    """Parts, calls of the old form, arguments as objects, several messages of the assistant."""
+    messages = [
+        say("developer", [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]),
+        say("user", "Go", name="x"),
+        say("assistant", None, function_call={"name": "run", "arguments": ""}),
+        say("function", "ran", name="run"),
+        say("assistant", "So", tool_calls=[{"function": {"name": "stop", "arguments": {"n": 1}}}]),
+        say("assistant", "done", reasoning_content="hm"),
+    ]
+    (folder / "a.json").write_text(json.dumps([{"messages": messages, "reward": 1}]))
+    (episode,) = episodes(import_logs(folder))
+    assert episode.task == {"system": "Be\nbrief."}
+    assert episode.actions == [
+        '{"name": "run", "arguments": {}}',
+        'So\n{"name": "stop", "arguments": {"n": 1}}\ndone',
+    ]
+
+
+def call(arguments: str) -> Record:
+    return {"function": {"name": "search", "arguments": arguments}}
+
+
+def broken(change: Callable[[Record], Any]) -> Record:
+    trace = chat()
+    change(trace)
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("trace", "words"),
+    [
+        (
+            broken(lambda t: t["messages"][2].update(tool_calls=[call('{"q": 1')])),
+            ["line 2: message 3", "tool call 'search'", "not JSON"],
+        ),
+        (broken(lambda t: t.pop("reward")), ["line 2", "no reward", "columns.reward=NAME"]),
+        (
+            broken(lambda t: t.update(messages=t["messages"][:2])),
+            ["line 2", "no action", "role assistant"],
+        ),
+        (broken(lambda t: t.update(messages=[])), ["line 2", "no action"]),
+        (broken(lambda t: t.update(messages=3)), ["line 2", "no list of messages"]),
+        (broken(lambda t: t["messages"][1].update(role="boss")), ["message 2", "'boss'"]),
+        (
+            broken(lambda t: t["messages"][1].update(content=[{"type": "image_url"}])),
+            ["message 2", "'image_url'", "no text"],
+        ),
+        (broken(lambda t: t["messages"][1].update(content="\ud83d")), ["line 2", "lone surrogate"]),
+        (broken(lambda t: t["messages"][3].update(reward=5)), ["its own 'reward' is 1", "to 5"]),
+        (broken(lambda t: t.update(reward="good")), ["must be a number", "'good'"]),
+        (broken(lambda t: t.update(terminated="yes")), ["true or false", "'yes'"]),
+    ],
+)
+def test_a_faulty_trace_is_refused_with_file_and_line(
+    root: str, folder: Path, import_logs: Import, trace: Record, words: list[str]
+) -> None:
+    path = lines(folder / "a.jsonl", chat(), trace, chat())
+    message = refused(path)
+    assert "a.jsonl" in message and all(word in message for word in words), message
+    with pytest.raises(UsageError):
+        import_logs(path)
+    assert Storage(root).list("datasets") == []
+    kept = import_logs(path, bad="drop")
+    assert len(episodes(kept)) == 2 and report(kept)["left_out"][0]["episodes"] == 1
+
+
+def test_traces_without_rewards_may_be_zero(folder: Path, import_logs: Import) -> None:
+    trace = chat()
+    del trace["reward"]
+    result = import_logs(lines(folder / "a.jsonl", trace), traces=TraceConfig(reward="zero"))
+    assert episodes(result)[0].rewards.tolist() == [0, 0]
+    assert any("every reward is 0" in warning for warning in report(result)["warnings"])
+    with pytest.raises(UsageError, match=r"traces\.reward must be"):
+        JOB.preview(configured(folder, traces=TraceConfig(reward="none")))
+
+
+def test_a_line_that_was_cut_short_is_refused(folder: Path) -> None:
+    path = lines(folder / "a.jsonl", chat(), chat())
+    path.write_text(path.read_text()[:-40])
+    message = refused(path, bad="drop")
+    assert "a.jsonl' line 2 is not JSON" in message and "cut short" in message
+    whole = folder / "b.json"
+    whole.write_text('[{"messages": [')
+    assert "b.json' is not JSON" in refused(whole)
+    whole.write_text('{"rows": 3}')
+    assert "no traces that are known" in refused(whole)
+
+
+def test_many_files_are_read_alike_by_workers(folder: Path, import_logs: Import) -> None:
+    for i in range(3):
+        lines(folder / f"{i}.jsonl", *(chat(reward=10 * i + k) for k in range(4)))
+    rewards = [episode.rewards[-1] for episode in episodes(import_logs(folder))]
+    assert rewards == [10 * i + k for i in range(3) for k in range(4)]
+
+
+def test_a_lone_surrogate_in_rows_is_refused_with_its_row(folder: Path) -> None:
+    row = {"episode": 0, "action": 0, "reward": 0, "terminated": False, "truncated": False}
+    rows = [row | {"step": t, "observation": "a\ud800" if t else "b"} for t in range(2)]
+    message = refused(lines(folder / "a.jsonl", *rows))
+    assert "row 2" in message and "lone surrogate" in message
+
+
+# -- AgentWorldBench
+
+
+def sample(**fields: Any) -> Record:
+    return {
+        "task": "terminal",
+        "id": 7,
+        "system_str": "# Role\nYou simulate a terminal.",
+        "prompt": ["**Action:** ls", "**Action:** pwd"],
+        "response": ["a.txt", "/home"],
+        "turn_idx": 1,
+        "total_turns": 2,
+    } | fields
+
+
+def test_agentworldbench(folder: Path, import_logs: Import) -> None:
+    path = lines(folder / "terminal_test.jsonl", sample(), sample(prompt="pwd", response="/"))
+    assert "columns.reward=NAME, or traces.reward=zero" in refused(path).replace(
+        " to the field that holds it", ""
+    )
+    first, second = episodes(import_logs(path, traces=TraceConfig(reward="zero")))
+    assert first.observations == ["", "a.txt", "/home"] and first.outcome == "unfinished"
+    assert first.actions == ["**Action:** ls", "**Action:** pwd"]
+    assert first.task == {"system": "# Role\nYou simulate a terminal."}
+    assert second.actions == ["pwd"] and second.observations == ["", "/"]
+    scored = lines(folder / "b.jsonl", sample(score=0.5))
+    (episode,) = episodes(
+        import_logs(scored, columns={"reward": "score"}, traces=TraceConfig(task="none"))
+    )
+    assert episode.rewards.tolist() == [0, 0.5] and episode.observations[0].startswith("# Role")
+    uneven = lines(folder / "c.jsonl", sample(response=["a.txt"]))
+    assert "line 1: prompt has 2 turns and response 1" in refused(uneven)
+    none = lines(folder / "d.jsonl", sample(prompt=[], response=[]))
+    assert "line 1: it has no action" in refused(none)
+
+
+# -- OpenTelemetry
+
+
+def part(text: str) -> Record:
+    return {"type": "text", "content": text}
+
+
+def message(role: str, *parts: Record) -> Record:
+    return {"role": role, "parts": list(parts)}
+
+
+QUESTION = message("user", part("What day?"))
+ASKED = message(
+    "assistant",
+    {"type": "reasoning", "content": "hm"},
+    {"type": "tool_call", "id": "1", "name": "day", "arguments": {"zone": "日"}},
+)
+ANSWER = message("tool", {"type": "tool_call_response", "id": "1", "response": {"day": "Sun"}})
+DONE = message("assistant", part("Sunday."))
+
+
+def span(start: int, inputs: list[Record], output: Record, **attributes: Any) -> Record:
+    facts: Record = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.request.model": "m1",
+        "gen_ai.input.messages": json.dumps(inputs),
+        "gen_ai.output.messages": [output],
+        "gen_ai.system_instructions": [part("You tell days.")],
+    } | attributes
+    return {"traceId": "t", "startTimeUnixNano": str(start), "name": "chat", "attributes": facts}
+
+
+def value(raw: Any) -> Record:
+    """A value in the form of OTLP JSON."""
+    if isinstance(raw, dict):
+        return {"kvlistValue": {"values": typed(raw)}}
+    if isinstance(raw, list):
+        return {"arrayValue": {"values": list(map(value, raw))}}
+    if isinstance(raw, int):
+        return {"intValue": str(raw)}
+    return {"doubleValue": raw} if isinstance(raw, float) else {"stringValue": raw}
+
+
+def typed(attributes: Record) -> list[Record]:
+    return [{"key": key, "value": value(raw)} for key, raw in attributes.items()]
+
+
+def otlp(*spans: Record) -> Record:
+    inside = [item | {"attributes": typed(item["attributes"])} for item in spans]
+    return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": inside}]}]}
+
+
+def conversation(**attributes: Any) -> list[Record]:
+    """The spans of a trace, the later one first, with a root span and another program's span."""
+    root = {"traceId": "t", "name": "invoke_agent", "attributes": {"reward": 2.5}}
+    other = {"traceId": "u", "name": "GET", "attributes": {"http.status": 200}}
+    second = span(200, [QUESTION, ASKED, ANSWER], DONE, **attributes)
+    return [second, other, root, span(100, [QUESTION], ASKED, **attributes)]
+
+
+@pytest.mark.parametrize("form", ["otlp", "lines", "spans"])
+def test_spans(folder: Path, import_logs: Import, form: str) -> None:
+    spans = conversation()
+    if form == "otlp":
+        path = folder / "a.json"
+        path.write_text(json.dumps(otlp(*spans)))
+    elif form == "lines":
+        path = lines(folder / "a.jsonl", *map(otlp, spans))
+    else:
+        path = lines(folder / "a.jsonl", *spans)
+    (episode,) = episodes(import_logs(path))
+    assert episode.observations == ["What day?", '{"day": "Sun"}', ""]
+    assert episode.actions == ['{"name": "day", "arguments": {"zone": "日"}}', "Sunday."]
+    assert episode.rewards.tolist() == [0, 2.5] and episode.outcome == "terminated"
+    assert episode.task == {"system": "You tell days."} and episode.behaviour == "m1"
+
+
+def test_spans_of_one_conversation_and_rewards_of_spans(folder: Path, import_logs: Import) -> None:
+    """Conversations may span traces. A span's event may hold the score of its action."""
+    name = "gen_ai.evaluation.score.value"
+    one, two = {"gen_ai.conversation.id": "c1"}, {"gen_ai.conversation.id": "c2"}
+    first = span(1, [QUESTION], ASKED, **one, **{name: 0.5})
+    later = span(3, [QUESTION, ASKED, ANSWER], DONE, **one) | {
+        "traceId": "later",
+        "events": [{"name": "gen_ai.evaluation.result", "attributes": {name: 1}}],
+    }
+    other = span(2, [QUESTION], DONE, **two, **{name: 4.0}) | {"traceId": "x"}
+    path = lines(folder / "a.jsonl", first, other, later)
+    both = episodes(import_logs(path, columns={"reward": name}))
+    assert [episode.rewards.tolist() for episode in both] == [[0.5, 1], [4]]
+
+
+def test_spans_that_are_no_episodes(folder: Path) -> None:
+    empty = span(1, [QUESTION], DONE)
+    del empty["attributes"]["gen_ai.output.messages"]
+    assert "CAPTURE_MESSAGE_CONTENT" in refused(lines(folder / "a.jsonl", empty))
+    other = {"traceId": "u", "name": "GET", "attributes": {"http.status": 200}}
+    assert "no span that calls a model" in refused(lines(folder / "b.jsonl", other))
+    bad = span(1, [QUESTION], DONE, **{"gen_ai.input.messages": '[{"role"'})
+    said = refused(lines(folder / "c.jsonl", bad))
+    assert "c.jsonl" in said and "line 1: gen_ai.input.messages is not JSON" in said
+    image = span(1, [message("user", {"type": "blob", "content": "x"})], DONE)
+    assert "'blob', which is no text" in refused(lines(folder / "d.jsonl", image))
+    assert "no reward" in refused(lines(folder / "e.jsonl", span(1, [QUESTION], DONE)))
+
+
+def test_ids_of_other_imports_do_not_change(folder: Path, root: str) -> None:
+    """The id of rows is that of before traces; a choice for traces makes another one."""
+    from .logs import jsonl, steps
+
+    path = jsonl(folder / "a.jsonl", steps())
+    ids = [
+        JOB.resolve(configured(path, **keys), Storage(root)).id
+        for keys in ({}, {"traces": TraceConfig(task="none")})
+    ]
+    assert ids[0] != ids[1]
+
+
+def test_texts_of_traces_are_long_texts(folder: Path, import_logs: Import) -> None:
+    trace = chat()
+    trace["messages"][3]["content"] = "日本 " * 100_000
+    (episode,) = episodes(import_logs(lines(folder / "a.jsonl", trace)))
+    assert episode.observations[1].startswith("日本 日本") and len(episode.observations[1]) > 3e5
+    space = Dataset([import_logs(folder / "a.jsonl").path]).observation_space
+    assert isinstance(space, spaces.Text) and space.max_length == len(episode.observations[1])
