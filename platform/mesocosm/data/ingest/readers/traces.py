@@ -323,7 +323,7 @@ class TraceReader:
             traces.append(trace)
             if len(traces) == HEAD_EPISODES:
                 break
-        return _table(traces, options, "0") if traces else pa.table({})
+        return _table(traces, options, "0").drop_columns([PROBLEM]) if traces else pa.table({})
 
     def pieces(self, path: str) -> list[tuple[int, int]]:
         """One: the whole file."""
