@@ -291,8 +291,8 @@ def _write(
 
 
 def _rows(dataset: Dataset, number: int, length: int) -> dict[str, Array]:
-    """The stored rows of the first `length` transitions of an episode. The last one has only an
-    observation.
+    """The rows of the first `length` transitions of an episode, as they are stored. The last row
+    has only an observation.
     """
     rows = dataset.rows(number, length)
     for name in ("act_num", "act_cat", "act_text", "reward", "terminated"):
