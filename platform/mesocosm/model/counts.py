@@ -17,6 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
+from mesocosm.model.language.llama import Llama
+from mesocosm.model.language.net import TextNet, blank_rows
+from mesocosm.model.language.shape import Shape
+from mesocosm.model.language.stream import TokenRows
 from mesocosm.model.mup import tag_of
 from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
@@ -97,3 +101,32 @@ def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
     rows = parts(o, batch, window + 1), parts(a, batch, window), parts(task, batch)
     mask, episode = zeros == 0, zeros[:, 0].long()
     return Windows(*rows, zeros, zeros, zeros, mask, ~mask[:, 0], episode)
+
+
+def language_params(shape: Shape, spec: Spec, members: int = 1, rank: int = 0) -> ParamCounts:
+    """The counts of a text world with a network of ours, which need not exist. N are the matrices
+    and vectors of the blocks, without the token embedding, adapters and heads.
+    """
+    with torch.device("meta"):
+        net = TextNet(Llama(shape, members=members, rank=rank), spec)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    backbone = sum(parameter.numel() for parameter in net.backbone.parameters())
+    heads = total - backbone
+    return ParamCounts(shape.params, shape.embeddings, backbone, heads, total, members, 0)
+
+
+def language_flops(
+    shape: Shape, spec: Spec, batch: int, window: int, members: int = 1, rank: int = 0
+) -> int:
+    """FLOPs of a training step on `batch` rows of `window` tokens."""
+    with torch.device("meta"):
+        net = TextNet(Llama(shape, members=members, rank=rank), spec)
+        return measured_language_flops(net, blank_rows(batch, window))
+
+
+def measured_language_flops(net: TextNet, rows: TokenRows) -> int:
+    """The same by torch's counter, on any device. Leaves gradients on `net`."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        net(rows).objective.backward()
+    return int(counter.get_total_flops())

@@ -96,7 +96,7 @@ def test_members_are_merged(tmp_path: Path) -> None:
     save_folder(members, tmp_path, member=1)
     merged = load_folder(tmp_path)
     ids, position = torch.randint(0, 61, (1, 20)), torch.arange(20).unsqueeze(0)
-    expected = members.hidden(ids, position, None, torch.tensor([1]))
+    expected = members.hidden(ids, position, None, torch.ones_like(ids))
     torch.testing.assert_close(merged.hidden(ids, position), expected, rtol=1e-4, atol=1e-5)
     assert (members.hidden(ids, position) - expected).abs().max() > 1e-2
 

@@ -1,5 +1,5 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): K low-rank corrections of one matrix, one for each
-member; each row of a batch is read by its own member.
+member; each token of a batch is read by its own member.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mesocosm.model.mup import tag
 
 Selection = Tensor | None
-"""[..., 1, K * rank] of 0 and 1: the columns of each row's member; None: all columns."""
+"""[..., K * rank] of 0 and 1: the columns of each token's member; None: all columns."""
 
 
 class Adapter(nn.Module):
@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, selection: Selection) -> Tensor:
         reduced = F.linear(x.to(self.reduce.dtype), self.reduce)
         if selection is not None:
-            reduced = reduced * (selection if reduced.dim() == 3 else selection.squeeze(1))
+            reduced = reduced * selection
         return F.linear(reduced, self.expand)
 
     def correction(self, member: int) -> Tensor:

@@ -164,7 +164,7 @@ class Llama(nn.Module):
             position: [B, T] int64, counted from the start of the token's episode.
             segment: [B, T] int64: tokens see the earlier tokens of their own segment. None: a row
                 is one segment (padding behind it does no harm).
-            member: [B] int64, the adapter that reads each row. None: the first.
+            member: [B, T] int64, the adapter that reads each token. None: the first.
 
         Returns:
             [B, T, d] in the dtype of the weights.
@@ -268,15 +268,13 @@ class Llama(nn.Module):
         return table
 
     def _selection(self, member: Tensor | None, ids: Tensor) -> Selection:
-        """[N or B, 1, K * rank]: 1 for the columns of each row's adapter; None without adapters or
-        with one.
+        """[..., K * rank]: 1 for the columns of each token's adapter; None without adapters or with
+        one.
         """
         if not self.rank or self.members == 1:
             return None
-        if member is None:
-            member = ids.new_zeros(len(ids))
-        chosen = F.one_hot(member, self.members).repeat_interleave(self.rank, 1)
-        return chosen.to(self.embed.dtype).unsqueeze(1)
+        chosen = F.one_hot(torch.zeros_like(ids) if member is None else member, self.members)
+        return chosen.repeat_interleave(self.rank, -1).to(self.embed.dtype)
 
 
 def segment_mask(segment: Tensor) -> Tensor:

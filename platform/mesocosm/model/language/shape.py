@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mesocosm.errors import UsageError
-from mesocosm.model.ladder import BASE_WIDTH, HEAD, language_dims
+from mesocosm.model.ladder import HEAD, language_dims
 
 ROPE_THETA = 10000.0
 NORM_EPS = 1e-5
-EMBEDDING_STD = BASE_WIDTH**-0.5
-"""Initial standard deviation of the token embedding, which is the output layer too: logits of the
-base width start with a standard deviation of 1.
+EMBEDDING_STD = 1 / 32
+"""Initial standard deviation of the token embedding, which is the output layer too. At 1 / 8 a new
+network would predict that each token repeats.
 """
 
 

@@ -1,0 +1,188 @@
+"""The trained part of a text world: a backbone, and heads of reward and termination that read its
+state at `<eoo>`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mesocosm.model.heads import RewardHead, TerminationHead, bce, reward_outputs
+from mesocosm.model.language.cache import KeyCache
+from mesocosm.model.language.llama import padded
+from mesocosm.model.language.shape import Shape
+from mesocosm.model.language.stream import DYNAMICS, READ, TASK, TokenRows
+from mesocosm.model.layers import Linear
+from mesocosm.model.net import WindowLosses
+from mesocosm.model.spec import Spec
+
+LARGEST = 1 << 25
+"""Most logits (tokens times vocabulary) that are in memory at once; more are computed in parts,
+again in the backward pass.
+"""
+
+
+class Backbone(Protocol):
+    """The four calls of a causal language model; `llama.Llama` documents them."""
+
+    shape: Shape
+    members: int
+    checkpoint_activations: bool
+
+    def hidden(
+        self,
+        ids: Tensor,
+        position: Tensor,
+        segment: Tensor | None = None,
+        member: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def new_cache(self, batch: int, window: int) -> KeyCache: ...
+
+    def feed(
+        self, cache: KeyCache, ids: Tensor, count: Tensor, member: Tensor | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TextLosses(WindowLosses):
+    """The losses of rows: `by_window` holds a sum for each row, `transitions` the scored steps."""
+
+    bytes: Tensor
+    """float32 scalar: UTF-8 bytes of the scored observations, and 1 a text for its mark; the starts
+    are not among them."""
+
+    @property
+    def bits_per_byte(self) -> Tensor:
+        """Bits of the dynamics per byte of text: comparable between tokenizers."""
+        return self.nats["dynamics"] / self.bytes.clamp(min=1.0) / math.log(2.0)
+
+
+class TextNet(nn.Module):
+    """A backbone and the heads of its K members. Texts, rewards and terminations are trained
+    together, one nat each as much as another.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: Spec):
+        """`backbone`: a `Backbone`. `spec`: its rewards and terminations."""
+        super().__init__()
+        self.backbone = backbone
+        self.spec = spec
+        shape, members = self.model.shape, self.model.members
+        self.members = members
+
+        def output(outputs: int) -> Linear:
+            return Linear(
+                shape.d_model,
+                outputs,
+                "output",
+                members=members,
+                width=shape.width,
+                bias=True,
+                gain=0.0,
+            )
+
+        self.reward_output = output(reward_outputs(spec))
+        self.termination_output = output(1)
+        self.reward = RewardHead(spec, members, features=0)
+        self.termination = TerminationHead(spec, members, features=0)
+
+    @property
+    def model(self) -> Backbone:
+        """The backbone by its calls."""
+        return cast(Backbone, self.backbone)
+
+    def forward(self, rows: TokenRows) -> TextLosses:
+        """The losses of rows, each token read by its member. The objective is the sum of all parts,
+        divided by B * T.
+        """
+        parts = self._token_nats(rows)
+        total = torch.stack([nats.sum() for nats in parts.values()]).sum()
+        by_row = {name: nats.detach().sum(1) for name, nats in parts.items()}
+        return self._losses(rows, total / rows.ids.numel(), by_row)
+
+    @torch.no_grad()
+    def losses(self, rows: TokenRows) -> TextLosses:
+        """The losses by the mean likelihood of all members, each transition by itself."""
+        if self.members == 1:
+            return self(rows)
+        # Tokens up to and including a mark belong to the same text.
+        index = rows.mark.long().cumsum(1) - rows.mark.long()
+        texts: dict[str, list[Tensor]] = {}
+        for member in range(self.members):
+            for name, nats in self._token_nats(rows.read_by(member)).items():
+                texts.setdefault(name, []).append(
+                    nats.new_zeros(nats.shape).scatter_add(1, index, nats)
+                )
+        by_row = {
+            name: (math.log(self.members) - torch.logsumexp(-torch.stack(nats), 0)).sum(1)
+            for name, nats in texts.items()
+        }
+        total = torch.stack([nats.sum() for nats in by_row.values()]).sum()
+        return self._losses(rows, total / rows.ids.numel(), by_row)
+
+    def reward_states(self, states: Tensor) -> Tensor:
+        """[N, d] states at marks -> [K, N, out], the outputs that `self.reward` reads."""
+        return self._head(self.reward_output, states)
+
+    def termination_logits(self, states: Tensor) -> Tensor:
+        """[N, d] states at marks -> [K, N] float32."""
+        logits: Tensor = self.termination.logit(self._head(self.termination_output, states))
+        return logits
+
+    def _head(self, output: Linear, states: Tensor) -> Tensor:
+        outputs: Tensor = output(padded(states))
+        return outputs[:, : len(states)].float()
+
+    def _token_nats(self, rows: TokenRows) -> dict[str, Tensor]:
+        """[B, T] float32 by part, at the token that each is of."""
+        hidden = self.model.hidden(rows.ids, rows.position, rows.segment, rows.member)
+        text = self._text_nats(hidden, rows.ids.roll(-1, 1)).roll(1, 1)
+        steps, flat, member = rows.steps, hidden.flatten(0, 1), rows.member.flatten().unsqueeze(0)
+        reward = -self.reward.log_prob(self.reward_states(flat), None, rows.reward.flatten())
+        ended = bce(self.termination_logits(flat), rows.ended.flatten().float())
+        by_member = [nats.gather(0, member).view(steps.shape) for nats in (reward, ended)]
+        scored = {
+            "dynamics": (text, rows.part == DYNAMICS),
+            "reward": (by_member[0], steps),
+            "termination": (by_member[1], steps),
+            "task": (text, rows.part == TASK),
+        }
+        return {name: torch.where(where, nats, 0.0) for name, (nats, where) in scored.items()}
+
+    def _text_nats(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """-log p of the tokens `target` [B, T] by the states [B, T, d] before them."""
+        flat, targets = hidden.flatten(0, 1), target.flatten()
+        size = max(1, LARGEST // self.model.shape.vocabulary)
+        if len(flat) <= size or flat.is_meta:
+            return self._nats(flat, targets).view(target.shape)
+        nats: Callable[..., Tensor] = self._nats
+        parts = [
+            cast(Tensor, checkpoint(nats, *part, use_reentrant=False))
+            for part in zip(flat.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(parts).view(target.shape)
+
+    def _nats(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.model.logits(hidden).float(), target, reduction="none")
+
+    def _losses(self, rows: TokenRows, objective: Tensor, by_row: dict[str, Tensor]) -> TextLosses:
+        steps = rows.steps
+        count = torch.where(steps, rows.bytes, 0).sum().float()
+        return TextLosses(objective, by_row, steps.sum().float(), count)
+
+
+def blank_rows(batch: int, window: int) -> TokenRows:
+    """Rows of zeros on torch's default device, for counting."""
+    zeros = torch.zeros(batch, window, dtype=torch.int64)
+    flags, part = zeros == 1, torch.full_like(zeros, READ)
+    return TokenRows(zeros, zeros, None, part, flags, zeros.float(), flags, zeros, zeros)
