@@ -2,10 +2,12 @@
 one-step errors of a world on the data that it was trained on and on other random data.
 
 1,000 random steps of Reacher-v5 (5,000 others), or 3,000 of Hopper-v5 (10,000 others); the
-ensemble family with the settings of configs/loop, trained by bench_world's plain loop. Printed are
-the CPU seconds, what the fits of the base report, and for both data sets: the root mean square
-error of the members' mean over persistence's, averaged over the numbers; that of the expected
-reward, in raw units; recall and precision of the terminations (p > 0.5).
+ensemble family with the settings of configs/loop. Three worlds: all steps by bench_world's plain
+loop; the weights that the job keeps; and the job's world, whose densities have the width that
+held-out data ask for. Printed are what the fits of the base report and, for both data sets: the
+root mean square error of the members' mean over persistence's, averaged over the numbers; nats of
+the observation a transition; the error of the expected reward, in raw units; recall and precision
+of the terminations (p > 0.5).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,14 +30,15 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.jobs import collect
+from mesocosm.jobs.pretrain import JOB
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.heads import head_inputs
-from mesocosm.model.net import unroll
+from mesocosm.model.net import apply_base, unroll
 from mesocosm.model.spec import Windows
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
-from mesocosm.train.config import PretrainConfig
+from mesocosm.train.config import DataConfig, PretrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent / ".mesocosm" / "bench"
 TASKS = {
@@ -93,7 +97,12 @@ def errors(world: World, data: Dataset, split: Split) -> str:
     change, true_change, reward, true_reward, ends, true_ends = map(torch.cat, parts)
     size = true_change.pow(2).mean(0).sqrt()
     ratio = float(((change - true_change).pow(2).mean(0).sqrt() / size).mean())
-    text = f"error {ratio:.3f}, reward {float((reward - true_reward).pow(2).mean().sqrt()):.4f}"
+    nats = count = 0.0
+    for windows in loader.eval_batches():
+        losses = world.net(windows, apply_base(world.base, windows))
+        nats, count = nats + float(losses.nats["dynamics"]), count + float(losses.transitions)
+    text = f"error {ratio:.3f}, nats {nats / count:.1f}"
+    text += f", reward {float((reward - true_reward).pow(2).mean().sqrt()):.4f}"
     if true_ends.any():
         hits = float((ends & true_ends).sum())
         recall, precision = hits / float(true_ends.sum()), hits / max(1.0, float(ends.sum()))
@@ -106,11 +115,26 @@ def main() -> None:
     torch.set_num_threads(1)
     keys = ["model.family=ensemble", "train.lr=3e-3", f"seed={seed}", *SETTINGS[task], *overrides]
     data, others = (dataset(task, int(seed), held_out=held_out) for held_out in (False, True))
-    world, seconds = train(data, load(PretrainConfig, overrides=keys))
-    print(task, seed, *overrides, {name: round(value, 3) for name, value in seconds.items()})
+    cfg = load(PretrainConfig, overrides=keys)
+    print(task, seed, *overrides, flush=True)
+
+    def report(name: str, world: World) -> None:
+        print(f"  {name}\n    trained on: {errors(world, data, 'train')}")
+        print(f"    others:     {errors(world, others, 'valid')}", flush=True)
+
+    world, _ = train(data, cfg)
     print(" ", {name: round(value, 3) for name, value in world.base.metrics.items()})
-    print("  trained on:", errors(world, data, "train"))
-    print("  others:    ", errors(world, others, "valid"), flush=True)
+    report("all steps", world)
+    ids = [data.ids[0]]
+    cfg = replace(cfg, data=DataConfig(ids), storage=StorageConfig(str(ROOT)), force=True)
+    with tracking.start("pretrain", cfg, quiet=True) as run:
+        artifact = JOB.run(cfg, run)
+    world = World.load(artifact.path)
+    factors = world.base.widening.clone()
+    world.base.widening.fill_(1.0)
+    report(f"kept: step {artifact.meta['metrics']['chosen_step']:.0f}", world)
+    world.base.widening.copy_(factors)
+    report(f"widened by {[round(f, 1) for f in factors.tolist()]}", world)
 
 
 if __name__ == "__main__":

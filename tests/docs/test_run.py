@@ -34,7 +34,7 @@ from .test_docs import SOMEBODY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-AGENT = ("iterations=1", "num_envs=8", "rollout=32", "params.num_epochs=1", "snapshots=1")
+AGENT = ("iterations=1", "num_envs=8", "rollout=32", "snapshots=1")
 SHORT = {
     "collect": ("steps=400", "workers=0"),
     "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20"),
@@ -142,7 +142,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
     storage.make(
         "laws",
         "law0",
-        {"inputs": {"datasets": storage.list("datasets")}},
+        {"inputs": {"datasets": storage.list("datasets")}, "config": {}},
         lambda to: law.write(to / "law.json"),
     )
     return folder

@@ -57,7 +57,7 @@ def draw(
     drawn = net.draw(
         None if features is None else groups.split(features),
         groups.split_transition(token),
-        BaseOut(groups.split(change), base.scale),
+        BaseOut(groups.split(change), base.scale, base.widening),
         groups.split(keys),
     )
     return Outcome(groups.join_parts(drawn.observation), groups.join(drawn.duration))

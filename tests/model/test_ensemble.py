@@ -122,7 +122,7 @@ def transition(rows: int) -> tuple[Transition, BaseOut]:
     specs = (MIXED.observation, MIXED.action, MIXED.task)
     token = Transition(*(random_parts(part, rows, 1 + i) for i, part in enumerate(specs)))
     change = torch.randn(3, rows, 2, generator=torch.Generator().manual_seed(1))
-    return token, BaseOut(change, torch.tensor([0.1, 2.0]))
+    return token, BaseOut(change, torch.tensor([0.1, 2.0]), torch.ones(3))
 
 
 @torch.no_grad()
@@ -136,12 +136,12 @@ def test_draws_follow_the_density() -> None:
     def likelihood(observation: Parts) -> Tensor:
         """Member 1's log-likelihood of each next observation."""
         n = len(observation.numbers)
-        base = BaseOut(base_one.change.expand(-1, n, -1), base_one.scale)
+        base = BaseOut(base_one.change.expand(-1, n, -1), base_one.scale, base_one.widening)
         outcome = Outcome(observation, torch.zeros(n))
         log_prob, _ = net.log_prob(None, repeated(one, n), outcome, base)
         return log_prob[1]
 
-    base = BaseOut(base_one.change.expand(-1, rows, -1), base_one.scale)
+    base = BaseOut(base_one.change.expand(-1, rows, -1), base_one.scale, base_one.widening)
     member, keys = torch.full((rows,), 1), rng.keys(3, torch.arange(rows), 0, 0)
     drawn_step = draw(net, None, repeated(one, rows), base, member, keys)
     categories = drawn_step.observation.categories
@@ -183,7 +183,7 @@ def test_a_draw_is_a_function_of_its_row_and_key() -> None:
     assert torch.equal(one.observation.numbers, again.observation.numbers)
     part = slice(10, 30)
     some = Transition(token.observation[part], token.action[part], token.task[part])
-    base_part = BaseOut(base.change[:, part], base.scale)
+    base_part = BaseOut(base.change[:, part], base.scale, base.widening)
     fewer = draw(net, None, some, base_part, member[part], keys[part])
     assert torch.equal(fewer.observation.categories, one.observation.categories[part])
     assert torch.allclose(fewer.observation.numbers, one.observation.numbers[part], atol=1e-5)
@@ -192,7 +192,7 @@ def test_a_draw_is_a_function_of_its_row_and_key() -> None:
     assert duration is not None and torch.all(joint <= 0) and torch.all(duration <= 0)
     assert (net.disagreement(None, token, outcome, base) > 0).all()
     alone = build(MIXED, ModelConfig(**CONFIG, members=1))
-    base_alone = BaseOut(base.change[:1], base.scale)
+    base_alone = BaseOut(base.change[:1], base.scale, base.widening)
     assert not alone.disagreement(None, token, outcome, base_alone).any()
 
 

@@ -78,7 +78,7 @@ def assert_same(a: StepOut, b: StepOut, where: object = None) -> None:
 
 def base_out(world: World, token: Transition) -> BaseOut:
     change = world.base(token.observation, token.action, token.task)
-    return BaseOut(change, world.base.residual_scale)
+    return BaseOut(change, world.base.residual_scale, world.base.widening)
 
 
 @pytest.mark.parametrize("steps", [3, W - 1, W, W + 1, 2 * W + 3])

@@ -12,7 +12,17 @@ import pytest
 from mesocosm.errors import UsageError
 from mesocosm.jobs.pretrain import JOB
 from mesocosm.runs import tracking
-from mesocosm.train.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
+from mesocosm.train.schedule import (
+    FACTOR,
+    GRACE,
+    MARGIN,
+    PATIENCE,
+    Watch,
+    due,
+    judged_steps,
+    lr_factor,
+    overtrained,
+)
 
 
 def test_warm_up_stable_decay() -> None:
@@ -21,6 +31,19 @@ def test_warm_up_stable_decay() -> None:
     assert factors[80] == pytest.approx(0.5) and 0 < factors[99] == pytest.approx(1 / 40)
     assert {lr_factor(step, 7, 0.0, 0.0) for step in range(1, 8)} == {1.0}
     assert lr_factor(1, 1, 0.05, 0.4) == 1.0
+
+
+def test_weights_are_judged_more_often_while_they_are_young() -> None:
+    assert sorted(judged_steps(400, 0.05)) == [23, 35, 53, 79, 119, 178, 267, 400]
+    assert judged_steps(1, 0.05) == {1} and judged_steps(10, 1.0) == {10}
+    assert max(judged_steps(12, 0.0)) == 12 and min(judged_steps(12, 0.0)) == 1
+
+
+def test_training_ends_where_held_out_data_are_predicted_worse_and_not_on_a_plateau() -> None:
+    assert overtrained(250, 70.0, best_step=100, best_loss=68.0)
+    assert not overtrained(240, 70.0, best_step=100, best_loss=68.0), "too early to say"
+    assert not overtrained(900, 68.5, best_step=100, best_loss=68.0), "a plateau"
+    assert overtrained(250, -1.9, best_step=100, best_loss=-2.0)
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_step() -> None:

@@ -55,6 +55,10 @@ class Base(nn.Module):
 
     residual_scale: Tensor
     """[n] robust spread of the residual, at least the number's bin; shared by the members."""
+    widening: Tensor
+    """[n], and one for the duration if the spec has it: the factor of the network's scales that
+    `widening.fit` chooses after training; 1 until then.
+    """
     ridge: Tensor
     scale: Tensor
     fits: Tensor
@@ -70,6 +74,7 @@ class Base(nn.Module):
         n, k, hidden = spec.observation.numbers, config.members, config.base_hidden
         self.start = StartModel(spec)
         self.register_buffer("residual_scale", torch.ones(n))
+        self.register_buffer("widening", torch.ones(n + int(spec.durations)))
         fits = torch.tensor([[0.0, torch.nan]] * len(PARTS), dtype=torch.float64)
         self.register_buffer("fits", fits)
         parts = (spec.observation, spec.action, spec.task, spec.observation)

@@ -29,10 +29,13 @@ Order = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Scale:
-    """How a decoder sees numbers: member k sees r_k = (x - shift_k) / scale."""
+    """How a decoder sees numbers: member k sees r_k = (x - shift_k) / scale, and its density is
+    `widening` times as wide as its network gives it.
+    """
 
     shift: Tensor  # [K, N, n] float32
     scale: Tensor  # [n] float32
+    widening: Tensor  # [n] float32
 
 
 def slot_order(part: PartSpec) -> Order:
@@ -188,7 +191,8 @@ class Decoder(nn.Module):
         params, logits = self(context, r, numbers if absolute is None else absolute, categories)
         if self.logits is not None:
             logits = logits.masked_fill(~self.allowed(categories), -torch.inf)
-        return r, density.mixture(params, self.bins(scale.scale) / scale.scale), logits
+        bins = self.bins(scale.scale) / scale.scale
+        return r, density.mixture(params, bins, scale.widening), logits
 
     def expected(
         self, context: Tensor, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor
@@ -236,7 +240,7 @@ class Decoder(nn.Module):
             if kind == "number":
                 assert self.density is not None and self.density_bias is not None
                 params = self.density(x).float() + self.density_bias[:, j : j + 1]
-                mixture = density.mixture(params, bins[j])
+                mixture = density.mixture(params, bins[j], scale.widening[j])
                 r = density.sample(mixture, u[:, :, slot, 0], quantiles[:, :, slot])
                 number = torch.addcmul(scale.shift[..., j], r, scale.scale[j])
                 numbers[..., j] = number

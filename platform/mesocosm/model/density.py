@@ -31,13 +31,15 @@ class Mixture(NamedTuple):
     half: Tensor
 
 
-def mixture(params: Tensor, bin: Tensor) -> Mixture:
-    """From a network's output [..., 3 M] and bins that broadcast with [...]: scale = exp(raw) +
-    FLOOR * bin.
+def mixture(params: Tensor, bin: Tensor, widening: Tensor | None = None) -> Mixture:
+    """From a network's output [..., 3 M], and bins and factors (by default 1) that broadcast with
+    [...]: scale = widening * exp(raw) + FLOOR * bin.
     """
     logits, mu, raw = params.float().chunk(PARAMS, -1)
-    bin = bin.unsqueeze(-1)
-    return Mixture(logits, mu, raw.exp() + FLOOR * bin, 0.5 * bin)
+    bin, scale = bin.unsqueeze(-1), raw.exp()
+    if widening is not None:
+        scale = scale * widening.unsqueeze(-1)
+    return Mixture(logits, mu, scale + FLOOR * bin, 0.5 * bin)
 
 
 def log_mass(x: Tensor, mu: Tensor, scale: Tensor, half: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ class Ensemble(WorldNet):
         change = following.numbers - now.numbers
         if self.spec.durations:
             change = torch.cat((change, outcome.duration.reshape(-1, 1)), -1)
-        shift, scale = base.flat(self.spec.durations)
+        shift, scale, widening = base.flat(self.spec.durations)
         bins = self.bins(scale) / scale
-        r, width = (change - shift) / scale, raw.exp() + density.FLOOR * bins
+        r, width = (change - shift) / scale, raw.exp() * widening + density.FLOOR * bins
         numbers = density.log_mass(r, mu, width, 0.5 * bins).clamp(max=0.0)
         joint = numbers[..., :n].sum(-1)
         if self.most:
@@ -107,8 +107,8 @@ class Ensemble(WorldNet):
     ) -> Outcome:
         o = self.spec.observation
         mu, raw, logits = self._outputs(transition)
-        shift, scale = base.flat(self.spec.durations)
-        width = raw.exp() + density.FLOOR * (self.bins(scale) / scale)
+        shift, scale, widening = base.flat(self.spec.durations)
+        width = raw.exp() * widening + density.FLOOR * (self.bins(scale) / scale)
         slots = torch.arange(self.numbers + len(o.categories), device=keys.device)
         u = rng.uniform(keys.unsqueeze(-1), slots + rng.OBSERVATION)
         change = shift + (mu + width * torch.logit(u[..., : self.numbers])) * scale
@@ -122,7 +122,7 @@ class Ensemble(WorldNet):
 
     def expected(self, features: Features, transition: Transition, base: BaseOut) -> Outcome:
         mu, _, _ = self._outputs(transition)
-        shift, scale = base.flat(self.spec.durations)
+        shift, scale, _ = base.flat(self.spec.durations)
         categories = torch.zeros_like(transition.observation.categories)
         return self._outcome(transition, shift + mu * scale, categories)
 
@@ -138,6 +138,6 @@ class Ensemble(WorldNet):
         return self._spread(mu, logits, base).view(transition.observation.numbers.shape[:-1])
 
     def _spread(self, mu: Tensor, logits: Tensor, base: BaseOut) -> Tensor:
-        shift, scale = base.flat(self.spec.durations)
+        shift, scale, _ = base.flat(self.spec.durations)
         numbers = (mu + shift / scale)[..., : self.spec.observation.numbers]
         return spread(numbers, F.softmax(logits, -1) if self.most else None)

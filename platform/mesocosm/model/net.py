@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,27 @@ class BaseOut:
     change: Tensor
     """[K, ..., n]: each member's predicted normalised change o_{t+1} - o_t of the numbers"""
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
+    widening: (
+        Tensor  # [n], and one for the duration if there is one: factors of the densities' scales
+    )
     heads: HeadOut | None = None
     """None where the next observation is not known."""
     log_start: Tensor | None = None
     """[B]: log-likelihood of (task, o_0), 0 for windows that do not start an episode; None: not
     asked for."""
 
-    def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
-        """(shift [K, N, n], scale [n]), float32; with one more column for the duration, if any."""
+    def flat(self, durations: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(shift [K, N, n], scale [n], widening [n]), float32; with one more column for the
+        duration, if any.
+        """
         shift, scale = self.change.flatten(1, -2).float(), self.scale.float()
         if durations:
             shift, scale = F.pad(shift, (0, 1)), F.pad(scale, (0, 1), value=1.0)
-        return shift, scale
+        return shift, scale, self.widening
+
+    def widened(self, widening: Tensor) -> BaseOut:
+        """The same with other factors."""
+        return replace(self, widening=widening)
 
 
 @dataclass(frozen=True)
@@ -164,12 +173,31 @@ class WorldNet(nn.Module, ABC):
         """[B] int64 hashes -> bool [K, B]: the members that train on an episode."""
         return member_mask(episode, self.members) | self._left_out(episode).unsqueeze(1)
 
-    def forward(self, windows: Windows, base: BaseOut) -> WindowLosses:
-        """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]."""
+    def held_out(self, windows: Windows, *, unseen: bool = False) -> Tensor:
+        """bool [K, B, W]: the valid transitions that a member is not trained on; all of them where
+        the windows are `unseen`, because they belong to another split.
+        """
+        if unseen:
+            return windows.mask.expand(self.members, *windows.mask.shape)
+        return ~self.trained_by(windows.episode).unsqueeze(-1) & windows.mask
+
+    def forward(
+        self, windows: Windows, base: BaseOut, counted: Tensor | None = None
+    ) -> WindowLosses:
+        """The losses of `windows`.
+
+        Args:
+            windows: [B, W].
+            base: `apply_base(base, windows)`, [K, B, W, n].
+            counted: bool [K, B, W], the transitions of each member that the objective counts; by
+                default those of the episodes that it trains on.
+        """
         transition, outcome = unroll(windows)
         valid = windows.mask.float()
         scale = 1.0 / (self.members * valid.numel())
-        keep = self.trained_by(windows.episode).unsqueeze(-1) * valid
+        if counted is None:
+            counted = self.trained_by(windows.episode).unsqueeze(-1)
+        keep = counted * valid
         log_k = math.log(self.members)
 
         def nats(log_prob: Tensor) -> Tensor:
@@ -229,7 +257,7 @@ def apply_base(base: Base, windows: Windows) -> BaseOut:
     if log_start.device.type != "meta":  # where no number of starts is known
         first = windows.start
         log_start[first] = base.start.log_prob(windows.task[first], windows.observation[first, 0])
-    return BaseOut(change, base.residual_scale, heads, log_start)
+    return BaseOut(change, base.residual_scale, base.widening, heads, log_start)
 
 
 def spread(numbers: Tensor, probabilities: Tensor | None) -> Tensor:

@@ -110,7 +110,7 @@ class World:
         features = self.net.advance(carry.cache, carry.position, carry.start_column, token)
         grouped, grouped_keys = groups.split_transition(token), groups.split(keys)
         grouped_features = None if features is None else groups.split(features)
-        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale)
+        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale, self.base.widening)
         drawn = self.net.draw(grouped_features, grouped, base, grouped_keys)
         following = self._observation_grid(drawn.observation)
         inputs = read(grouped.observation, grouped.action, grouped.task, following)
@@ -145,7 +145,7 @@ class World:
     def _disagreement(self, features: Tensor | None, token: Transition, outcome: Outcome) -> Tensor:
         """[B] float32, on the world's scale; the largest float where a member's is not finite."""
         change = self.base(token.observation, token.action, token.task)
-        base = BaseOut(change, self.base.residual_scale)
+        base = BaseOut(change, self.base.residual_scale, self.base.widening)
         apart = self.net.disagreement(features, token, outcome, base) / self.disagreement_scale
         most = torch.finfo(apart.dtype).max
         return apart.nan_to_num(nan=most, posinf=most)
@@ -180,7 +180,7 @@ class World:
             )
         token = Transition(observation, action, task)
         grouped = groups.split_transition(token)
-        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale)
+        base = BaseOut(self.base.of_groups(grouped), self.base.residual_scale, self.base.widening)
         expected = self.net.expected(None, grouped, base)
         following = expected.observation
         inputs = read(grouped.observation, grouped.action, grouped.task, following)

@@ -4,7 +4,8 @@
                 /rank-00000.pt       the rank's random state
                 /rank-00000.json     sha256 of the files that this rank wrote
                 /progress.json       step, world size, ZeRO stage, best loss (rank 0)
-                /model.safetensors   at the end, instead of DeepSpeed's files: the float32 weights
+                /model.safetensors   float32 weights (rank 0): the best so far on held-out data; at
+                                     the end those to keep, and DeepSpeed's files are gone
 
 A checkpoint is whole when every rank's record is present and every file has its checksum
 (`verify`). Every rank saves into a folder of its own and reports it; Ray merges them in storage,
@@ -48,6 +49,10 @@ class TrainingProgress:
     best: float | None = None
     """State of `schedule.Watch`: the least loss, and the number of consecutive high losses."""
     high: int = 0
+    chosen_step: int = 0
+    """The step of the weights to keep, and their loss on held-out data; None: not judged."""
+    chosen_loss: float | None = None
+    widening: float = 1.0  # the last judgement's factor of the densities' scales
     seconds: float = 0.0  # time spent training, over all attempts
     validations: list[dict[str, float]] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)  # throughput, at the end
@@ -57,6 +62,8 @@ class TrainingProgress:
         return self.step >= self.steps
 
 
+Weights = dict[str, torch.Tensor]
+"""Parameters by name, float32 on the CPU."""
 Checkpoint = tuple[str, TrainingProgress]
 """A checkpoint's path under the root, and its progress."""
 
@@ -96,19 +103,23 @@ def read_progress(folder: Path) -> TrainingProgress:
     return TrainingProgress(**json.loads((folder / PROGRESS).read_text()))
 
 
-def save_running(engine: Any, progress: TrainingProgress, rank: int) -> Path:
-    """Save this rank's part of a checkpoint in a new folder."""
+def save_running(
+    engine: Any, progress: TrainingProgress, rank: int, chosen: Weights | None = None
+) -> Path:
+    """Save this rank's part of a checkpoint in a new folder; `chosen` are the best weights so far,
+    on rank 0.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     (folder / "ds").mkdir()
     engine.save_checkpoint(str(folder / "ds"), tag=TAG)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / f"rank-{rank:05d}.pt")
+    if chosen is not None:
+        save_file(chosen, folder / MODEL)
     return _seal(folder, progress, rank)
 
 
-def save_final(
-    weights: dict[str, torch.Tensor] | None, progress: TrainingProgress, rank: int
-) -> Path:
+def save_final(weights: Weights | None, progress: TrainingProgress, rank: int) -> Path:
     """Save the last checkpoint in a new folder: rank 0 has the weights, the others None."""
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     if weights is not None:

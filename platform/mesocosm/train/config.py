@@ -59,7 +59,10 @@ class DataConfig:
 @dataclass
 class TrainConfig:
     steps: int | None = None
-    """Optimiser steps. Defaults to 1000 if `epochs` is not set either."""
+    """The most optimiser steps: the weights that predict held-out episodes best are kept, and
+    training ends where they have become clearly worse. Defaults to 1000 if `epochs` is not set
+    either.
+    """
     epochs: float | None = None
     """Passes over the training transitions, instead of `steps`."""
     batch: int = 32
@@ -95,7 +98,9 @@ class TrainConfig:
     max_failures: int = 3
     """Restarts of failed workers, from the last checkpoint."""
     validate_every: int = 250
-    """Steps between validations; the last step is always validated."""
+    """Steps between validations; the last step is always validated, and so are those after which
+    held-out episodes judge the weights.
+    """
     validate_windows: int = 2048
     """Windows of the validation split to evaluate, evenly spaced."""
     peak_flops: float | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.model import widening
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
@@ -23,8 +24,11 @@ from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
 from mesocosm.model.spec import Transition, Windows
 from mesocosm.model.world import World
+from mesocosm.train.training import training_episodes
 
 CHECK_WINDOWS = 4096
+WIDEN_WINDOWS = 1024
+"""The most windows of a split, spread evenly, that choose the factors of the densities."""
 EXCEEDED = 0.1
 """Fraction of held-out transitions whose disagreement is above 1."""
 FEW = 100
@@ -84,9 +88,26 @@ class TerminationCheck:
         return "passed"
 
 
+def _loader(world: World, dataset: Dataset, codec: Codec, split: Split) -> Loader:
+    return Loader(dataset, codec, split, world.config.context, BATCH, seed=0)
+
+
 def _windows(world: World, dataset: Dataset, codec: Codec, split: Split) -> Iterator[Windows]:
-    loader = Loader(dataset, codec, split, world.config.context, BATCH, seed=0)
+    loader = _loader(world, dataset, codec, split)
     return itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH)
+
+
+def widen(world: World, dataset: Dataset, codec: Codec) -> None:
+    """Set `world.base.widening` by the validation split and the episodes that members leave out."""
+    world.net.trains_on(training_episodes(dataset, world.config.members))
+    splits: tuple[Split, ...] = ("valid", "train")
+    batches = (
+        (windows, split == "valid")
+        for split in splits
+        if len(dataset.episodes(split))
+        for windows in _loader(world, dataset, codec, split).eval_batches(most=WIDEN_WINDOWS)
+    )
+    widening.fit(world.net, world.base, batches)
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, known, prepare
 from mesocosm.train.checkpoint import Checkpoint
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
-from mesocosm.train.export import calibrate, check_termination, load_trained
+from mesocosm.train.export import calibrate, check_termination, load_trained, widen
 from mesocosm.train.feed import Feed
 from mesocosm.train.worker import FLOPS, TrainWork, train_loop
 
@@ -183,14 +183,16 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         if plan.functions:
             functions = plan.functions
             world.known = codec.known(functions.get("reward"), functions.get("terminated"))
+        widen(world, dataset, codec)
         calibrate(world, dataset, codec)
         termination = check_termination(world, dataset, codec, config.seed)
         shown = evidence(dataset, seed=config.seed)
         unidentified = shown.unidentified()
 
-        metrics = dict(progress.validations[-1]) if progress.validations else {}
+        chosen = (row for row in progress.validations if row["step"] == progress.chosen_step)
+        metrics = dict(next(chosen, {}))
         metrics.pop("step", None)
-        metrics |= progress.measured | base.metrics
+        metrics |= {"chosen_step": progress.chosen_step} | progress.measured | base.metrics
         for name in ("recall", "precision"):
             if (value := getattr(termination, name)) is not None:
                 metrics[f"termination_{name}"] = value
@@ -206,6 +208,9 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             "epochs": seen / unique,
             "steps": steps,
         }
+        if steps > progress.chosen_step:
+            step = progress.chosen_step
+            run.say(f"kept the weights of step {step}, which predict held-out episodes best")
         artifact = self.commit(
             plan,
             run,

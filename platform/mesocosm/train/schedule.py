@@ -1,5 +1,5 @@
-"""The learning rate schedule, and the detection of a diverging loss: functions of plain numbers
-that a checkpoint holds.
+"""The learning rate schedule, when held-out data stop training, and the detection of a diverging
+loss: functions of plain numbers that a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,29 @@ PATIENCE = 5
 """Consecutive high losses that count as divergence (1 at the last step)."""
 GRACE = 8
 """Steps at the beginning in which nothing counts as divergence."""
+
+JUDGED_RATIO = 1.5
+"""The ratio of successive steps after which held-out data judge the weights."""
+OVER, RISE = 2.5, 0.02
+"""Training ends once the steps are OVER times those of the best weights and the held-out loss is
+above theirs by a fraction RISE: a plateau, which a transformer may leave late, does not end it.
+"""
+
+
+def judged_steps(steps: int, warmup: float) -> set[int]:
+    """The steps after which the weights are judged: the last, and JUDGED_RATIO times fewer each
+    time, down to the end of the warm-up.
+    """
+    chosen, step = {steps}, float(steps)
+    while step >= max(1, length(warmup, steps)):
+        chosen.add(round(step))
+        step /= JUDGED_RATIO
+    return chosen
+
+
+def overtrained(step: int, loss: float, best_step: int, best_loss: float) -> bool:
+    """Decide, after a step with a held-out `loss` above `best_loss`, to end training."""
+    return step >= OVER * best_step and loss > best_loss + RISE * abs(best_loss)
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:

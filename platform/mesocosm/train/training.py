@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
@@ -28,13 +29,16 @@ from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.train import engine
-from mesocosm.train.checkpoint import TrainingProgress
+from mesocosm.train.checkpoint import MODEL, TrainingProgress, Weights
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.schedule import Watch
 
 NOISE = -2
 """Salt of the noise on corrupted histories."""
+JUDGED_WINDOWS = 256
+"""The most windows that judge the weights."""
+WIDENING_STEP = 2.0
 
 
 class Diverged(MesocosmError):
@@ -53,6 +57,7 @@ class RankTrainer:
     options: TrainConfig
     rank: Rank
     seed: int
+    chosen: Weights | None = None  # the best weights so far, on rank 0
     watch: Watch = field(default_factory=Watch)
     _pending: bool = False  # there are gradients that no optimiser step has used
 
@@ -91,10 +96,14 @@ class RankTrainer:
         net = build(codec.spec, model)
         mup.init_(net, seed)
         net.checkpoint_activations = options.activation_checkpointing
-        net.trains_on(_episodes(dataset, model.members))
+        net.trains_on(training_episodes(dataset, model.members))
         running, rates, progress = engine.start(net, options, rank, resume_from)
         frozen = base().to(rank.device)
-        return RankTrainer(running, rates, frozen, loader, valid, options, rank, seed), progress
+        chosen = None
+        if resume_from is not None and rank.rank == 0 and (resume_from / MODEL).exists():
+            chosen = load_file(resume_from / MODEL)
+        trainer = RankTrainer(running, rates, frozen, loader, valid, options, rank, seed, chosen)
+        return trainer, progress
 
     @property
     def lr(self) -> float:
@@ -108,7 +117,7 @@ class RankTrainer:
         the full learning rates.
 
         Args:
-            last: The weights after this step are kept, so its loss must not be high.
+            last: The weights after this step may be the last, so its loss must not be high.
             stop: Stop instead, on all ranks, if any rank passes True.
 
         Returns:
@@ -161,20 +170,55 @@ class RankTrainer:
         the ranks share every batch.
         """
         assert self.valid is not None
-        options, rank = self.options, self.rank
-        batches = self.valid.eval_batches(
-            options.batch, rank.rank, rank.world_size, options.validate_windows
-        )
-        self.engine.eval()
         sums = Sums()
-        with torch.no_grad():
-            for windows in batches:
+        with self._evaluating():
+            for windows in self._evaluated(self.valid, self.options.validate_windows):
                 sums.add(self._forward(windows))
-        self.engine.train()
-        totals = sums.reduced(rank.device)
+        totals = sums.reduced(self.rank.device)
         for name in ("stop", "objective", "transitions"):
             del totals[name]
         return {f"valid/{name}": value for name, value in totals.items()}
+
+    def held_out_loss(self, widening: float) -> tuple[float, float] | None:
+        """The loss on JUDGED_WINDOWS of the episodes that a member leaves out, or with one member
+        of the validation split, at the best of three factors of the densities' scales around
+        `widening`: new weights are judged by what they predict, not by how narrow their densities
+        are, which is repaired after training (`model.widening`).
+
+        Returns:
+            The nats of the objective's parts, a transition and member, and the factor. None without
+            such data.
+        """
+        rank, net = self.rank, self.engine.module
+        loader, unseen = (self.loader, False) if net.members > 1 else (self.valid, True)
+        if loader is None:
+            return None
+        factors = [widening * WIDENING_STEP**i for i in (-1, 0, 1)]
+        total = torch.zeros(len(factors) + 1, dtype=torch.float64, device=rank.device)
+        with self._evaluating():
+            for windows in self._evaluated(loader, JUDGED_WINDOWS):
+                counted, base = net.held_out(windows, unseen=unseen), apply_base(self.base, windows)
+                outs = [base.widened(base.widening * factor) for factor in factors]
+                losses = [self.engine(windows, out, counted).objective for out in outs]
+                total += torch.stack([*losses, counted.sum() / counted.numel()]) * counted.numel()
+        dist.all_reduce(total)
+        if total[-1] == 0:
+            return None
+        nats = (total[:-1] / total[-1]).tolist()
+        return min(zip(nats, factors, strict=True))
+
+    def _evaluated(self, loader: Loader, most: int) -> Iterator[Windows]:
+        """This rank's share of at most so many windows, evenly spaced."""
+        batch, rank = self.options.batch, self.rank
+        for windows in loader.eval_batches(batch, rank.rank, rank.world_size, most):
+            yield windows.to(rank.device)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.engine.eval()
+        with torch.no_grad():
+            yield
+        self.engine.train()
 
     def _random(self) -> tuple[Tensor, list[Tensor]]:
         cuda = self.rank.device.type == "cuda"
@@ -257,7 +301,7 @@ class Sums:
         return totals
 
 
-def _episodes(dataset: Dataset, members: int) -> Tensor:
+def training_episodes(dataset: Dataset, members: int) -> Tensor:
     """Hashes of the training split's episodes, [n] int64; only of the first shards, once every
     member keeps one of these.
     """

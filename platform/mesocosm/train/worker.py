@@ -25,7 +25,7 @@ from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.feed import Feed
-from mesocosm.train.schedule import Watch, due, lr_factor
+from mesocosm.train.schedule import Watch, due, judged_steps, lr_factor, overtrained
 from mesocosm.train.training import Diverged, RankTrainer
 
 RATES_EVERY = 10
@@ -94,13 +94,14 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
         )
     stage, precision = engine.stage(options), options.precision
     progress = stored or TrainingProgress(0, work.steps, rank.world_size, stage, precision)
-    saved = progress.step
+    saved, chosen = progress.step, training.chosen
     watch = training.watch = Watch(progress.best, progress.high)
     flops = int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
     peak = options.peak_flops or measured_peak(device, precision)
     rates = Throughput(flops, options.batch * work.model.context, peak * rank.world_size)
 
-    while progress.step < work.steps:
+    judged_after = judged_steps(work.steps, options.warmup)
+    while progress.step < progress.steps:
         began, step = time.perf_counter(), progress.step + 1
         done = step == work.steps
         factor = lr_factor(step, work.steps, options.warmup, options.decay)
@@ -112,7 +113,9 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             return
         if losses is None:  # stop, and keep what was trained
             if progress.step > saved:
-                _report(checkpoint.save_running(training.engine, progress, rank.rank), progress)
+                _report(
+                    checkpoint.save_running(training.engine, progress, rank.rank, chosen), progress
+                )
             return
         seconds = time.perf_counter() - began
         rates.add(losses["transitions"], seconds)
@@ -123,7 +126,18 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
         record["lr"] = training.lr
         if step % RATES_EVERY == 0 or done:
             record |= rates.read()
-        if training.valid is not None and (step % options.validate_every == 0 or done):
+        judged = step in judged_after
+        held_out = training.held_out_loss(progress.widening) if judged else None
+        if held_out is not None:
+            loss, widening = held_out
+            progress = replace(progress, widening=widening)
+            record |= {"held_out/loss": loss, "held_out/widening": widening}
+            if progress.chosen_loss is None or loss < progress.chosen_loss:
+                progress = replace(progress, chosen_step=step, chosen_loss=loss)
+                chosen = engine.weights(training.engine, rank)
+            elif overtrained(step, loss, progress.chosen_step, progress.chosen_loss):
+                progress, done = replace(progress, steps=step), True
+        if training.valid is not None and (judged or step % options.validate_every == 0 or done):
             nats = training.validate()
             record |= nats
             progress.validations.append({"step": step, **nats})
@@ -132,10 +146,12 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
 
         if done:
             progress = replace(progress, measured=rates.overall())
-            weights = engine.weights(training.engine, rank)
-            part = checkpoint.save_final(weights, progress, rank.rank)
+            if progress.chosen_loss is None:  # nothing is held out: the last weights
+                progress = replace(progress, chosen_step=step)
+                chosen = engine.weights(training.engine, rank)
+            part = checkpoint.save_final(chosen, progress, rank.rank)
         elif due(step, saved, options.checkpoint_every, watch.high):
-            part = checkpoint.save_running(training.engine, progress, rank.rank)
+            part = checkpoint.save_running(training.engine, progress, rank.rank, chosen)
         else:
             continue
         feed.flush()
