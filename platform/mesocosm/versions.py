@@ -9,7 +9,7 @@ VERSIONS = {
     "collect": 1,
     "import": 1,
     "curate": 1,
-    "coverage": 1,
+    "coverage": 2,
     "pretrain": 4,
     "sweep": 4,
     "plan": 4,

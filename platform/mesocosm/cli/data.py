@@ -135,6 +135,7 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     Example:
       mesocosm data diff ID OTHER_ID
     """
+    from mesocosm.data.analysis.texts import compare_texts
     from mesocosm.datasets.dataset import Dataset
     from mesocosm.evaluate.metrics.coverage import compare
 
@@ -150,8 +151,9 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     shared = _shared_episodes(first, second)
     spaces = [(data.observation_space, data.action_space) for data in (first, second)]
     coverage = compare(first, second) if spaces[0] == spaces[1] else None
+    texts = compare_texts(first, second, seed=0)
     if as_json:
-        facts = {"differ": differ, "episodes": shared, "coverage": coverage}
+        facts = {"differ": differ, "episodes": shared, "coverage": coverage, "texts": texts}
         output.write_json({"a": ids[0], "b": ids[1]} | facts)
         return
     lines = [
@@ -164,6 +166,11 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
         f"\n{shared['both']:,} episodes are in both, {shared['only_a']:,} only in {ids[0]},"
         f" {shared['only_b']:,} only in {ids[1]}"
     )
+    for name, lacks in texts.items():
+        for key, one, other in (("a_lacks", *ids), ("b_lacks", *reversed(ids))):
+            shares = [(unit, share) for unit, share in lacks[key].items() if share is not None]
+            new = ", ".join(f"{share:.1%} of the {unit}" for unit, share in shares)
+            print(f"{name}: {new} of {other} are not in {one}")
     if coverage is None:
         print("their spaces differ, so distances between them have no meaning")
         return

@@ -14,11 +14,13 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.data.analysis.texts import bags_of_words
 from mesocosm.data.loading.normalize import Moments
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.manifest import ARRAYS, SPLITS
 from mesocosm.datasets.permutation import key, mix, permute
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.texts import TEXTS
 
 Array = NDArray[Any]
 SAMPLE = 20_000
@@ -48,7 +50,7 @@ class Sample:
     episodes: Array
     """[N] int64: the number of its episode in the dataset."""
     raw: dict[str, Array]
-    """`manifest.ARRAYS` by name, each [N, ...]."""
+    """`manifest.ARRAYS` by name, each [N, ...], and `texts.TEXTS` where texts have no slots."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -59,12 +61,12 @@ class Features:
 
     A number is standardised by the training split (a constant one is only centred). A category
     becomes one feature per value, sqrt(1/2) where it holds, so two different values are 1 apart;
-    more than BUCKETS values are hashed. A text becomes its pairs of neighbouring characters,
-    counted in BUCKETS features and scaled to length sqrt(1/2): equal texts are 0 apart, texts that
-    share no pair 1. Reset options of the task are part of the state. State and action are each
-    divided by the root of their number of columns (a text is one). So a distance is in standard
-    deviations, root mean square over columns: where states agree, an action of one standard
-    deviation more in every column is 1 away.
+    more than BUCKETS values are hashed. A text becomes its pairs of neighbouring characters (one
+    that is too long for slots: its words), counted in BUCKETS features and scaled to length
+    sqrt(1/2): equal texts are 0 apart, texts that share no pair 1. Reset options of the task are
+    part of the state. State and action are each divided by the root of their number of columns (a
+    text is one). So a distance is in standard deviations, root mean square over columns: where
+    states agree, an action of one standard deviation more in every column is 1 away.
 
     Args:
         moments: Of the training split, by name (`obs_num`, `act_num`). None reads the split once.
@@ -86,9 +88,16 @@ class Features:
         self.state, self.action = slice(0, state), slice(state, self.width)
 
     def states(
-        self, numbers: Array, categories: Array, option_numbers: Array, option_values: Array
+        self,
+        numbers: Array,
+        categories: Array,
+        option_numbers: Array,
+        option_values: Array,
+        texts: Array | None = None,
     ) -> Array:
-        """Features [N, F_state] float32 of N observations and their reset options [N, k]."""
+        """Features [N, F_state] float32 of N observations and their reset options [N, k]; `texts`:
+        [N, t], where they have no slots.
+        """
         mean, scale = self._scale["options"]
         numeric = [i for i, choices in enumerate(self._choices) if not choices]
         options = [((option_numbers - mean) / scale)[:, numeric]]
@@ -96,11 +105,13 @@ class Features:
             if choices:
                 options.append(_one_hot(option_values[:, i], choices))
         scaling, extra = self._scale["obs_num"], len(self._choices)
-        return _features(self._observation, numbers, categories, scaling, options, extra)
+        codec = self._observation
+        return _features(codec, numbers, categories, texts, scaling, options, extra)
 
-    def actions(self, numbers: Array, categories: Array) -> Array:
-        """Features [N, F_action] float32 of N actions."""
-        return _features(self._action, numbers, categories, self._scale["act_num"], [], 0)
+    def actions(self, numbers: Array, categories: Array, texts: Array | None = None) -> Array:
+        """Features [N, F_action] float32 of N actions; `texts` as for `states`."""
+        scaling = self._scale["act_num"]
+        return _features(self._action, numbers, categories, texts, scaling, [], 0)
 
     def of(self, dataset: Dataset, episodes: Array, raw: dict[str, Array]) -> Array:
         """Features [N, F] float32 of transitions, given their episodes [N] and ARRAYS.
@@ -108,8 +119,9 @@ class Features:
         `dataset` may be another one of the same spaces.
         """
         options = dataset.option_numbers[episodes], dataset.option_values[episodes]
-        states = self.states(raw["obs_num"], raw["obs_cat"], *options)
-        return np.concatenate([states, self.actions(raw["act_num"], raw["act_cat"])], 1)
+        states = self.states(raw["obs_num"], raw["obs_cat"], *options, raw.get("obs_text"))
+        actions = self.actions(raw["act_num"], raw["act_cat"], raw.get("act_text"))
+        return np.concatenate([states, actions], 1)
 
     def sample(self, dataset: Dataset, split: Split, *, seed: int, limit: int = SAMPLE) -> Sample:
         """At most `limit` transitions of a split, drawn without replacement."""
@@ -126,7 +138,10 @@ class Features:
         position = np.searchsorted(ends, drawn, "right")
         numbers = episodes[position]
         rows = table["first_row"][numbers] + drawn - (ends - lengths)[position]
-        raw = dataset.gathered(table["shard"][numbers], dict.fromkeys(ARRAYS, rows))
+        names: list[str] = list(ARRAYS)
+        if self._observation.long_texts or self._action.long_texts:
+            names += TEXTS
+        raw = dataset.gathered(table["shard"][numbers], dict.fromkeys(names, rows))
         return Sample(self.of(dataset, numbers, raw), numbers, raw)
 
 
@@ -332,6 +347,7 @@ def _features(
     codec: SpaceCodec,
     numbers: Array,
     categories: Array,
+    texts: Array | None,
     scaling: tuple[Array, Array],
     options: list[Array],
     extra: int,
@@ -341,7 +357,11 @@ def _features(
     blocks, columns = [(numbers - mean) / scale, *options], codec.numbers + extra
     for leaf in codec.leaves:
         codes = categories[:, leaf.categories].astype(np.int64)
-        if leaf.characters is not None:
+        if leaf in codec.long_texts:
+            absent = np.zeros((len(numbers), BUCKETS))
+            blocks.append(absent if texts is None else bags_of_words(texts[:, leaf.text], BUCKETS))
+            columns += 1
+        elif leaf.characters is not None:
             blocks.append(_pairs(codes))
             columns += 1
         elif leaf.start is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from mesocosm.data.analysis.texts import hashed as hashed_text
 from mesocosm.data.curation.scan import EpisodePiece, Rows
 from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.data.loading.normalize import Moments
@@ -75,7 +76,8 @@ class NearDuplicates(Operation):
     Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
     longer, are compared at 16 evenly spaced steps (first and last among them): in every number of
     observation, action and reward, in units of its standard deviation over the kept episodes, and
-    in every category, where a difference counts 1. The distance is the root mean square of these.
+    in every category, where a difference counts 1; a text too long for slots is one
+    category. The distance is the root mean square of these.
     """
 
     tolerance: float = 0.01
@@ -90,9 +92,8 @@ class NearDuplicates(Operation):
         lengths, tasks = step.table.length[episodes], _tasks(step.dataset)[episodes]
         scale = _scale(step.measure(moments, np.sort(episodes)))
         sketch = step.measure(partial(sketched, scale=scale), episodes)["sketch"]
-        categories = (
-            step.dataset.observation_codec.categories + step.dataset.action_codec.categories
-        )
+        codecs = step.dataset.observation_codec, step.dataset.action_codec
+        categories = sum(codec.categories + len(codec.long_texts) for codec in codecs)
         width = POINTS * (len(scale) + categories)
         reach = self.tolerance * math.sqrt(width) * (1 + 1e-6) + 1e-9
         tree = cKDTree(sketch)
@@ -163,6 +164,15 @@ def _vectors(dataset: Dataset, piece: EpisodePiece, scale: Array) -> tuple[Array
     parts = [take("obs_num", piece.length), take("act_num", last), take("reward", last)[..., None]]
     numbers = np.concatenate(parts, -1) / scale
     codes = [take("obs_cat", piece.length), take("act_cat", last)]
+    for name, codec, ends in (
+        ("obs_text", dataset.observation_codec, piece.length),
+        ("act_text", dataset.action_codec, last),
+    ):
+        columns = np.array([leaf.text for leaf in codec.long_texts], np.int64)
+        if len(columns):
+            texts = take(name, ends)[..., columns]
+            hashes = [hashed_text(text) & 0x7FFFFFFFFFFFFFFF for text in texts.flat]
+            codes.append(np.array(hashes, np.int64).reshape(texts.shape))
     categories = np.concatenate([code.astype(np.int64) for code in codes], -1)
     return numbers.reshape(len(numbers), -1), categories.reshape(len(categories), -1)
 

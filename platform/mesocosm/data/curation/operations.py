@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesocosm.config import structured, to_dict
-from mesocosm.data.curation import choose, duplicates, sensors
+from mesocosm.data.curation import choose, duplicates, sensors, texts
 from mesocosm.data.curation.scan import Scan
 from mesocosm.data.curation.table import EpisodeTable, Operation, Step
 from mesocosm.errors import UsageError, nearest
@@ -20,6 +20,8 @@ OPERATIONS: dict[str, type[Any]] = {
     "near_duplicates": duplicates.NearDuplicates,
     "stuck": sensors.Stuck,
     "saturated": sensors.Saturated,
+    "text_length": texts.TextLength,
+    "text_novelty": texts.TextNovelty,
     "length": choose.Length,
     "return": choose.Return,
     "where": choose.Where,

@@ -122,5 +122,5 @@ def _pieces(dataset: Dataset, episodes: Array, lengths: Array) -> Iterator[Episo
 
 def size(dataset: Dataset) -> int:
     """Bytes of the shards."""
-    files = [file for path in dataset.paths for file in path.glob("shards/*/*.npy")]
+    files = [file for path in dataset.paths for file in path.glob("shards/*/*")]
     return sum(os.stat(file).st_size for file in files)

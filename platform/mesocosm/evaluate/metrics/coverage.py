@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mesocosm.data.analysis import texts
 from mesocosm.data.analysis.neighbours import (
     Features,
     Sample,
@@ -45,9 +46,11 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     columns = _Columns(dataset, train, valid)
     train_gaps = own_gaps(train.values, train.episodes, seed=seed)
     valid_gaps = gaps(train.values, valid.values) if len(valid) else np.zeros(0)
-    free = train.values.copy()
-    free[:, features.action] = features.actions(*any_action(train, codec, seed=seed))
-    uniform = own_gaps(train.values, train.episodes, seed=seed, queries=free)
+    uniform = np.zeros(0)
+    if not codec.long_texts:  # nobody draws whole texts uniformly
+        free = train.values.copy()
+        free[:, features.action] = features.actions(*any_action(train, codec, seed=seed))
+        uniform = own_gaps(train.values, train.episodes, seed=seed, queries=free)
     threshold, names = _threshold(train_gaps), columns.behaviours
     counts = np.bincount(dataset.table["behaviour"], dataset.table["length"], len(names))
     entropy, number = effective(counts)
@@ -81,6 +84,7 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         "tasks": _tasks(dataset),
         "numbers": columns.number_rows(),
         "categories": columns.category_rows(),
+        "texts": [texts.describe(dataset, leaf, seed) for leaf in texts.text_leaves(dataset)],
         "actions": {
             "tried": tried(train, features, codec, seed=seed),
             "entropy": action_entropy(train, features, codec),
@@ -123,7 +127,7 @@ def _threshold(train_gaps: Array) -> float | None:
 
 def _share(gap: Array, threshold: float | None) -> float | None:
     """The share of gaps beyond the threshold."""
-    known = threshold is not None and np.isfinite(gap).any()
+    known = threshold is not None and len(gap) and np.isfinite(gap).any()
     return float((gap > threshold).mean()) if known else None
 
 
@@ -196,7 +200,7 @@ class _Columns:
     def __init__(self, dataset: Dataset, train: Sample, valid: Sample):
         self.dataset, self.train, self.valid = dataset, train, valid
         self.behaviours = [behaviour.name for behaviour in dataset.manifests[0].behaviours]
-        codecs = (dataset.observation_codec, dataset.action_codec)
+        self.codecs = codecs = (dataset.observation_codec, dataset.action_codec)
         self.leaves = [leaf for codec in codecs for leaf in codec.leaves]
         self.numbers = [name for codec in codecs for name in codec.labels()]
         self.categories: list[str] = []
@@ -322,10 +326,14 @@ class _Columns:
         std = trained.std(0)
         squares = ((held_out - trained[places]) / np.where(std > 0, std, 1.0)) ** 2
         unlike = _joined(valid.raw, "cat")[rows] != _joined(train.raw, "cat")[places]
-        differences = np.concatenate([squares.mean(0), unlike.mean(0)])
-        return [*self.numbers, *self.categories][int(np.argmax(differences))]
+        differences, names = [squares.mean(0), unlike.mean(0)], [*self.numbers, *self.categories]
+        if any(codec.long_texts for codec in self.codecs):
+            other = _joined(valid.raw, "text")[rows] != _joined(train.raw, "text")[places]
+            differences.append(other.mean(0))
+            names += [leaf.name for codec in self.codecs for leaf in codec.text_leaves]
+        return names[int(np.argmax(np.concatenate(differences)))]
 
 
 def _joined(arrays: dict[str, Array], kind: str) -> Array:
-    """The columns of one kind, "num" or "cat", of observation and action."""
+    """The columns of one kind, "num", "cat" or "text", of observation and action."""
     return np.concatenate([arrays[f"obs_{kind}"], arrays[f"act_{kind}"]], 1)

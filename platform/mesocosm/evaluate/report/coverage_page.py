@@ -70,11 +70,28 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             f"{_percent(beyond)} of uniform actions at logged states lie farther from training than"
             " 99% of its own transitions do from other episodes"
         )
+    lines += map(_text_line, summary["texts"])
     missing = summary["missing"]
     if missing is not None:
         share = f"{_percent(missing['beyond'])} of held-out transitions lie that far from training"
         lines.append(f"{share}; chance gives {_percent(missing['expected'])}")
     return [*lines, *summary["notes"]]
+
+
+def _text_line(row: Mapping[str, Any]) -> str:
+    shortest, median, longest = (row["lengths"][q] for q in ("0", "0.5", "1"))
+    growth = row["growth"]["exponent"]
+    parts = [
+        f"{row['name']}: {row['texts']:,} texts, {row['distinct']:,} of them distinct",
+        f"{shortest:,.0f} to {longest:,.0f} bytes, median {median:,.0f}",
+        f"{row['vocabulary']:,} distinct words among {row['words']:,}"
+        + ("" if growth is None else f", growing with exponent {growth:.2f}"),
+    ]
+    if row["valid"] is not None and row["valid"]["ngrams"] is not None:
+        seen = 1.0 - row["valid"]["texts"]
+        new = f"{_percent(row['valid']['ngrams'])} of held-out 5-grams are new"
+        parts.append(f"{_percent(seen)} of held-out texts are in training, {new}")
+    return "; ".join(parts)
 
 
 def _percent(value: float) -> str:
