@@ -172,3 +172,16 @@ def test_operations_that_cannot_be_are_refused(
     with pytest.raises(UsageError) as caught:
         curate(operation)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_groups_by_a_text_of_the_task(write_walks: Write, curate: Curate) -> None:
+    space = spaces.Dict(goal=TEXT, say=TEXT)
+    episodes = [
+        talk(k, [{"goal": ("cup", "pan")[k % 2], "say": "x"}] * 2, ["a"])  # type: ignore[list-item]
+        for k in range(6)
+    ]
+    write_walks(
+        episodes, observation_space=space, action_space=TEXT, task=["goal"], valid_fraction=0.0
+    )
+    kept = curate({"op": "where", "by": "goal", "keep": ["pan"]})
+    assert origins(kept) == [("d0", k) for k in (1, 3, 5)]

@@ -21,8 +21,10 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec, shown_space
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.jobs.pretrain import JOB
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.store.artifacts import Artifact
+from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train.config import PretrainConfig
 
 from .reality import config
 
@@ -238,3 +240,14 @@ def test_a_task_that_changes_is_refused(write: Write) -> None:
     dataset = mixed(write, ["say"])
     with pytest.raises(UsageError, match="change within episode"):
         list(text_episodes(dataset, TextCodec.fit(dataset)))
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+def test_pretraining_refuses_long_texts_before_it_starts(
+    root: str, write_walks: Callable[..., str], family: str
+) -> None:
+    write_walks([episode(["a", "b"], [0], k) for k in range(6)], observation_space=LONG)
+    pretrain = PretrainConfig()
+    pretrain.data.datasets, pretrain.model.family = ["d0"], family
+    with pytest.raises(UsageError, match="one category per character"):
+        JOB.resolve(pretrain, Storage(root))

@@ -27,7 +27,7 @@ from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
 from mesocosm.policies import behaviours
 from mesocosm.serve.config import first_replicas
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.train import known
+from mesocosm.train import known, prepare
 
 KNOWN = "reality.known."
 """The keys of known parts in a loop."""
@@ -70,6 +70,7 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     facts = _check_collection(cfg, storage)
     _check_datasets(cfg, datasets, facts)
     _check_task(cfg, facts)
+    prepare.check_texts(*facts.spaces, cfg.pretrain.model.family)
     horizon = None
     if facts.max_episode_steps is not None:
         horizon = Horizon(facts.max_episode_steps, "time limit of the environment")

@@ -64,6 +64,8 @@ class Sweep(Job[SweepConfig, SweepPlan]):
             dataset = prepare.open_datasets(storage, config.data.datasets)
         except ArtifactError as error:
             raise UsageError(str(error)) from error
+        spaces = dataset.observation_space, dataset.action_space
+        prepare.check_texts(*spaces, config.model.family)
         facts = config.table_identity()
         trained = facts, dataset.ids, resolved_precision(config, cluster)
         versions = VERSIONS["pretrain"], VERSIONS["sweep"]

@@ -16,6 +16,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.spaces import Space, SpaceCodec
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
@@ -30,6 +31,8 @@ BASE = "base.safetensors"
 JUDGED = 2048
 """Transitions, and terminal events, that stop the fits of the reward and termination networks."""
 CODEC = "codec.json"
+TENSOR_FAMILIES = ("ensemble", "sequence")
+"""The families that learn a text as one category per character."""
 
 
 def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
@@ -40,6 +43,19 @@ def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = No
     """
     limit = None if cache_gib is None else int(cache_gib * 2**30)
     return Dataset([open_partial(storage, "datasets", id, limit) for id in ids])
+
+
+def check_texts(observation: Space, action: Space, family: str) -> None:
+    """Raise UsageError where a text is too long for a family of tensors.
+
+    Args:
+        observation: The observation space.
+        action: The action space.
+        family: `model.family`.
+    """
+    if family in TENSOR_FAMILIES:
+        SpaceCodec(observation, "observation").check_slots()
+        SpaceCodec(action, "action").check_slots()
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:

@@ -93,8 +93,10 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         ids = dataset.ids
         order = {key: getattr(data, key) for key in ("unique", "weights", "block")}
         order = {key: value for key, value in order.items() if value is not None}
+        spaces = dataset.observation_space, dataset.action_space
+        prepare.check_texts(*spaces, config.model.family)
         functions = known.load(config.known)
-        known.check_spaces(functions, dataset.observation_space, dataset.action_space)
+        known.check_spaces(functions, *spaces)
         facts = world_identity(config)
         if functions:
             facts["known"] = {part: function.identity for part, function in functions.items()}

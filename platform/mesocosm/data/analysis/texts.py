@@ -146,13 +146,13 @@ class TextIndex:
         where the other has none.
         """
         shares: dict[str, float | None] = {}
-        for name, ours, theirs in (
+        for name, first, second in (
             ("texts", self._texts, other._texts),
             ("lines", self._lines, other._lines),
             ("words", self._words, other._words),
         ):
-            total = theirs.total()
-            new = sum(count for item, count in theirs.items() if item not in ours)
+            total = second.total()
+            new = sum(count for item, count in second.items() if item not in first)
             shares[name] = new / total if total else None
         new_grams = ~np.isin(other._grams, self._grams)
         every = float(other._gram_counts.sum())
@@ -243,18 +243,18 @@ def bags_of_words(texts: Array, size: int) -> Array:
 
 
 def compare_texts(a: Dataset, b: Dataset, seed: int) -> dict[str, dict[str, Any]]:
-    """What each one's texts lack of the other's, by the name of each leaf that both have:
+    """The novelty of each one's texts against the other's, by the name of each leaf of both:
     {"observation": {"a_lacks": `TextIndex.lacks`, "b_lacks": ...}}.
     """
     others = {leaf.name: leaf for leaf in text_leaves(b)}
     result: dict[str, dict[str, Any]] = {}
     for leaf in text_leaves(a):
         if leaf.name in others:
-            ours, theirs = (
+            first, second = (
                 TextIndex(text for texts in sampled(data, one, None, seed) for text in texts)
                 for data, one in ((a, leaf), (b, others[leaf.name]))
             )
-            result[leaf.name] = {"a_lacks": ours.lacks(theirs), "b_lacks": theirs.lacks(ours)}
+            result[leaf.name] = {"a_lacks": first.lacks(second), "b_lacks": second.lacks(first)}
     return result
 
 

@@ -339,6 +339,11 @@ def _part(step: Step, episodes: Array, name: str, bins: int) -> Groups:
             return Groups(name, list(map(str, option.values)), dataset.option_values[episodes, i])
     parts: list[Groups] = []
     for leaf in dataset.observation_codec.matching(name):
+        if leaf.text is not None:
+            texts = _first(step, episodes, "obs_text", slice(leaf.text, leaf.text + 1))[:, 0]
+            labels, codes = np.unique(texts.astype(str), return_inverse=True)
+            parts.append(Groups(name, labels.tolist(), codes.reshape(-1)))
+            continue
         numbers = _first(step, episodes, "obs_num", leaf.numbers)
         parts += [_ranges(name, column, bins) for column in numbers.T]
         start = np.zeros(len(leaf.cardinalities), int) if leaf.start is None else leaf.start
