@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -15,6 +16,8 @@ from mesocosm.envs.text import chores_policies
 from mesocosm.envs.text.chores_policies import ChoresExpert
 from mesocosm.envs.text.household import EASY, FULL, HEATERS, REWARDS, Household, draw
 from mesocosm.envs.text.household_text import candidates, parse_start, parse_view
+from mesocosm.errors import UsageError
+from mesocosm.evaluate.config import reality_of
 from mesocosm.policies.behaviours import BehaviourConfig, build
 from mesocosm.store.artifacts import Storage
 
@@ -208,6 +211,30 @@ def test_reality_knows_it_and_its_horizon() -> None:
     assert env.spec is not None and env.spec.max_episode_steps == 20
     *_, truncated, _ = play(env, chores_policies.WrongPlace(), 0)[20]
     assert truncated
+
+
+@pytest.mark.parametrize("id", [*IDS, "Company-v0"])
+def test_a_vector_of_them(id: str) -> None:
+    """Info is stacked, and the candidates of a text are the environment's own."""
+    config = RealityConfig(env=f"mesocosm.envs.text:{id}")
+    envs = gymnasium.vector.SyncVectorEnv([lambda: make_env(config)] * 2)
+    texts, infos = envs.reset(seed=[1, 2])
+    listed = infos["admissible_commands"]
+    candidates_of = envs.envs[0].unwrapped.candidates  # type: ignore[attr-defined]
+    assert [candidates_of(text, text) for text in texts] == list(listed)
+    texts, rewards, *_, infos = envs.step(tuple(commands[0] for commands in listed))
+    assert len(texts) == 2 and rewards.shape == (2,) and all(infos["valid"])
+
+
+def test_a_world_may_name_it() -> None:
+    """It needs no confirmation, as programs of others do."""
+    known = {"id": "mesocosm.envs.text:Chores-v0", "kwargs": {"easy": True}, "task": [],
+             "max_episode_steps": 20, "success": None}  # fmt: skip
+    codec: Any = SimpleNamespace(environment=known)
+    assert reality_of(RealityConfig(), codec).kwargs == {"easy": True}
+    known["id"] = "mesocosm.envs.text.adapters:TextWorldGames"
+    with pytest.raises(UsageError, match="is a program"):
+        reality_of(RealityConfig(), codec)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])

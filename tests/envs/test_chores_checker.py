@@ -55,7 +55,7 @@ def text(t: int, old: str, new: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("easy", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.9])
 def test_real_episodes_are_unbroken(easy: bool, noise: float) -> None:
-    env = gymnasium.make("mesocosm.envs.text:Chores-v0", easy=easy)
+    env: Any = gymnasium.make("mesocosm.envs.text:Chores-v0", easy=easy)
     expert = ChoresExpert()
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -70,6 +70,7 @@ def test_real_episodes_are_unbroken(easy: bool, noise: float) -> None:
             revealed.append(info["revealed"])
             ended = terminated or truncated
         result = check_episode(first, steps, easy=easy)
+        assert env.unwrapped.check_episode(first, steps) == result
         assert result.valid_start and result.first_break is None and result.unbroken(20)
         assert all(s.agrees and s.reward_agrees and s.termination_agrees for s in result.steps)
         assert [step.expected for step in result.steps] == [step.observation for step in steps]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium
 from gymnasium.spaces import Text
 
+from mesocosm.envs.text.checks import EpisodeCheck, ImaginedStep
+from mesocosm.envs.text.chores_checker import check_episode
 from mesocosm.envs.text.household import EASY, FULL, Household, draw
 from mesocosm.envs.text.household_text import candidates
 
@@ -39,6 +42,7 @@ class Chores(gymnasium.Env[str, str]):
     metadata = {"render_modes": []}
     observation_space = Text(LONGEST_TEXT, charset=CHARACTERS)
     action_space = Text(LONGEST_COMMAND, charset=CHARACTERS)
+    candidates = staticmethod(candidates)
 
     def __init__(self, easy: bool = False):
         self.variant = EASY if easy else FULL
@@ -64,3 +68,12 @@ class Chores(gymnasium.Env[str, str]):
             "success": outcome.terminated,
         }
         return outcome.text, outcome.reward, outcome.terminated, False, info
+
+    def check_episode(self, first_text: str, steps: Iterable[ImaginedStep]) -> EpisodeCheck:
+        """Check an imagined episode of this family (`chores_checker.check_episode`).
+
+        Args:
+            first_text: The imagined observation of the reset.
+            steps: The imagined steps, in order.
+        """
+        return check_episode(first_text, steps, easy=self.variant is EASY)

@@ -49,6 +49,7 @@ class CompanyShell(gymnasium.Env[str, str]):
     metadata = {"render_modes": []}
     observation_space = Text(LONGEST_TEXT, charset=CHARACTERS + "\n")
     action_space = Text(LONGEST_COMMAND, charset=CHARACTERS)
+    candidates = staticmethod(candidates)
 
     def __init__(self, kinds: Sequence[str] = KINDS):
         unknown = sorted(set(kinds) - set(KINDS))

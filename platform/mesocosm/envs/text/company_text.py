@@ -13,7 +13,7 @@ from mesocosm.envs.text.shell import Shell
 
 LONGEST_TEXT, LONGEST_COMMAND = 1_500, 300
 """Lengths in characters, of the spaces."""
-OUTPUT, LINE, FOOTER = 500, 100, 200
+OUTPUT, LINE, FOOTER = 400, 100, 200
 """The most characters of an output, of one of its lines, and of a line of the footer."""
 NO_OUTPUT = "(no output)"
 FOLDERS = {"find": "/staff", "fix": "/config", "update": "/inbox", "clean": "/logs"}
