@@ -1,0 +1,133 @@
+"""The state of a vector of environments in a text world, between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mesocosm.model.language.cache import KeyCache
+from mesocosm.model.language.stream import Marked, retained, start_tokens
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Everything that the future of a session depends on, beside its keys: the texts that lie in
+    each environment's window. `TextWorld.restore` continues from them with the same bits.
+    """
+
+    task: list[str]  # B
+    start: list[str]
+    """[B]: o_0, which always stays in the window."""
+    steps: list[list[tuple[str, str]]]
+    """[B][...]: the (action, observation) pairs in the window, of consecutive last steps"""
+    member: Tensor  # [B] int64
+
+
+class EpisodeWindow:
+    """The texts and tokens of one environment's window."""
+
+    def __init__(self, tokenizer: Marked, task: str, start: str):
+        self._tokenizer = tokenizer
+        self.task, self.start = task, start
+        self.steps: list[tuple[str, str]] = []
+        self._lengths: list[int] = []
+        self._first = len(start_tokens(tokenizer, task, start))
+        self.tokens = start_tokens(tokenizer, task, start)
+
+    def action_tokens(self, action: str) -> list[int]:
+        """The tokens of an action and its mark."""
+        return [*self._tokenizer.encode(action), self._tokenizer.eoa]
+
+    def observation_tokens(self, observation: str) -> list[int]:
+        """The tokens of an observation and its mark."""
+        return [*self._tokenizer.encode(observation), self._tokenizer.eoo]
+
+    def add(self, action: str, observation: str) -> None:
+        """Append a step. The tokens after an action that is already there are replaced."""
+        step = [*self.action_tokens(action), *self.observation_tokens(observation)]
+        del self.tokens[self._first + sum(self._lengths) :]
+        self.tokens += step
+        self.steps.append((action, observation))
+        self._lengths.append(len(step))
+
+    def room_for(self, length: int, window: int) -> bool:
+        """Drop the older steps if `length` more tokens would not fit. True if they were dropped."""
+        if len(self.tokens) + length <= window:
+            return False
+        count = retained(self._first, self._lengths, window)
+        if self._first + sum(self._lengths[len(self._lengths) - count :]) + length > window:
+            count = 0
+        steps = self.steps[len(self.steps) - count :]
+        self.steps, self._lengths = [], []
+        del self.tokens[self._first :]
+        for action, observation in steps:
+            self.add(action, observation)
+        return True
+
+    def copy(self) -> EpisodeWindow:
+        """An independent copy."""
+        other = EpisodeWindow(self._tokenizer, self.task, self.start)
+        for action, observation in self.steps:
+            other.add(action, observation)
+        return other
+
+
+@dataclass
+class TextCarry:
+    """B environments: `TextWorld.step` changes it in place."""
+
+    windows: list[EpisodeWindow]
+    member: Tensor  # [B] int64: the member that imagines each
+    cache: KeyCache
+    """B * K rows: member k of environment b has row b * K + k. Rows of members that do not imagine
+    fall behind until their opinion is asked for."""
+
+    @property
+    def context(self) -> TextContext:
+        """A copy that later steps do not change."""
+        return TextContext(
+            [window.task for window in self.windows],
+            [window.start for window in self.windows],
+            [list(window.steps) for window in self.windows],
+            self.member.clone(),
+        )
+
+    @property
+    def observations(self) -> list[str]:
+        """The present observation of each environment."""
+        return [w.steps[-1][1] if w.steps else w.start for w in self.windows]
+
+    @property
+    def rows(self) -> Tensor:
+        """[B] int64: the cache's row of each environment's imagining member."""
+        members = self.cache.batch // len(self.windows)
+        return torch.arange(len(self.windows), device=self.member.device) * members + self.member
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """The result of a step for each of B environments."""
+
+    observation: list[str]  # o_{t+1}
+    reward: Tensor  # [B] float32, raw units
+    terminated: Tensor  # [B] bool, drawn with probability `p_terminated`
+    p_terminated: Tensor  # [B] float32
+    surprise: Tensor
+    """[B] float32: the nats of the observation's least likely token, at temperature 1."""
+    disagreement: Tensor | None
+    """[B] float32: the standard deviation over members of log p(o_{t+1}) in nats a token; with one
+    member the surprise. Divided by the world's scale. None where it was not asked for."""
+    cut: Tensor  # [B] bool: the text reached the longest of the data without an end
+    tokens: Tensor  # [B] int64: generated tokens, the mark included
+
+
+def ragged(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids [B, C], count [B]) int64 of token lists, filled up with zeros."""
+    count = [len(sequence) for sequence in sequences]
+    ids = torch.zeros(len(sequences), max([1, *count]), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+    return ids.to(device), torch.tensor(count, dtype=torch.int64, device=device)
