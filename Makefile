@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
-    bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale clean
+    bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs clean
 
 install: $(STAMP)
 
@@ -52,7 +52,7 @@ docs: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs: install
 	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install
