@@ -30,7 +30,7 @@ from .reality import config
 
 Write = Callable[..., Path]
 Collect = Callable[[CollectConfig], Artifact]
-CHARSET = "abcdefghijklmnopqrstuvwxyz .\nüß日本🙂D:0123"
+CHARSET = "\0abcdefghijklmnopqrstuvwxyz .\nüß日本🙂D:0123"
 LONG = spaces.Text(10**6, min_length=0, charset=CHARSET)
 SHORT = spaces.Text(6, min_length=0, charset=CHARSET)
 TEXTS = ["", "a", "日本 🙂", "über.\n", "x" * 100_000]
@@ -68,8 +68,12 @@ def test_texts_are_bytes_and_no_slots_on_disk(write: Write) -> None:
     assert json.loads((folder / "manifest.json").read_text())["schema_version"] == 3
 
 
-def test_short_texts_are_slots_for_models(write: Write) -> None:
+@pytest.mark.parametrize("in_memory", [0, 1 << 28])
+def test_short_texts_are_slots_for_models(
+    write: Write, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
     """As any batch of the environment is, in every way a dataset is read."""
+    monkeypatch.setattr("mesocosm.datasets.dataset.IN_MEMORY", in_memory)
     space = spaces.Dict(mode=spaces.Discrete(3), word=SHORT)
     words = ["ab", "🙂日本", "", "üß\n", "abc.ab"]
     values = [{"word": word, "mode": i % 3} for i, word in enumerate(words)]

@@ -28,7 +28,7 @@ from mesocosm.datasets.manifest import (
     lengths_of,
 )
 from mesocosm.datasets.permutation import key, permute
-from mesocosm.datasets.slots import SlotRows
+from mesocosm.datasets.slots import IN_MEMORY, SlotRows
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.texts import FILE, TEXTS, TextRows, read_texts, stored
@@ -89,6 +89,7 @@ class Dataset:
         self.durations = all(manifest.durations for manifest in self.manifests)
         shards = [shard for manifest in self.manifests for shard in manifest.shards]
         counts = [len(manifest.shards) for manifest in self.manifests]
+        self._rows = sum(shard.rows for shard in shards)
         self.shards: list[str] = [shard.name for shard in shards]
         """[S] names within their datasets; shards are numbered over all datasets"""
         self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
@@ -150,11 +151,15 @@ class Dataset:
         codec = self.observation_codec if name.startswith("obs") else self.action_codec
         if name in TEXTS:
             return self.texts(shard, name)  # type: ignore[return-value]
-        if name.endswith("_cat") and codec.text_leaves:
+        if not name.endswith("_cat") or not codec.text_leaves:
+            return self.plain(shard, name)
+        arrays, full_name = self._hold(shard)[1], f"{name} with slots"
+        if full_name not in arrays:
             texts = self.texts(shard, name.replace("cat", "text"))
-            plain, slots = self.plain(shard, name), codec.slots
-            return SlotRows(plain, texts, codec.cardinalities, slots)  # type: ignore[return-value]
-        return self.plain(shard, name)
+            slots = SlotRows(self.plain(shard, name), texts, codec.cardinalities, codec.slots)
+            small = self._rows * codec.categories <= IN_MEMORY
+            arrays[full_name] = slots.whole() if small else slots  # type: ignore[assignment]
+        return arrays[full_name]
 
     def texts(self, shard: int, name: str) -> TextRows:
         """The texts of a shard's observations (`obs_text`) or actions (`act_text`)."""

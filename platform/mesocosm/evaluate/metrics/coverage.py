@@ -47,7 +47,8 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     train_gaps = own_gaps(train.values, train.episodes, seed=seed)
     valid_gaps = gaps(train.values, valid.values) if len(valid) else np.zeros(0)
     uniform = np.zeros(0)
-    if not codec.long_texts:  # nobody draws whole texts uniformly
+    spoken = bool(codec.text_leaves)  # random characters are no actions
+    if not spoken:
         free = train.values.copy()
         free[:, features.action] = features.actions(*any_action(train, codec, seed=seed))
         uniform = own_gaps(train.values, train.episodes, seed=seed, queries=free)
@@ -86,7 +87,7 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         "categories": columns.category_rows(),
         "texts": [texts.describe(dataset, leaf, seed) for leaf in texts.text_leaves(dataset)],
         "actions": {
-            "tried": tried(train, features, codec, seed=seed),
+            "tried": None if spoken else tried(train, features, codec, seed=seed),
             "entropy": action_entropy(train, features, codec),
         },
         "gaps": {
