@@ -14,6 +14,7 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import facts_of, make_env
 from mesocosm.envs.text import chores_policies
 from mesocosm.envs.text.chores_policies import ChoresExpert
+from mesocosm.envs.text.company_policies import CompanyExpert
 from mesocosm.envs.text.household import EASY, FULL, HEATERS, REWARDS, Household, draw
 from mesocosm.envs.text.household_text import candidates, parse_start, parse_view
 from mesocosm.errors import UsageError
@@ -204,6 +205,21 @@ def test_policies_have_different_returns() -> None:
 
 EXPERT = "mesocosm.envs.text.chores_policies:ChoresExpert"
 SPACES = facts_of(RealityConfig(env="mesocosm.envs.text:Chores-v0")).spaces
+
+
+@pytest.mark.parametrize(
+    ("id", "kind"), [("Chores-v0", ChoresExpert), ("Company-v0", CompanyExpert)]
+)
+def test_a_first_text_begins_an_episode(id: str, kind: Any) -> None:
+    """An expert that no one starts forgets the episode before."""
+    env, expert, rng = make(id), kind(), np.random.default_rng(0)
+    for seed in range(40):
+        text, _ = env.reset(seed=seed)
+        ended = False
+        while not ended:
+            text, _, terminated, truncated, info = env.step(expert(text, rng))
+            ended = terminated or truncated
+        assert info["success"]
 
 
 def test_reality_knows_it_and_its_horizon() -> None:

@@ -28,16 +28,19 @@ FAILING = 0.1
 class ChoresExpert:
     """Solves every task: looks into one place after the other, and goes back to none.
 
-    An `EpisodeAct` (`mesocosm.envs.episode`): one object acts in one episode at a time.
+    An `EpisodeAct` (`mesocosm.envs.episode`): one object acts in one episode at a time. A text with
+    a task begins one, also without `start`.
     """
 
     def __init__(self) -> None:
-        self._first_text = ""
-        self._visited: set[str] = set()
+        self._begin("")
+
+    def _begin(self, first_text: str) -> None:
+        self._first_text, self._visited = first_text, set[str]()
 
     def start(self, k: int, rng: np.random.Generator) -> None:
         """Begin an episode: the next observation is its first text."""
-        self._first_text, self._visited = "", set()
+        self._begin("")
 
     def __call__(self, observation: str, rng: np.random.Generator) -> str:
         """The command after an observation."""
@@ -52,7 +55,8 @@ class ChoresExpert:
         return drawn(commands, rng)
 
     def _read(self, observation: str) -> tuple[StartFields, ViewFields, list[str]]:
-        self._first_text = self._first_text or observation
+        if not self._first_text or parse_start(observation).goal:
+            self._begin(observation)
         view = parse_view(observation)
         if view.place and view.lid != "closed":
             self._visited.add(view.place)

@@ -25,16 +25,20 @@ class CompanyExpert:
     """Solves every task, by one script for each kind.
 
     A command that was replaced by noise is given again. An `EpisodeAct`
-    (`mesocosm.envs.episode`): one object acts in one episode at a time.
+    (`mesocosm.envs.episode`): one object acts in one episode at a time. A text with a task begins
+    one, also without `start`.
     """
 
     def __init__(self) -> None:
-        self._first_text, self._command = "", ""
+        self._begin("")
+
+    def _begin(self, first_text: str) -> None:
+        self._first_text, self._command = first_text, ""
         self._script: Script | None = None
 
     def start(self, k: int, rng: np.random.Generator) -> None:
         """Begin an episode: the next observation is its first text."""
-        self._first_text, self._command, self._script = "", "", None
+        self._begin("")
 
     def __call__(self, observation: str, rng: np.random.Generator) -> str:
         """The command after an observation."""
@@ -63,7 +67,8 @@ class CompanyExpert:
         return drawn(candidates(self._first_text, observation), rng)
 
     def _observe(self, observation: str) -> None:
-        self._first_text = self._first_text or observation
+        if not self._first_text or parse_assignment(observation) is not None:
+            self._begin(observation)
 
 
 def script(first_text: str) -> Script:
