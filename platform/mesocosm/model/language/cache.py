@@ -21,7 +21,10 @@ class Places:
     column: Tensor  # [N] int64, within the chunk
     slot: Tensor  # [N] int64 in 0 .. A-1
     position: Tensor  # [N] int64, within the row
-    limit: Tensor  # [A, C] int64: the position of each query; 0 where there is no token
+    bias: Tensor
+    """[A, C, used] float32, added to the scores: 0 for the columns that a query sees, minus
+    infinity for the others. A query without a token sees the first column.
+    """
     used: int  # columns of the cache that hold tokens, a multiple of BLOCK
     count: Tensor  # [B] int64
 
@@ -70,7 +73,9 @@ class KeyCache:
         limit[slot, column] = position
         used = -(-(int(position.max()) + 1) // BLOCK) * BLOCK
         self._reserve(used)
-        return Places(row, column, slot, position, limit, used, count)
+        unseen = torch.arange(used, device=count.device) > limit.unsqueeze(-1)
+        bias = torch.zeros_like(unseen, dtype=self._keys[0].dtype).masked_fill_(unseen, -torch.inf)
+        return Places(row, column, slot, position, bias, used, count)
 
     def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [N, key_heads, head]."""
@@ -79,18 +84,16 @@ class KeyCache:
 
     def attend(self, layer: int, queries: Tensor, places: Places) -> Tensor:
         """The mixed values of scaled queries [A * key_heads, M, head], where M is at least the
-        groups times the columns of `places.limit`: the same shape.
+        groups times the columns of `places.bias`: the same shape.
         """
-        active, columns = places.limit.shape
+        active, columns, _ = places.bias.shape
         heads, used, groups = active * self.shape.key_heads, places.used, self.shape.groups
         keys, values = self._keys[layer][:heads], self._values[layer][:heads]
         scores = torch.bmm(queries, keys[:, :, :used])
-        hidden = torch.arange(used, device=queries.device) > places.limit.unsqueeze(-1)
-        bias = torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -torch.inf)
         seen = scores[:, : groups * columns].view(
             active, self.shape.key_heads, groups, columns, used
         )
-        seen += bias[:, None, None]
+        seen += places.bias[:, None, None]
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
         sums = weights.unflatten(-1, (-1, BLOCK)).sum(-1)
         mixed, total = torch.bmm(weights[..., :BLOCK], values[:, :BLOCK]), sums[..., 0]

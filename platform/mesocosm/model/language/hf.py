@@ -19,6 +19,7 @@ from torch import Tensor
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.shape import NORM_EPS, ROPE_THETA, Shape
+from mesocosm.model.mup import init_
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -176,9 +177,9 @@ def save_folder(
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_folder(folder: Path, *, members: int = 1, rank: int = 0) -> Llama:
-    """A network, in float32, from a folder with config.json and safetensors; new adapters are
-    zeros until `mup.init_` fills them.
+def load_folder(folder: Path, *, members: int = 1, rank: int = 0, seed: int = 0) -> Llama:
+    """A network, in float32, from a folder with config.json and safetensors. New adapters are drawn
+    from `seed`.
 
     Raises:
         UsageError: The checkpoint is not of Llama's kind.
@@ -186,6 +187,7 @@ def load_folder(folder: Path, *, members: int = 1, rank: int = 0) -> Llama:
     """
     config = read_config(folder)
     network = Llama(shape_of(config), members=members, rank=rank)
+    init_(network, seed)
     from_hf(network, read_state(folder))
     return network
 

@@ -230,7 +230,7 @@ class Llama(nn.Module):
 
     def _feed(self, cache: KeyCache, ids: Tensor, places: Places, by: Selection) -> Tensor:
         shape, tokens = self.shape, len(ids)
-        active, columns = places.limit.shape
+        active, columns, _ = places.bias.shape
         lead = (active, columns, shape.key_heads, shape.groups, shape.head)
         queries = active * shape.key_heads, shape.groups * columns
         x = padded(self._embedded(ids))

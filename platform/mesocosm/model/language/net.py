@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, reward_outputs
-from mesocosm.model.language.cache import KeyCache
 from mesocosm.model.language.llama import padded
 from mesocosm.model.language.shape import Shape
 from mesocosm.model.language.stream import DYNAMICS, READ, TASK, TokenRows
@@ -30,7 +29,9 @@ again in the backward pass.
 
 
 class Backbone(Protocol):
-    """The four calls of a causal language model; `llama.Llama` documents them."""
+    """The four calls of a causal language model; `llama.Llama` documents them. Each backbone has a
+    cache of its class, with `batch`, `length`, `rewind` and `select` as `cache.KeyCache`.
+    """
 
     shape: Shape
     members: int
@@ -46,10 +47,10 @@ class Backbone(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
-    def new_cache(self, batch: int, window: int) -> KeyCache: ...
+    def new_cache(self, batch: int, window: int) -> Any: ...
 
     def feed(
-        self, cache: KeyCache, ids: Tensor, count: Tensor, member: Tensor | None = None
+        self, cache: Any, ids: Tensor, count: Tensor, member: Tensor | None = None
     ) -> Tensor: ...
 
 

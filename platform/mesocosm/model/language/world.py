@@ -24,6 +24,7 @@ from mesocosm.model import rng
 from mesocosm.model.language.hf import from_hf, read_state, save_folder
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.net import TextLosses, TextNet
+from mesocosm.model.language.pretrained import OtherBackbone, load_other
 from mesocosm.model.language.sampler import Drawn, Sampler
 from mesocosm.model.language.session import EpisodeWindow, TextCarry, TextContext, TextStep, ragged
 from mesocosm.model.language.shape import Shape
@@ -315,17 +316,22 @@ class TextWorld:
         tokenizer.json), which other engines read, and beside it heads.safetensors (heads and
         adapters), world.json and codec.json.
         """
-        network = cast(Llama, self.net.backbone)
-        tokenizer = self.tokenizer
-        marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eoo}
-        save_folder(network, folder, marks)
+        network, tokenizer = self.net.backbone, self.tokenizer
+        rank = 0
+        if isinstance(network, Llama):
+            rank = network.rank
+            marks = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eoo}
+            save_folder(network, folder, marks)
+        else:
+            cast(OtherBackbone, network).save_pretrained(folder)
         tokenizer.save(folder / "tokenizer.json")
         about = {
             "schema": SCHEMA,
             "spec": self.spec.to_json(),
-            "shape": network.shape.to_json(),
-            "members": network.members,
-            "rank": network.rank,
+            "llama": isinstance(network, Llama),
+            "shape": self.net.model.shape.to_json(),
+            "members": self.net.members,
+            "rank": rank,
             "window": self.window,
             "longest": self.longest,
             "longest_start": self.longest_start,
@@ -353,9 +359,13 @@ class TextWorld:
                     f"world {str(folder)!r} must have schema {SCHEMA}, got {about['schema']};"
                     " pretrain it again"
                 )
-            shape = Shape(**about["shape"])
-            network = Llama(shape, members=about["members"], rank=about["rank"])
-            from_hf(network, read_state(folder))
+            network: torch.nn.Module
+            if about["llama"]:
+                shape = Shape(**about["shape"])
+                network = Llama(shape, members=about["members"], rank=about["rank"])
+                from_hf(network, read_state(folder))
+            else:
+                network = load_other(folder)
             net = TextNet(network, Spec.from_json(about["spec"]))
             net.load_state_dict(load_file(folder / "heads.safetensors"), strict=False)
             world = TextWorld(
