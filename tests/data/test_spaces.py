@@ -110,6 +110,7 @@ def test_any_nested_space_round_trips_in_gymnasiums_own_layout(
     assert_same(codec.decode(numbers, categories), batch)
     for a, b in zip(codec.encode(batch), (numbers, categories), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert_same(codec.decode_stored(*codec.stored_list(values)), batch)
     singles = codec.unbatch(batch)
     assert all(space.contains(value) for value in singles)
     assert_same(batch_of(space, singles), batch)

@@ -83,15 +83,18 @@ def test_what_other_texts_lack() -> None:
 
 def test_facts_of_texts(write_talks: Write, root: str) -> None:
     episodes = [talk(k, ["hello", "", f"room {k} 日", "end"]) for k in range(20)]
-    write_talks(episodes, valid_fraction=0.2)
+    write_talks(episodes, valid_fraction=0.2, shard_rows=30)
     dataset = stored(root)
     observation, action = text_leaves(dataset)
     facts = describe(dataset, observation, seed=0)
     assert facts["texts"] == 80 and facts["distinct"] == 23 and facts["empty"] == 0.25
     assert (facts["lengths"]["0"], facts["lengths"]["1"]) == (0, len("room 10 日".encode()))
+    assert facts["episodes"] == {"all": 20, "distinct": 20}
     assert facts["common"][0] == {"text": "", "count": 20}
     assert facts["valid"]["texts"] == pytest.approx(0.25)
-    assert describe(dataset, action, seed=0)["texts"] == 60, "none after the last observation"
+    acted = describe(dataset, action, seed=0)
+    assert acted["texts"] == 60, "none after the last observation"
+    assert acted["distinct"] == 3 and acted["episodes"] == {"all": 20, "distinct": 1}
     json.dumps(facts, allow_nan=False)
 
 

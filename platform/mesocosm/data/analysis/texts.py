@@ -11,8 +11,8 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -169,13 +169,17 @@ def describe(dataset: Dataset, leaf: TextLeaf, seed: int) -> dict[str, Any]:
         seed: Draws the sample of words.
 
     Returns:
-        name, texts, bytes, lengths (quantiles in bytes), empty (share), distinct, common (texts
-        that come more than once, with counts), words, vocabulary, once (share of the vocabulary
-        that comes once), growth (words, distinct, exponent), and valid: what training lacks of the
-        held-out texts, as `TextIndex.lacks`; None without any.
+        name, texts, bytes, lengths (quantiles in bytes), empty (share), distinct, episodes (all,
+        and distinct in their texts), common (texts that come more than once, with counts), words,
+        vocabulary, once (share of the vocabulary that comes once), growth (words, distinct,
+        exponent), and valid: what training lacks of the held-out texts, as `TextIndex.lacks`; None
+        without any.
     """
-    lengths, counts = _all_texts(dataset, leaf)
-    common = [(text, count) for text, count in counts.values() if count > 1]
+    every = _AllTexts()
+    for shard in range(len(dataset.shards)):
+        every.add(dataset, leaf, shard)
+    lengths = np.concatenate(every.lengths)
+    common = [(text, count) for text, count in every.counts.values() if count > 1]
     common.sort(key=lambda pair: (-pair[1], pair[0]))
     train = [text for texts in sampled(dataset, leaf, "train", seed) for text in texts]
     held_out = [text for texts in sampled(dataset, leaf, "valid", seed) for text in texts]
@@ -185,7 +189,8 @@ def describe(dataset: Dataset, leaf: TextLeaf, seed: int) -> dict[str, Any]:
         "bytes": int(lengths.sum()),
         "lengths": {f"{q:g}": float(np.quantile(lengths, q)) for q in QUANTILES},
         "empty": float((lengths == 0).mean()),
-        "distinct": len(counts),
+        "distinct": len(every.counts),
+        "episodes": {"all": every.episodes.total(), "distinct": len(every.episodes)},
         "common": [{"text": text, "count": count} for text, count in common[:COMMON]],
         **vocabulary(train),
         "valid": TextIndex(train).lacks(TextIndex(held_out)) if held_out else None,
@@ -258,20 +263,33 @@ def compare_texts(a: Dataset, b: Dataset, seed: int) -> dict[str, dict[str, Any]
     return result
 
 
-def _all_texts(dataset: Dataset, leaf: TextLeaf) -> tuple[Array, Mapping[int, tuple[str, int]]]:
-    """([n] lengths in bytes, by hash of each distinct text: its beginning, and its count)."""
-    lengths = [np.zeros(0, np.int64)]
-    counts: dict[int, tuple[str, int]] = {}
-    for shard in range(len(dataset.shards)):
+@dataclass
+class _AllTexts:
+    """The counts of every text of a leaf."""
+
+    lengths: list[Array] = field(default_factory=list)
+    """Bytes of each text, a part a shard."""
+    counts: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """By hash of each distinct text: its beginning, and its count."""
+    episodes: Counter[bytes] = field(default_factory=Counter)
+    """Episodes by a digest of their texts in order."""
+
+    def add(self, dataset: Dataset, leaf: TextLeaf, shard: int) -> None:
+        """Count the texts of a shard."""
         records = dataset.records(shard)
         rows, ends = episode_rows(records["first_row"], records["length"])
         if leaf.array == "act_text":
             rows = np.delete(rows, ends - 1)
+            ends = ends - np.arange(1, len(ends) + 1)
         texts = dataset.texts(shard, leaf.array).columns[leaf.column].take(rows)
-        lengths.append(pc.binary_length(texts).to_numpy())
-        for item in pc.value_counts(texts).to_pylist():
-            text, count = item["values"], int(item["counts"])
-            code = hashed(text)
-            before = counts.get(code, (text[:SHOWN], 0))
-            counts[code] = before[0], before[1] + count
-    return np.concatenate(lengths), counts
+        self.lengths.append(pc.binary_length(texts).to_numpy())
+        encoded = texts.dictionary_encode()
+        places, distinct = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        codes = np.array([hashed(text) for text in distinct], np.uint64)
+        counts = np.bincount(places, minlength=len(distinct))
+        for text, code, count in zip(distinct, codes.tolist(), counts.tolist(), strict=True):
+            beginning, before = self.counts.get(code, (text[:SHOWN], 0))
+            self.counts[code] = beginning, before + count
+        for texts_of_episode in np.split(codes[places], ends[:-1]):
+            digest = hashlib.blake2b(texts_of_episode.tobytes(), digest_size=16).digest()
+            self.episodes[digest] += 1

@@ -79,10 +79,12 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _text_line(row: Mapping[str, Any]) -> str:
+    episodes = row["episodes"]
     shortest, median, longest = (row["lengths"][q] for q in ("0", "0.5", "1"))
     growth = row["growth"]["exponent"]
     parts = [
         f"{row['name']}: {row['texts']:,} texts, {row['distinct']:,} of them distinct",
+        f"{episodes['all']:,} episodes, {episodes['distinct']:,} of them distinct in these texts",
         f"{shortest:,.0f} to {longest:,.0f} bytes, median {median:,.0f}",
         f"{row['vocabulary']:,} distinct words among {row['words']:,}"
         + ("" if growth is None else f", growing with exponent {growth:.2f}"),
