@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.ingest.readers.traces import TraceConfig
+from mesocosm.data.ingest.readers import agentworld, otel
+from mesocosm.data.ingest.readers import chat as chat_reader
+from mesocosm.data.ingest.readers.traces import TraceConfig, TraceOptions
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
@@ -166,6 +169,7 @@ def broken(change: Callable[[Record], Any]) -> Record:
         ),
         (broken(lambda t: t["messages"][1].update(content="\ud83d")), ["line 2", "lone surrogate"]),
         (broken(lambda t: t["messages"][3].update(reward=5)), ["its own 'reward' is 1", "to 5"]),
+        (broken(lambda t: t["messages"][2].update(tool_calls=7)), ["message 3", "a list", "7"]),
         (broken(lambda t: t.update(reward="good")), ["must be a number", "'good'"]),
         (broken(lambda t: t.update(terminated="yes")), ["true or false", "'yes'"]),
     ],
@@ -380,3 +384,43 @@ def test_texts_of_traces_are_long_texts(folder: Path, import_logs: Import) -> No
     assert episode.observations[1].startswith("日本 日本") and len(episode.observations[1]) > 3e5
     space = Dataset([import_logs(folder / "a.jsonl").path]).observation_space
     assert isinstance(space, spaces.Text) and space.max_length == len(episode.observations[1])
+
+
+# -- anything at all
+
+
+def mutations(value: Any, rng: random.Random) -> Any:
+    """A copy with one random part replaced by a value of another kind, or removed."""
+    value = json.loads(json.dumps(value))
+    node, places = value, []
+    while isinstance(node, dict | list) and node:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        places.append((node, key))
+        node = node[key]
+    parent, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del parent[key]
+    else:
+        parent[key] = rng.choice([None, 7, -0.5, True, "x", "", [], {}, [None], {"a": 1}, ["x"]])
+    return value
+
+
+@pytest.mark.parametrize("module", [chat_reader, otel, agentworld], ids=lambda m: m.__name__)
+def test_whatever_a_trace_holds_its_problem_is_one_sentence(folder: Path, module: Any) -> None:
+    rng, path = random.Random(0), folder / "a.jsonl"
+    originals = {
+        chat_reader: [chat()],
+        otel: [otlp(*conversation()), *conversation()],
+        agentworld: [sample(reward=1)],
+    }
+    faults = 0
+    for _ in range(400):
+        record = mutations(rng.choice(originals[module]), rng)
+        lines(path, record)
+        try:
+            problems = [trace.problem for trace in module.traces(str(path), TraceOptions())]
+        except UsageError as error:
+            problems = [str(error)]
+        faults += any(problem is not None for problem in problems)
+        assert all("\n" not in problem for problem in problems if problem is not None)
+    assert faults > 40

@@ -55,9 +55,11 @@ def _message(raw: Any, where: str, options: TraceOptions) -> Message:
         raise TraceError(f"{where} must have a role of {roles}, got {role!r}")
     lines = [text] if (text := content(raw.get("content"), where)) else []
     if role == "assistant":
-        calls = list(raw.get("tool_calls") or [])
+        calls = raw.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise TraceError(f"{where}: tool_calls must be a list, got {calls!r}")
         if raw.get("function_call"):
-            calls.append({"function": raw["function_call"]})
+            calls = [*calls, {"function": raw["function_call"]}]
         for call in calls:
             function = call.get("function") if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping):
