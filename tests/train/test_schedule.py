@@ -17,6 +17,7 @@ from mesocosm.train.schedule import (
     GRACE,
     MARGIN,
     PATIENCE,
+    Judgement,
     Watch,
     due,
     judged_steps,
@@ -40,10 +41,12 @@ def test_weights_are_judged_more_often_while_they_are_young() -> None:
 
 
 def test_training_ends_where_held_out_data_are_predicted_worse_and_not_on_a_plateau() -> None:
-    assert overtrained(250, 70.0, best_step=100, best_loss=68.0)
-    assert not overtrained(240, 70.0, best_step=100, best_loss=68.0), "too early to say"
-    assert not overtrained(900, 68.5, best_step=100, best_loss=68.0), "a plateau"
-    assert overtrained(250, -1.9, best_step=100, best_loss=-2.0)
+    best = Judgement(100, 68.0, 60.0)
+    assert overtrained(Judgement(250, 70.0, 59.0), best)
+    assert not overtrained(Judgement(240, 70.0, 59.0), best), "too early to say"
+    assert not overtrained(Judgement(900, 68.5, 59.0), best), "a plateau"
+    assert not overtrained(Judgement(250, 70.0, 61.0), best), "the learning rate is too high"
+    assert overtrained(Judgement(250, -1.9, -3.0), Judgement(100, -2.0, -2.5))
 
 
 def test_a_value_that_is_not_finite_is_named_with_its_step() -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.files import sha256
+from mesocosm.train.schedule import Judgement
 
 TAG = "ds"
 UNIVERSAL = "universal"
@@ -49,13 +50,21 @@ class TrainingProgress:
     best: float | None = None
     """State of `schedule.Watch`: the least loss, and the number of consecutive high losses."""
     high: int = 0
-    chosen_step: int = 0
-    """The step of the weights to keep, and their loss on held-out data; None: not judged."""
-    chosen_loss: float | None = None
+    chosen: Judgement | None = None
+    """Of the weights to keep; None before the first judgement, and without held-out data."""
     widening: float = 1.0  # the last judgement's factor of the densities' scales
     seconds: float = 0.0  # time spent training, over all attempts
     validations: list[dict[str, float]] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)  # throughput, at the end
+
+    def __post_init__(self) -> None:
+        if self.chosen is not None:  # JSON has lists for tuples
+            self.chosen = Judgement(*self.chosen)
+
+    @property
+    def chosen_step(self) -> int:
+        """The step after which the weights are those to keep."""
+        return self.step if self.chosen is None else self.chosen.step
 
     @property
     def done(self) -> bool:

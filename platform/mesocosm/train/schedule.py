@@ -5,6 +5,7 @@ loss: functions of plain numbers that a checkpoint holds.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 FACTOR, MARGIN = 10.0, 10.0
 """A loss above FACTOR * the best so far + MARGIN nats is high. In whole runs on CartPole and
@@ -19,7 +20,8 @@ JUDGED_RATIO = 1.5
 """The ratio of successive steps after which held-out data judge the weights."""
 OVER, RISE = 2.5, 0.02
 """Training ends once the steps are OVER times those of the best weights and the held-out loss is
-above theirs by a fraction RISE: a plateau, which a transformer may leave late, does not end it.
+above theirs by a fraction RISE, while the training loss is below theirs. A plateau, which a
+transformer may leave late, does not end it, and too high a learning rate is not overtraining.
 """
 
 
@@ -34,9 +36,18 @@ def judged_steps(steps: int, warmup: float) -> set[int]:
     return chosen
 
 
-def overtrained(step: int, loss: float, best_step: int, best_loss: float) -> bool:
-    """Decide, after a step with a held-out `loss` above `best_loss`, to end training."""
-    return step >= OVER * best_step and loss > best_loss + RISE * abs(best_loss)
+class Judgement(NamedTuple):
+    """The losses of the weights after a step: of held-out data, and of the step's own batch."""
+
+    step: int
+    held_out: float
+    trained: float
+
+
+def overtrained(now: Judgement, best: Judgement) -> bool:
+    """Decide whether training ends now, because the best weights lie behind."""
+    worse = now.held_out > best.held_out + RISE * abs(best.held_out)
+    return now.step >= OVER * best.step and worse and now.trained < best.trained
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:

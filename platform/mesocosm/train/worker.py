@@ -25,7 +25,7 @@ from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.feed import Feed
-from mesocosm.train.schedule import Watch, due, judged_steps, lr_factor, overtrained
+from mesocosm.train.schedule import Judgement, Watch, due, judged_steps, lr_factor, overtrained
 from mesocosm.train.training import Diverged, RankTrainer
 
 RATES_EVERY = 10
@@ -132,10 +132,11 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             loss, widening = held_out
             progress = replace(progress, widening=widening)
             record |= {"held_out/loss": loss, "held_out/widening": widening}
-            if progress.chosen_loss is None or loss < progress.chosen_loss:
-                progress = replace(progress, chosen_step=step, chosen_loss=loss)
+            now = Judgement(step, loss, losses["loss"])
+            if progress.chosen is None or loss < progress.chosen.held_out:
+                progress = replace(progress, chosen=now)
                 chosen = engine.weights(training.engine, rank)
-            elif overtrained(step, loss, progress.chosen_step, progress.chosen_loss):
+            elif overtrained(now, progress.chosen):
                 progress, done = replace(progress, steps=step), True
         if training.valid is not None and (judged or step % options.validate_every == 0 or done):
             nats = training.validate()
@@ -146,8 +147,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
 
         if done:
             progress = replace(progress, measured=rates.overall())
-            if progress.chosen_loss is None:  # nothing is held out: the last weights
-                progress = replace(progress, chosen_step=step)
+            if progress.chosen is None:  # nothing is held out: the last weights
                 chosen = engine.weights(training.engine, rank)
             part = checkpoint.save_final(chosen, progress, rank.rank)
         elif due(step, saved, options.checkpoint_every, watch.high):
