@@ -92,6 +92,20 @@ def test_the_task_is_a_choice(
     assert episode.observations[0] == first and episode.task == options
 
 
+def test_without_system_messages_there_is_no_task(folder: Path, import_logs: Import) -> None:
+    """A trace that has one among those that have none is a fault, and the other way it is empty."""
+    plain = chat()
+    del plain["messages"][0]
+    (episode,) = episodes(import_logs(lines(folder / "a.jsonl", plain)))
+    assert episode.task == {} and episode.observations[0] == "Find the day 🙂"
+    late = lines(folder / "b.jsonl", *[plain] * 100, chat())
+    assert "line 101: it has a task" in refused(late)
+    lines(folder / "c.jsonl", chat())
+    assert "c.jsonl" in refused(folder / "[ac].jsonl")
+    both = episodes(import_logs(folder / "c.jsonl", folder / "a.jsonl"))
+    assert [episode.task for episode in both] == [{"system": "You are a clerk."}, {"system": ""}]
+
+
 def test_rewards_of_messages_belong_to_the_action_before(folder: Path, import_logs: Import) -> None:
     trace = chat()
     del trace["reward"]

@@ -27,7 +27,7 @@ from mesocosm.data.ingest.leaves import (
     shown,
 )
 from mesocosm.data.ingest.readers import PROBLEM, About, lerobot
-from mesocosm.data.ingest.sources import Source
+from mesocosm.data.ingest.sources import TRACES, Source
 from mesocosm.data.ingest.values import RowError, Stat, infer_space, take_integers
 from mesocosm.datasets.spaces import shown_space
 from mesocosm.errors import UsageError, nearest
@@ -287,7 +287,7 @@ def _compare(
         UsageError: One that is read is missing in `source`, or of another type than in `first`.
     """
     others, unused = _renames(source, other, columns)
-    typed = first.format != "jsonl"
+    typed = first.format not in ("jsonl", *TRACES)
     table = other.empty_table().select([name for name in renames if name in other.names])
     table = flatten(table.rename_columns([renames[name] for name in table.column_names]))
     names = [n for n, to in renames.items() if typed or to.split(SEPARATOR)[0] in REQUIRED]

@@ -297,12 +297,7 @@ class TraceReader:
     """Reads a format of traces (`readers`). A file is one piece: a trace may be anywhere in it."""
 
     def __init__(self, traces: Callable[[str, TraceOptions], Iterator[Trace]], name: str):
-        """Read the episodes that `traces(path, options)` gives, in order.
-
-        Args:
-            traces: Of a format.
-            name: Of the format, for `About`.
-        """
+        """Read the episodes that `traces(path, options)` gives, of a format with this name."""
         self._traces, self._name = traces, name
 
     def about(self, path: str) -> About:
@@ -323,7 +318,10 @@ class TraceReader:
             traces.append(trace)
             if len(traces) == HEAD_EPISODES:
                 break
-        return _table(traces, options, "0").drop_columns([PROBLEM]) if traces else pa.table({})
+        if not traces:
+            return pa.table({})
+        with_task = any(trace.task for trace in traces)
+        return _table(traces, options, "0", with_task).drop_columns([PROBLEM])
 
     def pieces(self, path: str) -> list[tuple[int, int]]:
         """One: the whole file."""
@@ -333,25 +331,33 @@ class TraceReader:
         """The rows of the file's traces."""
         options = piece.traces
         assert isinstance(options, TraceOptions)
+        with_task = options.name("task") in columns
         batch: list[Trace] = []
         size, begin = 0, 0
         for trace in self._traces(piece.path, options):
             batch.append(trace)
             size += sum(map(len, (*trace.observations, *trace.actions)))
             if size >= BATCH_BYTES:
-                yield _table(batch, options, str(piece.source + 1), begin)
+                yield _table(batch, options, str(piece.source + 1), with_task, begin)
                 begin += len(batch)
                 batch, size = [], 0
         if batch:
-            yield _table(batch, options, str(piece.source + 1), begin)
+            yield _table(batch, options, str(piece.source + 1), with_task, begin)
 
 
-def _table(traces: Sequence[Trace], options: TraceOptions, source: str, begin: int = 0) -> pa.Table:
+def _table(
+    traces: Sequence[Trace], options: TraceOptions, source: str, with_task: bool, begin: int = 0
+) -> pa.Table:
     """The rows of traces: T+1 of an episode, the last without an action; one of a faulty trace."""
     rows: list[dict[str, Any]] = []
-    with_task = options.task != "none"
     for i, trace in enumerate(traces):
-        problem = None if trace.problem is None else f"{trace.place}: {trace.problem}"
+        text = trace.problem
+        if text is None and trace.task and not with_task:
+            text = (
+                "it has a task (system messages), and the first traces of the import have none; set"
+                " traces.task=none, or give a trace with a task first"
+            )
+        problem = None if text is None else f"{trace.place}: {text}"
         facts = {
             "episode": f"{source}/{begin + i + 1}",
             "behaviour": trace.behaviour,
