@@ -15,7 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
-    bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs clean
+    bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
+    bench-language clean
 
 install: $(STAMP)
 
@@ -52,7 +53,7 @@ docs: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language: install
 	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install

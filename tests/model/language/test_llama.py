@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from mesocosm.model.ladder import HEAD, LANGUAGE_RUNGS, RUNGS, language_dims, nominal
 from mesocosm.model.language.llama import Llama
@@ -97,3 +99,33 @@ def test_activations_may_be_recomputed(changes: dict[str, bool]) -> None:
         network.logits(network.hidden(ids, position)).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_updates_do_not_grow_with_the_width() -> None:
+    """A coordinate check of muP: the logits' change in the first steps of AdamW is of one size."""
+    ids = torch.randint(0, 40, (4, 24), generator=torch.Generator().manual_seed(0))
+    position = torch.arange(24).expand(4, -1)
+    changes = []
+    for d in (64, 256):
+        base = rung_shape("100k", 40)
+        ratio = d / base.d_model
+        wide = replace(
+            base,
+            d_model=d,
+            heads=d // HEAD,
+            d_ff=int(base.d_ff * ratio),
+            width=ratio,
+            logits_divisor=ratio,
+        )
+        network = Llama(wide)
+        init_(network, 0)
+        optimizer = torch.optim.AdamW(param_groups(network, 3e-3, 0.0))
+        before = network.logits(network.hidden(ids, position)).detach()
+        for _ in range(4):
+            optimizer.zero_grad()
+            logits = network.logits(network.hidden(ids, position))
+            cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            optimizer.step()
+        after = network.logits(network.hidden(ids, position)).detach()
+        changes.append(float((after - before).square().mean().sqrt()))
+    assert 0.5 < changes[1] / changes[0] < 2.0, changes

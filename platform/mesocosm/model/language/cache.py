@@ -15,7 +15,9 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Places:
-    """The places of the N tokens of a chunk. The A rows that have some lie in slots 0 .. A-1."""
+    """The places of the N tokens of a chunk, in the order of slots. The A rows that have tokens lie
+    in slots 0 .. A-1.
+    """
 
     row: Tensor  # [N] int64 in 0 .. B-1
     column: Tensor  # [N] int64, within the chunk
@@ -64,6 +66,7 @@ class KeyCache:
         rows = count.nonzero().squeeze(-1)
         if len(rows) < self.batch:
             self._move_to_front(rows)
+        rows = rows[self._slot[rows].argsort()]
         columns = int(count.max())
         grid = torch.arange(columns, device=count.device) < count[rows].unsqueeze(-1)
         index, column = grid.nonzero(as_tuple=True)

@@ -241,13 +241,20 @@ class Llama(nn.Module):
         for layer, block in enumerate(cast(list[LlamaBlock], list(self.blocks))):
             q, k, v = block.project(x, rotation, by)
             cache.write(layer, places, k[:tokens], v[:tokens])
-            grid = q.new_zeros(active, columns, shape.heads, shape.head)
-            grid[places.slot, places.column] = q[:tokens]
-            grid = grid.view(lead).permute(0, 2, 3, 1, 4).reshape(*queries, shape.head)
+            if columns == 1:
+                grid = q[:tokens].view(*queries, shape.head)
+            else:
+                grid = q.new_zeros(active, columns, shape.heads, shape.head)
+                grid[places.slot, places.column] = q[:tokens]
+                grid = grid.view(lead).permute(0, 2, 3, 1, 4).reshape(*queries, shape.head)
             grid = F.pad(grid, (0, 0, 0, max(0, LEAST - queries[1])))
             mixed = cache.attend(layer, grid * shape.head**-0.5, places)[:, : queries[1]]
-            mixed = mixed.view(lead[0], lead[2], lead[3], columns, lead[4]).permute(0, 3, 1, 2, 4)
-            attended = mixed[places.slot, places.column].flatten(1)
+            if columns == 1:
+                attended = mixed.reshape(tokens, -1)
+            else:
+                mixed = mixed.view(lead[0], lead[2], lead[3], columns, lead[4])
+                mixed = mixed.permute(0, 3, 1, 2, 4)
+                attended = mixed[places.slot, places.column].flatten(1)
             x = block.finish(x, padded(attended), by)
         states: Tensor = self.norm(x)
         cache.advance(places)

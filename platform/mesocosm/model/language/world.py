@@ -296,17 +296,18 @@ class TextWorld:
         pending = self._pending(carry, everyone)
         ids, count = ragged(pending, self.device)
         states = self.net.model.feed(carry.cache, ids, count, self._members(carry))
-        per_token = torch.zeros(len(read), members, device=self.device)
-        for row, window in enumerate(carry.windows):
-            length = len(window.tokens) - read[row]
-            per_token[row] = drawn.nats[row] / length
-            for member in range(members):
-                place = row * members + member
-                fed = len(pending[place])
-                if fed:  # the states before each token of the text
-                    before = states[place, fed - length - 1 : fed - 1]
-                    nats = self._sampler.token_nats(before, ids[place, fed - length : fed])
-                    per_token[row, member] = nats.mean()
+        lengths = [len(w.tokens) - before for w, before in zip(carry.windows, read, strict=True)]
+        places: list[int] = []
+        columns: list[int] = []
+        for row, tokens in enumerate(pending):
+            length = lengths[row // members] if tokens else 0
+            places += [row] * length
+            columns += range(len(tokens) - length, len(tokens))
+        place, column = (torch.tensor(x, device=self.device) for x in (places, columns))
+        token_nats = self._sampler.token_nats(states[place, column - 1], ids[place, column])
+        nats = drawn.nats.repeat_interleave(members)  # of the member that wrote the text
+        nats = torch.where(count > 0, 0.0, nats).index_add(0, place, token_nats)
+        per_token = nats.view(-1, members) / torch.tensor(lengths, device=self.device).unsqueeze(1)
         return per_token.std(1, correction=0)
 
     # Files.
