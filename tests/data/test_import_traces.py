@@ -223,11 +223,16 @@ def test_a_line_that_was_cut_short_is_refused(folder: Path) -> None:
     assert "no traces that are known" in refused(whole)
 
 
-def test_many_files_are_read_alike_by_workers(folder: Path, import_logs: Import) -> None:
+@pytest.mark.integration
+def test_files_are_read_in_order_by_any_number_of_workers(
+    folder: Path, tmp_path: Path, import_logs: Import, ray_local: None
+) -> None:
     for i in range(3):
         lines(folder / f"{i}.jsonl", *(chat(reward=10 * i + k) for k in range(4)))
-    rewards = [episode.rewards[-1] for episode in episodes(import_logs(folder))]
-    assert rewards == [10 * i + k for i in range(3) for k in range(4)]
+    for workers in (0, 2):
+        result = import_logs(folder, workers=workers, to=str(tmp_path / f"to{workers}"))
+        rewards = [episode.rewards[-1] for episode in episodes(result)]
+        assert rewards == [10 * i + k for i in range(3) for k in range(4)]
 
 
 def test_a_lone_surrogate_in_rows_is_refused_with_its_row(folder: Path) -> None:
