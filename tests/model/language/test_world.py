@@ -187,8 +187,24 @@ def test_texts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match=r"an action must have at most \d+ tokens here"):
         model.step(carry, ["?" * 200], keys(1, 0))
     # The session goes on.
-    assert (
-        play(model, carry, 0, 1)[0].observation == play(model, start(model, 1), 0, 1)[0].observation
-    )
+    first = play(model, carry, 0, 1)[0].observation
+    assert first == play(model, start(model, 1), 0, 1)[0].observation
     with pytest.raises(UsageError, match=r"model\.context must be >= 40"):
         world(window=39)
+
+
+@pytest.mark.parametrize("action", [["look", "?" * 200], ["?" * 200, "look"]])
+def test_a_refused_action_leaves_full_windows_as_they_are(action: list[str]) -> None:
+    model = world()
+    carry, step = start(model, 2), 0
+    while min(len(window.tokens) for window in carry.windows) + model.longest + 5 <= model.window:
+        play(model, carry, step, step + 1)
+        step += 1
+    context, tokens = carry.context, [list(window.tokens) for window in carry.windows]
+    lengths = carry.cache.length.tolist()
+    with pytest.raises(UsageError, match=r"an action must have at most \d+ tokens here"):
+        model.step(carry, action, keys(2, step))
+    assert [window.tokens for window in carry.windows] == tokens
+    assert carry.cache.length.tolist() == lengths
+    restored = model.restore(context)
+    assert same(*(play(model, c, step, step + 1)[0] for c in (carry, restored)))

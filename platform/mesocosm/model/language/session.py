@@ -34,8 +34,9 @@ class EpisodeWindow:
         self.task, self.start = task, start
         self.steps: list[tuple[str, str]] = []
         self._lengths: list[int] = []
-        self._first = len(start_tokens(tokenizer, task, start))
         self.tokens = start_tokens(tokenizer, task, start)
+        self.start_length = len(self.tokens)
+        """Tokens of the start, which stays when steps are dropped."""
 
     def action_tokens(self, action: str) -> list[int]:
         """The tokens of an action and its mark."""
@@ -48,7 +49,7 @@ class EpisodeWindow:
     def add(self, action: str, observation: str) -> None:
         """Append a step. The tokens after an action that is already there are replaced."""
         step = [*self.action_tokens(action), *self.observation_tokens(observation)]
-        del self.tokens[self._first + sum(self._lengths) :]
+        del self.tokens[self.start_length + sum(self._lengths) :]
         self.tokens += step
         self.steps.append((action, observation))
         self._lengths.append(len(step))
@@ -57,12 +58,12 @@ class EpisodeWindow:
         """Drop the older steps if `length` more tokens would not fit. True if they were dropped."""
         if len(self.tokens) + length <= window:
             return False
-        count = retained(self._first, self._lengths, window)
-        if self._first + sum(self._lengths[len(self._lengths) - count :]) + length > window:
+        count = retained(self.start_length, self._lengths, window)
+        if self.start_length + sum(self._lengths[len(self._lengths) - count :]) + length > window:
             count = 0
         steps = self.steps[len(self.steps) - count :]
         self.steps, self._lengths = [], []
-        del self.tokens[self._first :]
+        del self.tokens[self.start_length :]
         for action, observation in steps:
             self.add(action, observation)
         return True

@@ -175,10 +175,11 @@ class TextWorld:
                 and changes nothing else.
 
         Raises:
-            UsageError: An action is too long for the window.
+            UsageError: An action is too long for the window. The carry is then unchanged.
         """
+        self._require_room(carry.windows, action)
         moved = [
-            self._make_room(window, text)
+            window.room_for(len(window.action_tokens(text)) + self.longest, self.window)
             for window, text in zip(carry.windows, action, strict=True)
         ]
         if any(moved):
@@ -224,16 +225,15 @@ class TextWorld:
             )
         return window
 
-    def _make_room(self, window: EpisodeWindow, action: str) -> bool:
-        length = len(window.action_tokens(action)) + self.longest
-        dropped = window.room_for(length, self.window)
-        if len(window.tokens) + length > self.window:
-            most = self.window - self.longest - len(window.tokens)
-            raise UsageError(
-                f"an action must have at most {most} tokens here (model.context={self.window}), got"
-                f" {length - self.longest}: {action[:60]!r}"
-            )
-        return dropped
+    def _require_room(self, windows: list[EpisodeWindow], actions: Sequence[str]) -> None:
+        for window, action in zip(windows, actions, strict=True):
+            length = len(window.action_tokens(action))
+            most = self.window - self.longest - window.start_length
+            if length > most:
+                raise UsageError(
+                    f"an action must have at most {most} tokens here (model.context={self.window}"
+                    f" less the start and the longest observation), got {length}: {action[:60]!r}"
+                )
 
     def _shortened(self, text: str) -> str:
         """The text, or as much of its start as has at most `longest` tokens: broken bytes become
