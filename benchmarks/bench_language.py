@@ -221,9 +221,6 @@ def main() -> None:
         "parameters": network.shape.params + network.shape.embeddings,
         "vocabulary": tokenizer.size,
         "split": arguments.split,
-        "tokens_per_observation": float(
-            np.mean([len(tokenizer.encode(text)) + 1 for text in texts[1:-1:2]])
-        ),
         "training_tokens_per_second": trained["tokens"] / trained["seconds"],
         "training": trained,
         "held_out": judge(net, valid),
