@@ -135,6 +135,33 @@ def test_texts_end_at_the_longest_of_the_data() -> None:
     assert bool(out.cut.any()) and not bool(out.cut.all())
 
 
+@pytest.mark.parametrize("longest", [1, 10])
+def test_a_text_of_exactly_the_longest_is_whole(longest: int) -> None:
+    """Where its mark is drawn, the text, its nats and its outcome are those of a longer limit."""
+    model, tight = world(3, 2), world(3, 2)
+    _, expected = model.step(start(model, 64), ["look"] * 64, keys(64, 0))
+    tight.longest = longest
+    _, out = tight.step(start(tight, 64), ["look"] * 64, keys(64, 0))
+    rows = ((expected.tokens == longest) & ~expected.cut).nonzero().squeeze(1).tolist()
+    assert rows and not bool(out.cut[rows].any())
+    assert [out.observation[row] for row in rows] == [expected.observation[row] for row in rows]
+    for name in ("surprise", "disagreement", "reward", "terminated"):
+        assert torch.equal(getattr(out, name)[rows], getattr(expected, name)[rows])
+    assert bool(out.cut[expected.tokens > longest].all())
+
+
+@pytest.mark.parametrize("longest", [1, 2])
+def test_equal_members_agree_on_cut_texts(longest: int) -> None:
+    model = world(3, 2)
+    for name, parameter in model.net.named_parameters():
+        if name.endswith("expand"):
+            parameter.zero_()
+    model.longest = longest
+    _, out = model.step(start(model, 32), ["look"] * 32, keys(32, 0))
+    assert bool(out.cut.any()) and out.disagreement is not None
+    assert out.disagreement.tolist() == pytest.approx([0.0] * 32, abs=1e-5)
+
+
 def test_reset_and_copies() -> None:
     model = world()
     carry = start(model)

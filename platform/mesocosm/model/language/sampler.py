@@ -24,16 +24,16 @@ class Drawn:
         self.worst = torch.zeros(batch, device=device)
         """[B]: the nats of the least likely token"""
         self.cut = torch.zeros(batch, dtype=torch.bool, device=device)
+        """[B]: the mark was not drawn, so `nats` and `worst` leave it out"""
         self.final = torch.zeros_like(state)
         """[B, d]: the states at the marks"""
 
-    def add(self, rows: Tensor, index: int, token: Tensor, nats: Tensor) -> None:
-        """Append a token to `rows`. The last one is the mark, whatever its likelihood."""
+    def add(self, rows: Tensor, index: int, token: Tensor, nats: Tensor, cut: Tensor) -> None:
+        """Append a token to `rows`; where `cut`, the mark that ends a text too long to go on."""
         self.tokens[rows, index] = token
         self.count[rows] = index + 1
-        if index == self.size - 1:
-            self.cut[rows] = True
-            return
+        self.cut[rows] = cut
+        nats = torch.where(cut, 0.0, nats)
         self.nats[rows] += nats
         self.worst[rows] = torch.maximum(self.worst[rows], nats)
 
@@ -90,17 +90,17 @@ class Sampler:
                 plain = model.logits(state)[:, eoa].float()
                 logits[:, eoa] = torch.where(before, plain, -torch.inf)
                 logits[before, eoo] = -torch.inf
-            if index == drawn.size - 1:
-                token = torch.full_like(active, eoo)
-            elif temperature == 0.0:
+            if temperature == 0.0:
                 token = logits.argmax(-1)
             else:
                 u = rng.uniform(keys[active], rng.OBSERVATION + index)
                 token = density.categorical(logits / temperature, u)
             if index == drawn.size - 2:  # the last place where a task can end
                 token = torch.where(in_task[active], eoa, token)
+            cut = (token != eoo) & (index == drawn.size - 1)
+            token = torch.where(cut, eoo, token)
             nats = -logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
-            drawn.add(active, index, token, nats)
+            drawn.add(active, index, token, nats, cut)
             in_task[active] &= token != eoa
             count = torch.zeros(cache.batch, dtype=torch.int64, device=rows.device)
             count[rows[active]], ids[rows[active], 0] = 1, token

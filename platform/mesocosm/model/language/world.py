@@ -193,7 +193,10 @@ class TextWorld:
         self._sampler.write(drawn, carry.cache, rows, members, state, keys, self.temperature)
         texts, again = [], []
         for row, (window, ids) in enumerate(zip(carry.windows, drawn.texts(), strict=True)):
-            text = self._shortened(self.tokenizer.decode(ids))
+            written = self.tokenizer.decode(ids)
+            text = self._shortened(written, self.longest - 1)
+            if text != written:
+                drawn.cut[row] = True
             window.add(action[row], text)
             texts.append(text)
             again.append(window.tokens[read[row] : -1] != ids)
@@ -235,13 +238,12 @@ class TextWorld:
                     f" less the start and the longest observation), got {length}: {action[:60]!r}"
                 )
 
-    def _shortened(self, text: str) -> str:
-        """The text, or as much of its start as has at most `longest` tokens: broken bytes become
+    def _shortened(self, text: str, most: int) -> str:
+        """The text, or as much of its start as has at most `most` tokens: broken bytes become
         characters of more tokens.
         """
-        ids = self.tokenizer.encode(text)
-        length = self.longest - 1
-        while len(self.tokenizer.encode(text)) >= self.longest:
+        ids, length = self.tokenizer.encode(text), most
+        while text and len(self.tokenizer.encode(text)) > most:
             text, length = self.tokenizer.decode(ids[:length]), length - 1
         return text
 
@@ -286,6 +288,7 @@ class TextWorld:
             length = int(count[place])
             before = torch.cat((state[row : row + 1], states[place, : length - 1]))
             nats = self._sampler.token_nats(before, ids[place, :length])
+            nats[-1] = torch.where(drawn.cut[row], 0.0, nats[-1])
             drawn.nats[row], drawn.worst[row] = nats.sum(), nats.max()
             drawn.count[row], drawn.final[row] = length, states[place, length - 1]
 
@@ -297,17 +300,20 @@ class TextWorld:
         ids, count = ragged(pending, self.device)
         states = self.net.model.feed(carry.cache, ids, count, self._members(carry))
         lengths = [len(w.tokens) - before for w, before in zip(carry.windows, read, strict=True)]
+        cut: list[int] = drawn.cut.int().tolist()  # the marks that were not drawn
         places: list[int] = []
         columns: list[int] = []
         for row, tokens in enumerate(pending):
-            length = lengths[row // members] if tokens else 0
-            places += [row] * length
-            columns += range(len(tokens) - length, len(tokens))
-        place, column = (torch.tensor(x, device=self.device) for x in (places, columns))
+            env = row // members
+            scored = range(len(tokens) - lengths[env], len(tokens) - cut[env]) if tokens else ()
+            places += [row] * len(scored)
+            columns += scored
+        place, column = torch.tensor([places, columns], dtype=torch.int64, device=self.device)
         token_nats = self._sampler.token_nats(states[place, column - 1], ids[place, column])
         nats = drawn.nats.repeat_interleave(members)  # of the member that wrote the text
         nats = torch.where(count > 0, 0.0, nats).index_add(0, place, token_nats)
-        per_token = nats.view(-1, members) / torch.tensor(lengths, device=self.device).unsqueeze(1)
+        count = (torch.tensor(lengths, device=self.device) - drawn.cut.int()).clamp(min=1)
+        per_token = nats.view(-1, members) / count.unsqueeze(1)
         return per_token.std(1, correction=0)
 
     # Files.
