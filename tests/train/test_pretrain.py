@@ -380,3 +380,37 @@ def test_termination_is_learned(
     assert meta["checks"] == {"termination": "passed", "actions": "passed"}
     assert meta["metrics"]["termination_recall"] >= 0.6
     assert meta["metrics"]["termination_precision"] > 0.6
+
+
+OVERFIT = ("model.family=ensemble", "model.members=4", "model.size=30k", "train.steps=400")
+OVERFIT += ("train.lr=2e-2",)
+
+
+def test_held_out_episodes_choose_the_weights_and_end_training(
+    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120 transitions are overfitted early. A run that is stopped after the chosen step and resumed
+    still has its weights.
+    """
+    roots = [cart_root(tmp_path / name, 120) for name in ("whole", "stopped")]
+    result = pretrain(roots[0], *OVERFIT)
+    meta, world = result.artifact.meta, World.load(result.artifact.path)
+    judged = {r["step"]: r["held_out/loss"] for r in result.lines if "held_out/loss" in r}
+    step, ended = meta["metrics"]["chosen_step"], meta["counts"]["steps"]
+    assert step == min(judged, key=judged.__getitem__) < ended == max(judged) < 400
+    assert f"kept the weights of step {step:.0f}" in result.log
+    assert (world.base.widening != 1).all()
+    world.base.widening.fill_(1.0)  # as they were when they were validated
+    dataset = prepare.open_datasets(Storage(roots[0]), ["cart"])
+    loader = Loader(dataset, Codec.from_json(world.codec), "valid", 8, 8, 0)
+    losses = [world.losses(windows) for windows in loader.eval_batches()]
+    count = sum(float(part.transitions) for part in losses)
+    nats = sum(float(part.nats["dynamics"]) for part in losses) / count
+    assert nats == approx(meta["metrics"]["valid/dynamics"], rel=1e-4)
+
+    with monkeypatch.context() as patch:
+        _stop_after(int(step) + 5, patch)
+        with pytest.raises(MesocosmError, match="ended before step 400"):
+            pretrain(roots[1], *OVERFIT)
+    again = pretrain(roots[1], *OVERFIT)
+    assert f"resuming from step {step + 5:.0f}" in again.log and same_weights(result, again)

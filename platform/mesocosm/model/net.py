@@ -205,7 +205,7 @@ class WorldNet(nn.Module, ABC):
             return torch.where(windows.mask, -mixed, 0.0).sum(1).clamp(min=0.0)
 
         def objective(log_prob: Tensor) -> Tensor:
-            return -(torch.where(windows.mask, log_prob, 0.0) * keep).sum() * scale
+            return -torch.where(keep > 0, log_prob, 0.0).sum() * scale
 
         features = self.context(transition)
         dynamics, duration = self.log_prob(features, transition, outcome, base)

@@ -3,20 +3,21 @@
 A network is trained on residuals of a base that was fitted to the same transitions. They are
 smaller than those of new data, so its densities are too narrow. One number for each slot repairs
 most of it, as temperature scaling does for classifiers (Guo et al. 2017, arXiv 1706.04599). A world
-of Reacher-v5 from 1,000 transitions had 130 nats a transition on new data before and 70 after.
+of Reacher-v5 from 1,000 transitions had 80 nats a transition on new data before and 67 after.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mesocosm.model.base import Base
-from mesocosm.model.net import WorldNet, apply_base, unroll
-from mesocosm.model.spec import Windows
+from mesocosm.model.net import BaseOut, Features, WorldNet, apply_base, unroll
+from mesocosm.model.spec import Outcome, Transition, Windows
 
 LOW, HIGH = math.log(1 / 16), math.log(256)
 """The range of the factors' logarithms."""
@@ -41,36 +42,46 @@ def fit(net: WorldNet, base: Base, batches: Iterable[tuple[Windows, bool]]) -> i
         The number of pairs of a member and a transition that it was not trained on. Below FEW, the
         factors are 1.
     """
-    windows = [(w, net.held_out(w, unseen=unseen)) for w, unseen in batches]
-    pairs = int(sum(int(keep.sum()) for _, keep in windows))
     base.widening.fill_(1.0)
+    judged = [_prepared(net, base, windows, unseen) for windows, unseen in batches]
+    pairs = sum(int(batch.counted.sum()) for batch in judged)
     if pairs < FEW or not len(base.widening):
         return pairs
     low, high = torch.full_like(base.widening, LOW), torch.full_like(base.widening, HIGH)
+    finite = torch.ones_like(low, dtype=torch.bool)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        rising = _slope(net, base, windows, middle) > 0
-        high, low = torch.where(rising, middle, high), torch.where(rising, low, middle)
-    base.widening.copy_(((low + high) / 2).exp())
+        slope = sum((_slope(net, batch, middle) for batch in judged), torch.zeros_like(low))
+        finite &= torch.isfinite(slope)
+        high, low = torch.where(slope > 0, middle, high), torch.where(slope > 0, low, middle)
+    base.widening.copy_(torch.where(finite, ((low + high) / 2).exp(), 1.0))
     return pairs
 
 
-def _slope(
-    net: WorldNet, base: Base, windows: list[tuple[Windows, Tensor]], logs: Tensor
-) -> Tensor:
-    """The derivative of the held-out nats by the factors' logarithms."""
-    total = torch.zeros_like(logs)
-    for some, keep in windows:
-        if not keep.any():
-            continue
-        transition, outcome = unroll(some)
-        with torch.no_grad():
-            features = net.context(transition)
-        with torch.enable_grad():
-            free = logs.clone().requires_grad_()
-            out = apply_base(base, some).widened(free.exp())
-            dynamics, duration = net.log_prob(features, transition, outcome, out)
-            joint = dynamics if duration is None else dynamics + duration
-            nats = -torch.where(keep, joint, 0.0).sum()
-            total += torch.autograd.grad(nats, free)[0]
-    return total
+@dataclass(frozen=True)
+class _Batch:
+    """What does not depend on the factors."""
+
+    transition: Transition
+    outcome: Outcome
+    features: Features
+    base: BaseOut
+    counted: Tensor  # bool [K, B, W]
+
+
+@torch.no_grad()
+def _prepared(net: WorldNet, base: Base, windows: Windows, unseen: bool) -> _Batch:
+    transition, outcome = unroll(windows)
+    out, features = apply_base(base, windows), net.context(transition)
+    return _Batch(transition, outcome, features, out, net.held_out(windows, unseen=unseen))
+
+
+def _slope(net: WorldNet, batch: _Batch, logs: Tensor) -> Tensor:
+    """The derivative of a batch's held-out nats by the factors' logarithms."""
+    with torch.enable_grad():
+        free = logs.clone().requires_grad_()
+        out = batch.base.widened(free.exp())
+        dynamics, duration = net.log_prob(batch.features, batch.transition, batch.outcome, out)
+        joint = dynamics if duration is None else dynamics + duration
+        nats = -torch.where(batch.counted, joint, 0.0).sum()
+        return torch.autograd.grad(nats, free)[0]

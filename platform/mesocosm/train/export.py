@@ -88,8 +88,10 @@ class TerminationCheck:
         return "passed"
 
 
-def _loader(world: World, dataset: Dataset, codec: Codec, split: Split) -> Loader:
-    return Loader(dataset, codec, split, world.config.context, BATCH, seed=0)
+def _loader(
+    world: World, dataset: Dataset, codec: Codec, split: Split, block: int | None = None
+) -> Loader:
+    return Loader(dataset, codec, split, world.config.context, BATCH, seed=0, block=block)
 
 
 def _windows(world: World, dataset: Dataset, codec: Codec, split: Split) -> Iterator[Windows]:
@@ -97,15 +99,17 @@ def _windows(world: World, dataset: Dataset, codec: Codec, split: Split) -> Iter
     return itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH)
 
 
-def widen(world: World, dataset: Dataset, codec: Codec) -> None:
-    """Set `world.base.widening` by the validation split and the episodes that members leave out."""
+def widen(world: World, dataset: Dataset, codec: Codec, block: int | None) -> None:
+    """Set `world.base.widening` by the validation split and the episodes that members leave out;
+    `block` is that of the training's data.
+    """
     world.net.trains_on(training_episodes(dataset, world.config.members))
     splits: tuple[Split, ...] = ("valid", "train")
     batches = (
         (windows, split == "valid")
         for split in splits
         if len(dataset.episodes(split))
-        for windows in _loader(world, dataset, codec, split).eval_batches(most=WIDEN_WINDOWS)
+        for windows in _loader(world, dataset, codec, split, block).eval_batches(most=WIDEN_WINDOWS)
     )
     widening.fit(world.net, world.base, batches)
 

@@ -185,7 +185,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         if plan.functions:
             functions = plan.functions
             world.known = codec.known(functions.get("reward"), functions.get("terminated"))
-        widen(world, dataset, codec)
+        widen(world, dataset, codec, config.data.block)
         calibrate(world, dataset, codec)
         termination = check_termination(world, dataset, codec, config.seed)
         shown = evidence(dataset, seed=config.seed)

@@ -37,7 +37,9 @@ def judged_steps(steps: int, warmup: float) -> set[int]:
 
 
 class Judgement(NamedTuple):
-    """The losses of the weights after a step: of held-out data, and of the step's own batch."""
+    """The losses of the weights after a step, in nats: of held-out data, and of the step's batch
+    without its starts, of which a batch has more or fewer.
+    """
 
     step: int
     held_out: float

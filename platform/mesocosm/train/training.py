@@ -4,6 +4,7 @@ and a sweep's trunks both use it.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses, apply_base
 from mesocosm.model.spec import Parts, Windows
+from mesocosm.model.widening import FEW, HIGH, LOW
 from mesocosm.train import engine
 from mesocosm.train.checkpoint import MODEL, TrainingProgress, Weights
 from mesocosm.train.config import DataConfig, TrainConfig
@@ -180,32 +182,63 @@ class RankTrainer:
         return {f"valid/{name}": value for name, value in totals.items()}
 
     def held_out_loss(self, widening: float) -> tuple[float, float] | None:
-        """The loss on JUDGED_WINDOWS of the episodes that a member leaves out, or with one member
-        of the validation split, at the best of three factors of the densities' scales around
-        `widening`: new weights are judged by what they predict, not by how narrow their densities
-        are, which is repaired after training (`model.widening`).
+        """The loss on at most JUDGED_WINDOWS that a member was not trained on: of the episodes that
+        it leaves out, and of the validation split.
+
+        The densities of all numbers are as many times as wide as predicts these windows best, to a
+        factor of WIDENING_STEP: new weights are judged by what they predict, not by how narrow
+        their densities are, which is repaired after training (`model.widening`).
+
+        Args:
+            widening: The factor to begin the search at.
 
         Returns:
-            The nats of the objective's parts, a transition and member, and the factor. None without
-            such data.
+            The nats of the objective's parts, a transition and member, and the factor. None where
+            there are fewer than `widening.FEW` pairs of a transition and a member, or no factor
+            gives a finite loss.
         """
-        rank, net = self.rank, self.engine.module
-        loader, unseen = (self.loader, False) if net.members > 1 else (self.valid, True)
-        if loader is None:
+        loaders = [
+            (self.valid, True),
+            (self.loader if self.engine.module.members > 1 else None, False),
+        ]
+        sources = [(loader, unseen) for loader, unseen in loaders if loader is not None]
+        nats: dict[float, float] = {}
+
+        def judge(factors: list[float]) -> bool:
+            """Add the nats at `factors`; False with too few pairs."""
+            total = torch.zeros(len(factors) + 1, dtype=torch.float64, device=self.rank.device)
+            with self._evaluating():
+                for loader, unseen in sources:
+                    total += self._held_out(loader, JUDGED_WINDOWS // len(sources), unseen, factors)
+            dist.all_reduce(total)
+            *sums, pairs = total.tolist()
+            nats.update({f: value / pairs for f, value in zip(factors, sums, strict=True) if pairs})
+            return bool(pairs >= FEW)
+
+        searched = len(self.base.widening) > 0
+        factors = [widening / WIDENING_STEP, widening, widening * WIDENING_STEP]
+        if not judge(factors if searched else [1.0]):
             return None
-        factors = [widening * WIDENING_STEP**i for i in (-1, 0, 1)]
-        total = torch.zeros(len(factors) + 1, dtype=torch.float64, device=rank.device)
-        with self._evaluating():
-            for windows in self._evaluated(loader, JUDGED_WINDOWS):
-                counted, base = net.held_out(windows, unseen=unseen), apply_base(self.base, windows)
-                outs = [base.widened(base.widening * factor) for factor in factors]
-                losses = [self.engine(windows, out, counted).objective for out in outs]
-                total += torch.stack([*losses, counted.sum() / counted.numel()]) * counted.numel()
-        dist.all_reduce(total)
-        if total[-1] == 0:
-            return None
-        nats = (total[:-1] / total[-1]).tolist()
-        return min(zip(nats, factors, strict=True))
+        while True:
+            finite = {factor: value for factor, value in nats.items() if math.isfinite(value)}
+            if not finite:
+                return None
+            best = min(finite, key=finite.__getitem__)
+            beyond = [best / WIDENING_STEP, best * WIDENING_STEP]
+            beyond = [f for f in beyond if f not in nats and LOW <= math.log(f) <= HIGH]
+            if not searched or not beyond:
+                return finite[best], best
+            judge(beyond)
+
+    def _held_out(self, loader: Loader, most: int, unseen: bool, factors: list[float]) -> Tensor:
+        """This rank's sum of nats at each factor, and the number of pairs, [F + 1] float64."""
+        net, sums = self.engine.module, []
+        for windows in self._evaluated(loader, most):
+            counted, base = net.held_out(windows, unseen=unseen), apply_base(self.base, windows)
+            outs = [base.widened(base.widening * factor) for factor in factors]
+            losses = [self.engine(windows, out, counted).objective for out in outs]
+            sums.append(torch.stack([*losses, counted.sum() / counted.numel()]) * counted.numel())
+        return torch.stack(sums).double().sum(0)
 
     def _evaluated(self, loader: Loader, most: int) -> Iterator[Windows]:
         """This rank's share of at most so many windows, evenly spaced."""

@@ -94,7 +94,8 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
         )
     stage, precision = engine.stage(options), options.precision
     progress = stored or TrainingProgress(0, work.steps, rank.world_size, stage, precision)
-    saved, chosen = progress.step, training.chosen
+    saved = progress.step
+    chosen, training.chosen = training.chosen, None
     watch = training.watch = Watch(progress.best, progress.high)
     flops = int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
     peak = options.peak_flops or measured_peak(device, precision)
@@ -132,7 +133,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             loss, widening = held_out
             progress = replace(progress, widening=widening)
             record |= {"held_out/loss": loss, "held_out/widening": widening}
-            now = Judgement(step, loss, losses["loss"])
+            now = Judgement(step, loss, losses["loss"] - losses["task"])
             if progress.chosen is None or loss < progress.chosen.held_out:
                 progress = replace(progress, chosen=now)
                 chosen = engine.weights(training.engine, rank)
@@ -146,6 +147,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             feed.put(record)
 
         if done:
+            rates.read()
             progress = replace(progress, measured=rates.overall())
             if progress.chosen is None:  # nothing is held out: the last weights
                 chosen = engine.weights(training.engine, rank)
