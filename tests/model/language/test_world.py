@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("tokenizers")
 
@@ -187,6 +188,31 @@ def test_starts_are_drawn_by_their_keys(tasks: bool) -> None:
     assert model.sample_start(key[3:5]) == (task[3:5], observation[3:5])
     assert all(task) == any(task) == tasks and len(set(zip(task, observation, strict=True))) > 1
     model.begin(task, observation, torch.zeros(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_generated_starts_fit_in_the_smallest_window(tasks: bool) -> None:
+    """Random weights: a start's broken bytes become characters of three tokens each."""
+    model = world(window=16 + 24, tasks=tasks)
+    task, observation = model.sample_start(keys(64, 0))
+    carry = model.begin(task, observation, torch.zeros(64, dtype=torch.int64))
+    assert max(len(window.tokens) for window in carry.windows) == model.longest_start
+
+
+@pytest.mark.parametrize("change", ["missing", "more"])
+def test_a_heads_file_of_another_world_is_refused(tmp_path: Path, change: str) -> None:
+    world(3, 2).save(tmp_path)
+    file = tmp_path / "heads.safetensors"
+    heads = load_file(file)
+    name = next(name for name in sorted(heads) if "reward" in name)
+    if change == "missing":
+        del heads[name]
+    else:
+        name = "critic.weight"
+        heads[name] = torch.zeros(1)
+    save_file(heads, file)
+    with pytest.raises(ArtifactError, match=f"the heads must have.*'{name}' is in only one"):
+        TextWorld.load(tmp_path)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -140,6 +140,23 @@ class TextNet(nn.Module):
         logits: Tensor = self.termination.logit(self._head(self.termination_output, states))
         return logits
 
+    def heads(self) -> dict[str, Tensor]:
+        """The heads and the members' adapters by name: all that the backbone's checkpoint lacks."""
+        backbone = {f"backbone.{name}" for name, _ in self.backbone.named_parameters()}
+        state = self.state_dict()
+        return {k: t for k, t in state.items() if k not in backbone or "_adapter." in k}
+
+    def load_heads(self, heads: dict[str, Tensor]) -> None:
+        """Copy `heads` from another network. Raises ValueError if a tensor is missing or is one too
+        many.
+        """
+        if different := sorted(heads.keys() ^ self.heads().keys()):
+            raise ValueError(
+                f"the heads must have the tensors of their world.json, but {different[0]!r} is in"
+                " only one of them; pretrain the world again"
+            )
+        self.load_state_dict(heads, strict=False)
+
     def _head(self, output: Linear, states: Tensor) -> Tensor:
         outputs: Tensor = output(padded(states))
         return outputs[:, : len(states)].float()

@@ -57,7 +57,7 @@ class TextWorld:
             window: The most tokens that the network reads.
             longest: The tokens of the data's longest observation, its mark included. A generated
                 text ends there at the latest.
-            longest_start: The same of a task and its first observation, with all marks.
+            longest_start: The same of a task and its first observation, with `<bos>` and all marks.
             tasks: Episodes have a task, which generated starts then have too.
             codec: Opaque JSON that describes how raw spaces become texts.
 
@@ -98,19 +98,22 @@ class TextWorld:
         """
         members = self.net.members
         member = (rng.bits(keys, rng.MEMBER) >> 33) % members
-        cache = self.net.model.new_cache(len(keys), self.longest_start + 1)
+        cache = self.net.model.new_cache(len(keys), self.longest_start)
         bos = torch.full((len(keys), 1), self.tokenizer.bos, device=keys.device)
         state = self.net.model.feed(cache, bos, torch.ones_like(keys), member)[:, 0]
         rows = torch.arange(len(keys), device=keys.device)
-        drawn = Drawn(state, self.longest_start)
+        drawn = Drawn(state, self.longest_start - 1)  # `<bos>` is the first
         self._sampler.write(
             drawn, cache, rows, member, state, keys, self.temperature, task_first=self.tasks
         )
         tasks, observations = [], []
         for ids in drawn.texts():
-            cut = ids.index(self.tokenizer.eoa) if self.tokenizer.eoa in ids else -1
-            tasks.append(self.tokenizer.decode(ids[: max(cut, 0)]))
-            observations.append(self.tokenizer.decode(ids[cut + 1 :]))
+            end = ids.index(self.tokenizer.eoa) if self.tokenizer.eoa in ids else -1
+            most = self.longest_start - 2 - self.tasks  # less the marks
+            task = self._shortened(self.tokenizer.decode(ids[: max(end, 0)]), most)
+            most -= len(self.tokenizer.encode(task))
+            tasks.append(task)
+            observations.append(self._shortened(self.tokenizer.decode(ids[end + 1 :]), most))
         return tasks, observations
 
     def begin(self, task: Sequence[str], observation: Sequence[str], member: Tensor) -> TextCarry:
@@ -348,10 +351,7 @@ class TextWorld:
         }
         (folder / "world.json").write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
-        backbone = {f"backbone.{name}" for name, _ in network.named_parameters()}
-        backbone = {name for name in backbone if "_adapter." not in name}
-        state = self.net.state_dict()
-        heads = {name: t.contiguous() for name, t in state.items() if name not in backbone}
+        heads = {name: t.contiguous() for name, t in self.net.heads().items()}
         save_file(heads, folder / "heads.safetensors")
 
     @staticmethod
@@ -374,7 +374,7 @@ class TextWorld:
             else:
                 network = load_other(folder)
             net = TextNet(network, Spec.from_json(about["spec"]))
-            net.load_state_dict(load_file(folder / "heads.safetensors"), strict=False)
+            net.load_heads(load_file(folder / "heads.safetensors"))
             world = TextWorld(
                 net,
                 TextTokenizer.load(folder / "tokenizer.json"),
