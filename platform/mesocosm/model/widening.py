@@ -60,7 +60,7 @@ def fit(net: WorldNet, base: Base, batches: Iterable[tuple[Windows, bool]]) -> i
 
 @dataclass(frozen=True)
 class _Batch:
-    """What does not depend on the factors."""
+    """Held-out windows, and all that does not depend on the factors."""
 
     transition: Transition
     outcome: Outcome
