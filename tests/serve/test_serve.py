@@ -182,7 +182,7 @@ def test_no_line(
 
     deployed = serve.deployment(Elsewhere)
     application = deployed.options(name="world", ray_actor_options={"num_cpus": 0.5})  # type: ignore[attr-defined]
-    arguments = (served, "sequence", 1, 8, 1, "cpu")
+    arguments = (served, "sequence", 1, 8, 1, "cpu", False, None)
     (tmp_path / "address.json").write_text(json.dumps({"port": full_port}))
     serve.run(application.bind(*arguments), name="elsewhere", route_prefix=None)
     monkeypatch.setattr(connection, "DIAL_S", 1.5)
