@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -145,6 +146,24 @@ def test_other_first_contents_are_as_good() -> None:
     assert result.steps[4].differing == ("contents",)  # it forgot what the sink holds
 
 
+@pytest.mark.parametrize("other", ["a red dragon", "a blue mug", "a blue egg", "an old egg"])
+def test_the_possible_objects_beside_an_impossible_one_stay(other: str) -> None:
+    """The object of the task among them: the steps that use it are right."""
+    result = checked(text(1, "a red mug, an old egg", f"a red mug, an old egg, {other}"))
+    assert [step.agrees for step in result.steps] == [False, *[True] * 7]
+    assert result.steps[0].differing == ("contents",)
+    assert result.steps[0].expected == EPISODE[0][1]
+    assert all(step.reward_agrees for step in result.steps)
+
+
+def test_objects_that_lack_others_stay() -> None:
+    """Two objects are too few, but the next step still holds them."""
+    only = [text(t, "an old egg", "nothing") for t in (2, 3)]
+    result = checked(text(1, "a red mug, an old egg", "a red mug"), *only)
+    assert [step.agrees for step in result.steps] == [*[True] * 6, False, True]
+    assert result.steps[6].expected == EPISODE[6][1]
+
+
 def test_the_object_of_the_task_must_be_somewhere() -> None:
     start = START.replace("a stove, a sink", "a sink, a stove")
     steps = [ImaginedStep("go to sink", "You walk to the sink. You are at the sink. On the sink you"
@@ -171,10 +190,12 @@ def test_a_heater_is_empty_and_reveals_nothing() -> None:
         assert not step.revealed and step.agrees == agrees
 
 
-REWARDED = [(2, 0.0), (2, 0.6), (3, 0.2), (8, 0.8), (2, 0.23), (3, 0.04), (8, 0.6)]
+WRONG = [(2, 0.0), (2, 0.6), (3, 0.2), (8, 0.8), (3, math.nan), (3, math.inf), (3, -math.inf)]
+RIGHT = [(2, 0.23), (3, 0.04), (8, 0.6)]
+REWARDED = [*((*r, False) for r in WRONG), *((*r, True) for r in RIGHT)]
 
 
-@pytest.mark.parametrize(("t", "reward", "agrees"), [(*r, k >= 4) for k, r in enumerate(REWARDED)])
+@pytest.mark.parametrize(("t", "reward", "agrees"), REWARDED)
 def test_rewards(t: int, reward: float, agrees: bool) -> None:
     result = checked((t, "reward", reward))
     assert [step.reward_agrees for step in result.steps].count(False) == (not agrees)

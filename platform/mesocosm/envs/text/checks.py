@@ -25,7 +25,8 @@ class StepCheck:
     agrees: bool
     """True if the text is the true one; of a revealed step, a possible one."""
     expected: str
-    """The true text. Of a revealed step: with the contents that the imagined text shows."""
+    """The true text. Of a revealed step: with the objects that the imagined text shows and that are
+    possible. It equals a text that disagrees only because objects are missing."""
     changed: tuple[str, ...]
     """The fields in which the true text differs from the true text before."""
     differing: tuple[str, ...]
@@ -33,6 +34,8 @@ class StepCheck:
     reward: float
     """The true reward."""
     reward_agrees: bool
+    """True if the true reward is the nearest possible one; False for a reward that is not finite.
+    """
     terminated: bool
     """The true termination."""
     termination_agrees: bool

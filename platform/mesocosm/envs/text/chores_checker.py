@@ -1,12 +1,14 @@
 """Replay of an imagined episode of `chores` under the true rules.
 
-Contents that a text shows for the first time are taken over, if the true task distribution could
-have put them there. Everything else must follow from the rules and from what was shown before.
+Objects that a text shows for the first time are taken over, if the true task distribution could
+have put them there; the others are left out, and the step disagrees. Everything else must follow
+from the rules and from what was shown before.
 After a step that disagrees, the replay continues in the true state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict
@@ -65,12 +67,12 @@ class ChoresChecker:
         """Check the next step. After a true end, the reward must be 0."""
         household = self.household
         place = _looked_into(household, imagined.action)
-        problem = None
+        lacking = False
         if place is not None:
-            contents = list(parse_view(imagined.observation).contents or ())
-            problem = self._impossible(place, contents)
-            household.contents[place] = list(dict.fromkeys(contents)) if problem is None else []
-            self._seen |= set(household.contents[place])
+            contents = self._possible(place, parse_view(imagined.observation).contents or ())
+            household.contents[place] = contents
+            self._seen |= set(contents)
+            lacking = self._lacks_objects(place)
         outcome = household.apply(imagined.action)
         reward, ended = (0.0, True) if self._ended else (outcome.reward, outcome.terminated)
         self._ended = ended
@@ -78,7 +80,7 @@ class ChoresChecker:
         differing = {name for name in expected if expected[name] != shown[name]}
         if not differing and imagined.observation != outcome.text:
             differing.add(FORM)
-        if problem is not None:
+        if lacking:
             differing.add(CONTENTS)
         changed = [name for name in expected if expected[name] != self._before[name]]
         self._before = expected
@@ -89,32 +91,34 @@ class ChoresChecker:
             changed=tuple(changed),
             differing=tuple(sorted(differing)),
             reward=reward,
-            reward_agrees=min(REWARDS, key=lambda r: abs(r - imagined.reward)) == reward,
+            reward_agrees=_nearest(imagined.reward) == reward,
             terminated=ended,
             termination_agrees=imagined.terminated == ended,
         )
 
-    def _impossible(self, place: str, contents: list[str]) -> str | None:
-        """Why a place cannot hold these objects at its first look; None if it can."""
-        house, (least, most) = self.household, self.variant.n_objects
-        if any(not self._is_object(name) for name in contents):
-            return "an unknown object"
-        nouns = [_noun(name) for name in {*self._seen, house.goal, *contents}]
-        if len(set(contents)) < len(contents) or self._seen & set(contents):
-            return "an object that is elsewhere"
-        if len(set(nouns)) < len(nouns):
-            return "two objects of one kind"
-        if place == house.destination and house.goal in contents:
-            return "the task is solved at the start"
-        if len(nouns) > most:
-            return "too many objects"
+    def _possible(self, place: str, shown: Iterable[str]) -> list[str]:
+        """The objects among those shown that the place can hold at its first look."""
+        house, (_, most) = self.household, self.variant.n_objects
+        possible: list[str] = []
+        for name in shown:
+            others = {*self._seen, house.goal, *possible} - {name}
+            rules = {
+                "it is an object of this family": self._is_object(name),
+                "it is nowhere else": name not in self._seen and name not in possible,
+                "it is the only one of its kind": _noun(name) not in map(_noun, others),
+                "the task is not solved": (name, place) != (house.goal, house.destination),
+                "there are not too many objects": len(others) < most,
+            }
+            if all(rules.values()):
+                possible.append(name)
+        return possible
+
+    def _lacks_objects(self, place: str) -> bool:
+        """True if objects must be in this place, because no other place can still hold them."""
+        house, (least, _) = self.household, self.variant.n_objects
         hidden = {p for p in house.places if p not in (*house.shown, *HEATERS, place)}
-        seen = self._seen | set(contents)
-        if house.goal not in seen and not hidden - {house.destination}:
-            return "the object of the task is nowhere"
-        if not hidden and len(seen) < least:
-            return "too few objects"
-        return None
+        lost = house.goal not in self._seen and not hidden - {house.destination}
+        return lost or (not hidden and len(self._seen) < least)
 
     def _is_object(self, name: str) -> bool:
         color, _, noun = name.rpartition(" ")
@@ -148,6 +152,11 @@ def _looked_into(household: Household, action: str) -> str | None:
 
 def _fields(text: str) -> dict[str, object]:
     return asdict(parse_view(text))
+
+
+def _nearest(reward: float) -> float | None:
+    """The nearest true reward; None if there is none."""
+    return min(REWARDS, key=lambda r: abs(r - reward)) if math.isfinite(reward) else None
 
 
 def _noun(name: str) -> str:
