@@ -12,6 +12,7 @@ from torch import Tensor
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 from mesocosm.model.start import StartModel
+from mesocosm.model.start_fit import StartNumbers, _Slot
 
 BIN = 1e-4
 KEYS = rng.keys(0, torch.arange(2000), 0, 0)
@@ -177,6 +178,93 @@ def test_texts_end_once() -> None:
     valid = (every[:, 0] > 0) & ~((every[:, :-1] == 0) & (every[:, 1:] > 0)).any(1)
     total = model.log_prob(*split(torch.zeros(int(valid.sum()), 0), 0, every[valid])).exp().sum()
     assert float(total) == pytest.approx(1, abs=1e-4)
+
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+def written(texts: list[str], length: int) -> Tensor:
+    """The category slots [N, length] of texts."""
+    return torch.tensor(
+        [[LETTERS.index(c) + 1 for c in t] + [0] * (length - len(t)) for t in texts]
+    )
+
+
+def read(categories: Tensor) -> list[str]:
+    return ["".join(LETTERS[c - 1] for c in row if c) for row in categories.tolist()]
+
+
+def of_texts(*lengths: int, choices: int = 0) -> Spec:
+    """`choices` values of one category, if any, then texts of these lengths."""
+    first = [int(choices > 0) + sum(lengths[:k]) for k in range(len(lengths))]
+    texts = tuple(TextSpan(start, length, 1) for start, length in zip(first, lengths, strict=True))
+    sizes = (choices,) * (choices > 0) + (len(LETTERS) + 1,) * sum(lengths)
+    return Spec(PartSpec(0, (), sizes, texts), PartSpec())
+
+
+def test_one_logged_start_is_drawn_again() -> None:
+    text = "go to the kitchen"
+    logged = torch.cat((torch.tensor([[7]]), written([text], 20)), 1)
+    model = chosen(logged, of_texts(20, choices=16))
+    made = model.draw(KEYS)[1].categories
+    assert (made == logged).all(1).float().mean() > 0.98
+    assert -0.02 < float(model.log_prob(*split(torch.zeros(1, 0), 0, logged))) < 0
+    unseen = logged + 1
+    assert torch.isfinite(model.log_prob(*split(torch.zeros(1, 0), 0, unseen))).all()
+
+
+OBJECTS = ("apple", "pear", "plum", "mug", "plate", "bowl")
+PLACES = ("shelf", "table", "sink", "drawer")
+
+
+@pytest.mark.parametrize("count", [2, 12, 24])
+def test_texts_that_all_differ_are_drawn_whole(count: int) -> None:
+    every = [f"put the {thing} in the {place}" for thing in OBJECTS for place in PLACES]
+    texts = every[:: len(every) // count]
+    model = chosen(written(texts, 32), of_texts(32))
+    made = read(model.draw(KEYS)[1].categories)
+    assert set(texts) <= set(made)
+    assert sum(text in texts for text in made) / len(made) > 0.98
+    nats = -model.log_prob(*split(torch.zeros(count, 0), 0, written(texts, 32)))
+    assert torch.allclose(nats, torch.full((count,), count).log(), atol=0.05), "all are as likely"
+
+
+def test_a_second_text_is_whole_and_goes_with_the_first() -> None:
+    """Of two texts and a category: the first decides the second, the category goes with neither."""
+    rows = [(k % 2, t, f"you see {t.rsplit()[-1]}") for k, t in enumerate(
+        f"put the {OBJECTS[k % 6]} in the {PLACES[k % 4]}" for k in range(36)
+    )]  # fmt: skip
+    choice = torch.tensor([[row[0]] for row in rows])
+    first, second = written([r[1] for r in rows], 28), written([r[2] for r in rows], 20)
+    model = chosen(torch.cat((choice, first, second), 1), of_texts(28, 20, choices=2))
+    made = model.draw(KEYS)[1].categories
+    pairs = list(zip(read(made[:, 1:29]), read(made[:, 29:]), strict=True))
+    assert sum(p in {row[1:] for row in rows} for p in pairs) / len(pairs) > 0.97
+
+
+def test_nats_of_texts_are_those_of_their_draws() -> None:
+    """The frequency of each draw is its probability, where the texts are short enough to count."""
+    text = TextSpan(1, 3, 0)
+    spec = Spec(PartSpec(0, (), (2, 3, 3, 3), (text,)), PartSpec())
+    logged = torch.tensor([[0, 1, 2, 0], [0, 2, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 2, 2]])
+    model = chosen(logged, spec)
+    model.epsilon[:] = 0.2
+    model.category_mismatch[:] = torch.tensor([0.0, 1.0, 2.0, 2.0])
+    every = torch.cartesian_prod(*[torch.arange(k) for k in (2, 3, 3, 3)])
+    every = every[~((every[:, 1:-1] == 0) & (every[:, 2:] > 0)).any(1)]
+    p = model.log_prob(*split(torch.zeros(len(every), 0), 0, every)).exp()
+    assert float(p.sum()) == pytest.approx(1, abs=1e-4)
+    made = model.draw(rng.keys(0, torch.arange(20000), 0, 0))[1].categories
+    drawn_share = (made[:, None] == every).all(2).float().mean(0)
+    assert float(drawn_share.sum()) == 1
+    assert (drawn_share - p).abs().max() < 0.01
+
+
+def test_the_fit_holds_no_matrix_of_starts_for_each_number() -> None:
+    z = torch.randn(64, 2, dtype=torch.float64)
+    slot = _Slot(StartNumbers.blank(64, 2), 0, z, torch.tensor(1e-4).double(), [], None)
+    slot_tensors = [value for value in vars(slot).values() if isinstance(value, Tensor)]
+    assert max(value.untyped_storage().nbytes() for value in slot_tensors) <= z.nbytes
 
 
 def test_a_number_that_a_category_decides() -> None:

@@ -10,6 +10,9 @@ cosine is known), and e has a smoothed uniform density around an anchor, or arou
 all logged starts. Weights of anchors depend on the earlier slots that matter. `StartModel.fit`
 takes the structure that predicts each logged start best from the others. All densities have a wide
 component, so that nats are finite.
+
+A category is that of a logged start, or uniform. The characters of a text follow the logged texts
+that begin as it does, so that whole logged texts are drawn.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class StartModel(nn.Module):
     logged_categories: Tensor  # [N, m] int64
     epsilon: Tensor  # [m] float32: the share of a category slot that is uniform
     category_mismatch: Tensor
-    """[m] float32: what each different earlier category takes from an anchor's log weight"""
+    """[m] float32: what each different earlier category takes from an anchor's log weight; inside a
+    text, what a different previous character takes"""
     mean: Tensor  # [n] float32, of the logged starts
     scale: Tensor  # [n] float32, of the logged starts, at least the bin
 
@@ -97,7 +101,7 @@ class StartModel(nn.Module):
         scale = torch.maximum((x - mean).square().mean(0).sqrt(), bins)
         z, half = (x - mean) / scale, 0.5 * bins / scale
         self.epsilon, self.category_mismatch = fit_categories(
-            self.logged_categories, self.part.categories
+            self.logged_categories, self.part.categories, self.part.texts
         )
         self._set(fit_numbers(z, half, self.logged_categories))
         self.logged, self.mean, self.scale = z.float(), mean.float(), scale.float()
@@ -109,9 +113,10 @@ class StartModel(nn.Module):
         z = (numbers - self.mean) / self.scale
         half = 0.5 * self.bins(z) / self.scale
         total, different = self._start(len(z))
-        allowed = self.allowed(categories)
+        allowed, weights = self.allowed(categories), different
         for j in range(categories.shape[1]):
-            p = self._category(j, different, allowed[:, j])
+            weights = self._category_log_weights(j, weights, different, categories)
+            p = self._category(j, weights, allowed[:, j])
             total = total + p.gather(1, categories[:, j, None]).log().squeeze(1)
             different = different + (categories[:, j, None] != self.logged_categories[:, j])
         model = self.numbers
@@ -134,9 +139,10 @@ class StartModel(nn.Module):
         slots = torch.arange(UNIFORMS * (n + m), device=keys.device) + rng.OBSERVATION
         u = rng.uniform(keys.unsqueeze(1), slots).view(len(keys), n + m, UNIFORMS)
         _, different = self._start(len(keys))
-        categories = keys.new_zeros(len(keys), m)
+        categories, weights = keys.new_zeros(len(keys), m), different
         for j in range(m):
-            p = self._category(j, different, self.allowed.at(j, categories))
+            weights = self._category_log_weights(j, weights, different, categories)
+            p = self._category(j, weights, self.allowed.at(j, categories))
             categories[:, j] = density.categorical(p.log(), u[:, j, 0])
             different = different + (categories[:, j, None] != self.logged_categories[:, j])
         model, z = self.numbers, u.new_zeros(len(keys), n)
@@ -160,9 +166,23 @@ class StartModel(nn.Module):
         zeros = self.mean.new_zeros(batch, len(self.logged))
         return zeros.sum(1), zeros
 
-    def _category(self, j: int, different: Tensor, allowed: Tensor) -> Tensor:
-        """[B, C]: probabilities of category slot j, 0 where not `allowed` [C] or [B, C]."""
-        weights = torch.softmax(-self.category_mismatch[j] * different, 1)
+    def _category_log_weights(
+        self, j: int, before: Tensor, different: Tensor, categories: Tensor
+    ) -> Tensor:
+        """[B, N]: log weights, up to a constant, of the anchors of category slot j. `before` holds
+        those of slot j - 1, `different` how many of the slots before j differ, and `categories`
+        [B, m] is read before slot j only.
+        """
+        price = self.category_mismatch[j]
+        if j not in self.allowed.inside_text:
+            return -price * different
+        return before - price * (categories[:, j - 1, None] != self.logged_categories[:, j - 1])
+
+    def _category(self, j: int, log_weights: Tensor, allowed: Tensor) -> Tensor:
+        """[B, C]: probabilities of category slot j by the anchors' `log_weights` [B, N], 0 where
+        not `allowed` [C] or [B, C].
+        """
+        weights = torch.softmax(log_weights, 1)
         copies = weights @ F.one_hot(self.logged_categories[:, j], allowed.shape[-1]).float()
         mixed = torch.lerp(copies, 1 / allowed.sum(-1, keepdim=True), self.epsilon[j]) * allowed
         return mixed / mixed.sum(1, keepdim=True)

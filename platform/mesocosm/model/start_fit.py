@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from mesocosm.model import density
+from mesocosm.model.spec import TextSpan
 from mesocosm.model.start_curves import FEW, MAX_TERMS, PARTNERS, order_of
 
 BANDWIDTHS = (0.05, 0.2, 0.8)
 MISMATCHES = (1.0, 3.0, 8.0)
 EPSILONS = (1e-4, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Uniform shares of a category. A slot of a text has the first, and so has a single start: texts
+are hardly ever logged twice, and by the likelihood of one given the others all would be noise."""
 NATS = 3.0
 """Nats, over all starts, that a dependence or another form must gain to be believed."""
 
@@ -150,8 +153,8 @@ class _Slot:
         self.different = different
         self.starts = len(z)
         at_zero = result.centres(j, z)  # residuals are still 0: [N, N], of each by each one's sign
-        self.apart = z[:, j, None] - at_zero
-        self.residual = self.apart.diagonal()
+        apart = z[:, j, None] - at_zero
+        self.residual = apart.diagonal().clone()  # a view would hold all of `apart` until `choose`
         self.root = int(result.partner[j]) >= 0
         self.forms: dict[str, tuple[float, Any]] = {}
         still = float(self.residual.std(correction=0)) <= float(2 * half)
@@ -159,7 +162,7 @@ class _Slot:
             return
         if not self.root:
             self._add_forms()
-        self._add_anchors(earlier)
+        self._add_anchors(apart, earlier)
 
     def _mass(self, x: Tensor, form: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         centre, spread, width = form
@@ -182,10 +185,12 @@ class _Slot:
         deviation = r.std() * math.sqrt(1 + 1 / n)
         self.forms["normal"] = float(left_out), _normal(r.mean(), deviation)
 
-    def _add_anchors(self, earlier: list[int]) -> None:
-        """An anchor at each residual, and weights by the earlier slots that gain most."""
+    def _add_anchors(self, apart: Tensor, earlier: list[int]) -> None:
+        """An anchor at each residual, and weights by the earlier slots that gain most. `apart`
+        [N, N] is what remains of each start's number with each start's sign of the root.
+        """
         n, deviation = self.starts, self.residual.std()
-        centres = self.apart - self.residual  # [N, N]: of start i by the anchor of start k
+        centres = apart - self.residual  # [N, N]: of start i by the anchor of start k
         masses: dict[float, Tensor] = {}
 
         def gain(weights: Tensor, spread: float) -> float:
@@ -207,8 +212,8 @@ class _Slot:
             options = []
             for other in candidates:
                 for width in BANDWIDTHS if not near[other] else ():
-                    apart = (self.z[:, other, None] - self.z[:, other]) / width
-                    options.append((weights - 0.5 * apart.square(), other, width**-2))
+                    distance = (self.z[:, other, None] - self.z[:, other]) / width
+                    options.append((weights - 0.5 * distance.square(), other, width**-2))
             if self.different is not None and not mismatch:
                 options += [(weights - c * self.different, -1, c) for c in MISMATCHES]
             tried = [
@@ -283,24 +288,40 @@ def _share_of_uniforms(slots: Sequence[_Slot]) -> float:
 # Categories.
 
 
-def fit_categories(categories: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+def fit_categories(
+    categories: Tensor, sizes: Sequence[int], texts: Sequence[TextSpan] = ()
+) -> tuple[Tensor, Tensor]:
     """(epsilon [m], mismatch [m]), float32, of categories [N, m]: by the likelihood of each start's
-    category given the other starts and its earlier categories.
+    category or text given the other starts and its earlier categories.
+
+    Inside a text, all the logged starts that differ in the previous character have together at most
+    exp(-MISMATCHES[-1]) of the weight of one that does not differ.
     """
     starts, m = categories.shape
-    epsilon, mismatch = torch.zeros(m), torch.zeros(m)
+    epsilon, mismatch = torch.full((m,), EPSILONS[0]), torch.zeros(m)
+    inside = MISMATCHES[-1] + math.log(starts)
+    lengths = {text.start: text.length for text in texts}
     different = torch.zeros(starts, starts, dtype=torch.float64)
     itself = torch.eye(starts, dtype=torch.bool)
-    for j in range(m):
-        equal = categories[:, j, None] == categories[:, j]
+    j = 0
+    while j < m and starts > 1:
+        end = j + lengths.get(j, 1)
+        unequal = [categories[:, k, None] != categories[:, k] for k in range(j, end)]
         scores = []
         for price in (0.0, *MISMATCHES) if j else (0.0,):
             weights = (-price * different).masked_fill(itself, -math.inf)
-            copies = torch.softmax(weights, 1).nan_to_num(0.0)
-            p = (copies * equal).sum(1)
-            for share in EPSILONS:
-                score = torch.log(p * (1 - share) + share / sizes[j]).sum()
+            p = []  # of each slot's category
+            for k in range(j, end):
+                if k > j:
+                    weights = weights - inside * unequal[k - 1 - j]
+                p.append((torch.softmax(weights, 1) * ~unequal[k - j]).sum(1))
+                if k > j:
+                    p[-1][categories[:, k - 1] == 0] = 1.0  # the text has ended
+            for share in EPSILONS[:1] if j in lengths else EPSILONS:
+                score = torch.log(torch.stack(p) * (1 - share) + share / sizes[j]).sum()
                 scores.append((float(score) - (NATS if price else 0.0), share, price))
-        _, epsilon[j], mismatch[j] = max(scores)
-        different += ~equal
+        _, epsilon[j:end], mismatch[j] = max(scores)
+        mismatch[j + 1 : end] = inside
+        different += sum(unequal)
+        j = end
     return epsilon, mismatch

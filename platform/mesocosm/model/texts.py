@@ -10,7 +10,10 @@ from mesocosm.model.spec import PartSpec, TextSpan
 
 
 class Allowed:
-    """The values that each of the m category slots of a part may take; C is the most of any."""
+    """The values that each of the m category slots of a part may take; C is the most of any.
+
+    `inside_text` holds the slots of texts but for each text's first.
+    """
 
     def __init__(self, part: PartSpec):
         self.texts = part.texts
@@ -20,7 +23,7 @@ class Allowed:
         for text in part.texts:
             allowed[text.start : text.start + text.min_length, 0] = False
         self._allowed = Constant(allowed)
-        self._inside_text = {
+        self.inside_text = {
             j for text in part.texts for j in range(text.start + 1, text.start + text.length)
         }
 
@@ -41,7 +44,7 @@ class Allowed:
         Without a text the leading dimensions may be left out.
         """
         allowed = self._allowed(categories)[j]
-        if j not in self._inside_text:
+        if j not in self.inside_text:
             return allowed
         ended = (categories[..., j - 1] == 0).unsqueeze(-1)
         return torch.where(ended, torch.arange(self.most, device=ended.device) == 0, allowed)
