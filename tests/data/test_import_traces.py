@@ -377,8 +377,8 @@ def test_spans_that_are_no_episodes(folder: Path) -> None:
     other = {"traceId": "u", "name": "GET", "attributes": {"http.status": 200}}
     assert "no span that calls a model" in refused(lines(folder / "b.jsonl", other))
     bad = span(1, [QUESTION], DONE, **{"gen_ai.input.messages": '[{"role"'})
-    said = refused(lines(folder / "c.jsonl", bad))
-    assert "c.jsonl" in said and "line 1: gen_ai.input.messages is not JSON" in said
+    problem = refused(lines(folder / "c.jsonl", bad))
+    assert "c.jsonl" in problem and "line 1: gen_ai.input.messages is not JSON" in problem
     image = span(1, [message("user", {"type": "blob", "content": "x"})], DONE)
     assert "'blob', which is no text" in refused(lines(folder / "d.jsonl", image))
     assert "no reward" in refused(lines(folder / "e.jsonl", span(1, [QUESTION], DONE)))

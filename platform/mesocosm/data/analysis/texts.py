@@ -98,9 +98,23 @@ def texts_of(dataset: Dataset, leaf: TextLeaf, episode: int) -> list[str]:
         episode: Its number.
     """
     record = dataset.table[episode]
-    rows = int(record["length"]) + (leaf.array == "obs_text")
-    column = dataset.texts(int(record["shard"]), leaf.array).columns[leaf.column]
-    return column.slice(int(record["first_row"]), rows).to_pylist()  # type: ignore[no-any-return]
+    place = (int(record[name]) for name in ("shard", "first_row", "length"))
+    columns = episode_columns(dataset, leaf.array, *place)
+    return columns[leaf.column].to_pylist()  # type: ignore[no-any-return]
+
+
+def episode_columns(dataset: Dataset, array: str, shard: int, first: int, length: int) -> list[Any]:
+    """The texts of an episode, an Arrow array a leaf: T+1 of an observation, T of an action.
+
+    Args:
+        dataset: The dataset.
+        array: One of `texts.TEXTS`.
+        shard: Of the episode.
+        first: Its first row.
+        length: T.
+    """
+    rows = length + (array == "obs_text")
+    return [column.slice(first, rows) for column in dataset.texts(shard, array).columns]
 
 
 def sampled(

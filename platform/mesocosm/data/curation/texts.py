@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mesocosm.data.analysis.texts import GRAM, grams
+from mesocosm.data.analysis.texts import GRAM, episode_columns, grams
 from mesocosm.data.curation.scan import EpisodePiece
 from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.datasets.dataset import Dataset
@@ -126,10 +126,5 @@ def episode_grams(dataset: Dataset, piece: EpisodePiece, array: str, n: int) -> 
 
 def _columns(dataset: Dataset, piece: EpisodePiece, array: str) -> list[list[Any]]:
     """The texts of each episode of a piece, as an Arrow array a leaf."""
-    more = int(array == "obs_text")
-    return [
-        [column.slice(first, length + more) for column in dataset.texts(shard, array).columns]
-        for shard, first, length in zip(
-            piece.shards.tolist(), piece.first.tolist(), piece.length.tolist(), strict=True
-        )
-    ]
+    places = (piece.shards.tolist(), piece.first.tolist(), piece.length.tolist())
+    return [episode_columns(dataset, array, *place) for place in zip(*places, strict=True)]
