@@ -40,14 +40,14 @@ class BaseOut:
     change: Tensor
     """[K, ..., n]: each member's predicted normalised change o_{t+1} - o_t of the numbers"""
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
-    widening: (
-        Tensor  # [n], and one for the duration if there is one: factors of the densities' scales
-    )
+    widening: Tensor
+    """[n], and one for the duration if there is one: the factors of the densities' scales"""
     heads: HeadOut | None = None
     """None where the next observation is not known."""
     log_start: Tensor | None = None
     """[B]: log-likelihood of (task, o_0), 0 for windows that do not start an episode; None: not
-    asked for."""
+    asked for
+    """
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(shift [K, N, n], scale [n], widening [n]), float32; with one more column for the

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
+from mesocosm.model.artifact import WORLD, described
 from mesocosm.model.base import Base
 from mesocosm.model.carry import Carry, Context, Prediction, StepOut
 from mesocosm.model.config import ModelConfig
@@ -316,7 +315,7 @@ class World:
         }
         if self.known is not None:
             about["known"] = self.known.to_json()
-        (folder / "world.json").write_text(json.dumps(about, indent=1))
+        (folder / WORLD).write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
         for name, module in (("model", self.net), ("base", self.base)):
             state = {key: value.contiguous() for key, value in module.state_dict().items()}
@@ -331,13 +330,7 @@ class World:
                 spec, or a known function has changed.
             UsageError: A known function cannot be imported.
         """
-        try:
-            about = json.loads((folder / "world.json").read_text())
-            if about["schema"] != SCHEMA:
-                raise ArtifactError(
-                    f"world {str(folder)!r} must have schema {SCHEMA}, got {about['schema']};"
-                    " pretrain it again"
-                )
+        with described(folder, SCHEMA) as about:
             spec, config = Spec.from_json(about["spec"]), ModelConfig(**about["config"])
             net, base = build(spec, config), Base(spec, config)
             net.load_state_dict(load_file(folder / "model.safetensors"))
@@ -346,10 +339,8 @@ class World:
             world.disagreement_scale = float(about["disagreement_scale"])
             if "known" in about:
                 world.known = Known.from_json(about["known"], folder.name)
-            return world.to(device)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"world {str(folder)!r} cannot be read: {reason}") from error
+            world = world.to(device)
+        return world
 
 
 class _Grid:

@@ -197,11 +197,9 @@ class RankTrainer:
             there are fewer than `widening.FEW` pairs of a transition and a member, or no factor
             gives a finite loss.
         """
-        loaders = [
-            (self.valid, True),
-            (self.loader if self.engine.module.members > 1 else None, False),
-        ]
-        sources = [(loader, unseen) for loader, unseen in loaders if loader is not None]
+        sources = [] if self.valid is None else [(self.valid, True)]
+        if self.engine.module.members > 1:
+            sources.append((self.loader, False))
         nats: dict[float, float] = {}
 
         def judge(factors: list[float]) -> bool:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import UsageError
 from mesocosm.model import rng
+from mesocosm.model.artifact import WORLD, described
 from mesocosm.model.language.hf import from_hf, read_state, save_folder
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.net import TextLosses, TextNet
@@ -349,7 +349,7 @@ class TextWorld:
             "temperature": self.temperature,
             "disagreement_scale": self.disagreement_scale,
         }
-        (folder / "world.json").write_text(json.dumps(about, indent=1))
+        (folder / WORLD).write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
         heads = {name: t.contiguous() for name, t in self.net.heads().items()}
         save_file(heads, folder / "heads.safetensors")
@@ -359,13 +359,7 @@ class TextWorld:
         """Load a world. Raises ArtifactError if a file is missing or damaged, or the schema is
         another.
         """
-        try:
-            about = json.loads((folder / "world.json").read_text())
-            if about["schema"] != SCHEMA:
-                raise ArtifactError(
-                    f"world {str(folder)!r} must have schema {SCHEMA}, got {about['schema']};"
-                    " pretrain it again"
-                )
+        with described(folder, SCHEMA) as about:
             network: torch.nn.Module
             if about["llama"]:
                 shape = Shape(**about["shape"])
@@ -386,7 +380,5 @@ class TextWorld:
             )
             world.temperature = float(about["temperature"])
             world.disagreement_scale = float(about["disagreement_scale"])
-            return world.to(device)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise ArtifactError(f"world {str(folder)!r} cannot be read: {reason}") from error
+            world = world.to(device)
+        return world

@@ -1,0 +1,39 @@
+"""The file that describes a world of any kind, and the errors of reading its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mesocosm.errors import ArtifactError
+
+WORLD = "world.json"
+
+
+@contextmanager
+def described(folder: Path, schema: int) -> Iterator[dict[str, Any]]:
+    """Read a world's folder inside this context, which gives what world.json says.
+
+    Args:
+        folder: Of the world.
+        schema: The schema that this version reads.
+
+    Raises:
+        ArtifactError: The schema is another, or a file is missing or damaged.
+    """
+    try:
+        about = json.loads((folder / WORLD).read_text())
+        if about["schema"] != schema:
+            raise ArtifactError(
+                f"world {str(folder)!r} must have schema {schema}, got {about['schema']};"
+                " pretrain it again"
+            )
+        yield about
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"world {str(folder)!r} cannot be read: {reason}") from error
