@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS := 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -35,6 +35,8 @@ test-unit: install
 test: install
 	$(PYTEST) -m 'not slow'
 
+# Slow tests wait much: for nodes, for killed processes, for the end of an outage.
+test-all: WORKERS := 3
 test-all: install
 	$(PYTEST)
 
