@@ -15,7 +15,7 @@ VERSIONS = {
     "plan": 4,
     "train-agent": 4,
     "baseline": 1,
-    "evaluate": 3,
-    "propose": 4,
-    "loop": 5,
+    "evaluate": 4,
+    "propose": 5,
+    "loop": 6,
 }

@@ -12,9 +12,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import facts_of, make_env
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
+from mesocosm.evaluate.judge import judge
 from mesocosm.evaluate.metrics.ranking import LEAST, PER_FIFTH, ranking
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import RandomPolicy
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -69,6 +74,72 @@ def test_noise_is_what_a_behaviour_calls_noise() -> None:
     assert 0.25 < (drawn != 3).mean() < 0.4, "four of five random actions are others"
     assert discrete.action_space.contains(discrete.act_one(np.zeros(1), rng=rng))
     assert isinstance(RandomPolicy(box).act_one(None, rng=rng), np.ndarray)
+
+
+CHORES = "mesocosm.envs.text.chores_policies:ChoresExpert"
+EASY = RealityConfig(env="mesocosm.envs.text:ChoresEasy-v0", success="info.success")
+
+
+def chores_policy(root: str, kind: str = "scripted", noise: float = 0.1) -> policy_set.Scripted:
+    config = BehaviourConfig(kind, function=CHORES, noise=noise)
+    named = policy_set.named(config, Storage(root), *facts_of(EASY).spaces)
+    assert isinstance(named.policy, policy_set.Scripted)
+    return named.policy
+
+
+def side_by_side(policy: policy_set.Scripted, rows: int) -> tuple[Any, list[list[str]]]:
+    """(returns, commands) of one episode of each of `rows` environments that step together."""
+    env = gym.vector.SyncVectorEnv([lambda: make_env(EASY)] * rows)
+    policy.reset(rows, 0)
+    texts, _ = env.reset(seed=0)
+    rng, over, returns = np.random.default_rng(0), np.zeros(rows, np.bool_), np.zeros(rows)
+    commands: list[list[str]] = [[] for _ in range(rows)]
+    while not over.all():
+        actions = policy.act(texts, rng=rng)
+        texts, rewards, terminated, truncated, _ = env.step(actions)
+        for row in np.flatnonzero(~over):
+            commands[row].append(actions[row])
+        returns += np.where(over, 0.0, rewards)
+        over |= terminated | truncated
+    return returns, commands
+
+
+def test_an_expert_with_memory_acts_in_each_environment_alone(root: str) -> None:
+    returns, _ = side_by_side(chores_policy(root), 6)
+    np.testing.assert_allclose(returns, 1.0)
+
+
+def test_an_experts_noise_is_drawn_from_the_candidates(root: str) -> None:
+    noisy = chores_policy(root, "noisy", noise=1.0)
+    returns, commands = side_by_side(noisy, 6)
+    verbs = {command.split()[0] for episode in commands for command in episode}
+    assert verbs <= {"go", "open", "close", "take", "put", "look", "clean", "cool", "heat"}, verbs
+    assert returns.mean() < 0.9 and commands[0] != commands[1]
+    again = side_by_side(noisy, 6)
+    np.testing.assert_array_equal(again[0], returns)
+    assert again[1] == commands, "a reset forgets everything"
+
+
+def test_an_expert_is_judged_alike_after_other_episodes(root: str) -> None:
+    expert, noisy = chores_policy(root), chores_policy(root, "noisy", noise=0.3)
+    for policy in (expert, noisy):
+        results = [
+            judge(policy, EASY, Ledger(Storage(root), name), episodes=4, seed=0) for name in "ab"
+        ]
+        assert results[0].returns == results[1].returns
+    assert judge(expert, EASY, Ledger(Storage(root), "k"), episodes=8, seed=1).successes == 8
+
+
+def test_an_imagined_text_out_of_all_bounds_still_gets_a_command(root: str) -> None:
+    text = (
+        "You are in the middle of a kitchen. Around you are a table, a sink. You carry a"
+        " 77 " + "very " * 20 + "mug. Your task is to put the mug on the sink. You are at the sink."
+    )
+    policies = [chores_policy(root), chores_policy(root, "noisy", noise=1.0)]
+    for policy in policies:
+        policy.reset(8)
+        commands = policy.act((text,) * 8, rng=np.random.default_rng(0))
+        assert all(policy.action_space.contains(command) for command in commands)
 
 
 def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> None:

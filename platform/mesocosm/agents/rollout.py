@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.policies.heads import map_batch
-from mesocosm.policies.planner_policy import PlannerPolicy
-from mesocosm.policies.policy import Acts
+from mesocosm.policies.policy import Acts, begin_episodes
 from mesocosm.serve.client import WorldVectorEnv
 
 
@@ -41,8 +40,7 @@ def imagined_episodes(
     lengths = np.zeros(env.num_envs, np.int64)
     actions: list[Any] = [None] * len(policies)
     for policy in policies:
-        if isinstance(policy, PlannerPolicy):
-            policy.reset(count, seed)
+        begin_episodes(policy, count, seed)
     try:
         observation, _ = env.reset(seed=seed)
         while running.any():

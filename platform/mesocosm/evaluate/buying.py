@@ -27,7 +27,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.policies.policy import Acts
+from mesocosm.policies.policy import Acts, begin_episodes
 from mesocosm.serve.client import WorldVectorEnv
 
 Array = NDArray[Any]
@@ -109,6 +109,7 @@ def imagine(
         progress: Receives the steps done.
     """
     rng = np.random.default_rng(seed)
+    begin_episodes(policy, episodes, seed)
     env = WorldVectorEnv(episodes, world, horizon=horizon, starts=starts)
     going, steps = np.ones(episodes, np.bool_), 0
     points, disagreement, rows = [], [], []

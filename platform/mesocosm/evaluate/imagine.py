@@ -17,7 +17,7 @@ from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.heads import stack
-from mesocosm.policies.policy import Acts
+from mesocosm.policies.policy import Acts, begin_episodes
 
 
 def starts_of(world: World, episodes: Sequence[Episode]) -> tuple[Parts, Parts]:
@@ -53,6 +53,7 @@ def imagine(
     path = [np.concatenate(columns.encode(raw), axis=1)]
     lengths = np.full(count * samples, horizon + 1)
     generator = np.random.default_rng(seed)
+    begin_episodes(policy, count * samples, seed)
     for t in range(horizon):
         action = codec.action(policy.act(raw, False, generator)).to(device)
         carry, out = world.step(carry, action, rng.keys(seed, row.to(device), draw.to(device), t))

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -19,7 +20,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, iterate
 
 from mesocosm.data.planners import planner_policy
-from mesocosm.envs.episode import Act
+from mesocosm.envs.episode import EpisodeAct, stream
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
@@ -80,21 +81,57 @@ class Noisy:
 
 
 class Scripted:
-    """A function f(observation, rng) -> action."""
+    """A scripted behaviour, noisy or not, as a policy.
 
-    def __init__(self, function: Act, observation_space: Space, action_space: Space):
-        self.function = function
-        self.observation_space, self.action_space = observation_space, action_space
+    An expert may remember its episode, so each environment has an expert of its own.
+    """
+
+    def __init__(self, config: BehaviourConfig, storage: Storage, spaces: tuple[Space, Space]):
+        """Make one expert.
+
+        Args:
+            config: A behaviour with a `function`.
+            storage: The storage.
+            spaces: The environment's (observation, action) spaces.
+
+        Raises:
+            UsageError: There is no such function.
+        """
+        self.observation_space, self.action_space = spaces
+        self._make = partial(behaviours.build, config, *spaces, storage)
+        self.reset()
+
+    def reset(self, num_envs: int = 1, seed: int = 0) -> None:
+        """Begin new episodes in `num_envs` environments, with new experts."""
+        self._experts = [self._make() for _ in range(num_envs)]
+        for k, expert in enumerate(self._experts):
+            if isinstance(expert, EpisodeAct):
+                expert.start(k, stream("expert", seed, k))
+
+    def start(self, k: int, rng: Rng) -> None:
+        """Begin episode k of one environment (`envs.episode.EpisodeAct`)."""
+        expert = self._experts[0]
+        if isinstance(expert, EpisodeAct):
+            expert.start(k, rng)
 
     def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map observations of B environments to B actions; `rng` is needed."""
-        rows = iterate(batch_space(self.observation_space, batch_size(observations)), observations)
-        return stack(self.action_space, [self.act_one(row, explore, rng) for row in rows])
+        assert rng is not None, "a scripted policy takes rng"
+        batch = batch_size(observations)
+        if len(self._experts) != batch:
+            self.reset(batch, int(rng.integers(2**31)))
+        rows = iterate(batch_space(self.observation_space, batch), observations)
+        pairs = zip(self._experts, rows, strict=True)
+        return stack(self.action_space, [expert(row, rng) for expert, row in pairs])
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map one observation to one action; `rng` is needed."""
         assert rng is not None, "a scripted policy takes rng"
-        return self.function(observation, rng)
+        return self(observation, rng)
+
+    def __call__(self, observation: Any, rng: Rng) -> Any:
+        """The action of one environment (`envs.episode.Act`)."""
+        return self._experts[0](observation, rng)
 
 
 def full(config: BehaviourConfig, storage: Storage) -> BehaviourConfig:
@@ -114,17 +151,15 @@ def named(
     if config.kind == "random":
         policy = RandomPolicy(copy.deepcopy(action_space))
     elif config.function is not None:
-        checked = BehaviourConfig(kind="scripted", function=config.function)
-        spaces = (observation_space, action_space)
-        policy = Scripted(behaviours.build(checked, *spaces, storage), *spaces)
+        policy = Scripted(config, storage, (observation_space, action_space))
     else:
         assert config.policy is not None
         if config.kind == "planner":
             policy = planner_policy(storage, config.policy, observation_space, action_space)
         else:
             policy = policy_of(storage, config.policy)
-    if config.kind == "noisy":
-        policy = Noisy(policy, action_space, config.noise)
+        if config.kind == "noisy":
+            policy = Noisy(policy, action_space, config.noise)
     return ComparedPolicy(behaviours.label(config), policy)
 
 

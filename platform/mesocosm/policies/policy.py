@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -44,6 +44,26 @@ class Acts(Protocol):
 
     def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map observations of B environments to B actions, both in vector layout."""
+
+
+@runtime_checkable
+class RemembersEpisodes(Protocol):
+    """A policy that reads more than the current observations, such as a planner."""
+
+    def reset(self, num_envs: int = 1, seed: int = 0) -> None:
+        """Begin new episodes in `num_envs` environments; `seed` is of the policy's own draws."""
+
+
+def begin_episodes(policy: Acts, num_envs: int, seed: int) -> None:
+    """Reset a policy that remembers; others need nothing.
+
+    Args:
+        policy: It acts in `num_envs` environments from here on.
+        num_envs: The environments, all of which begin new episodes.
+        seed: In [0, 2^62).
+    """
+    if isinstance(policy, RemembersEpisodes):
+        policy.reset(num_envs, seed)
 
 
 @dataclass(frozen=True)

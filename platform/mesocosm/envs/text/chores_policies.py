@@ -6,6 +6,7 @@ As behaviours: `{kind: scripted, function: mesocosm.envs.text.chores_policies:Ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from mesocosm.envs.text.household_text import (
 Choice = TypeVar("Choice")
 FAILING = 0.1
 """The share of random commands that are likely impossible."""
+_COMMAND = re.compile(r"[A-Za-z .,:()']{1,60}")
+"""The texts of the action space. Words of an imagined text may make a command that is none."""
 
 
 class ChoresExpert:
@@ -45,14 +48,14 @@ class ChoresExpert:
     def __call__(self, observation: str, rng: np.random.Generator) -> str:
         """The command after an observation."""
         start, view, commands = self._read(observation)
-        return self._choose(start, view, commands, rng) if commands else "look"
+        return _possible_text(self._choose(start, view, commands, rng)) if commands else "look"
 
     def random_action(self, observation: str, rng: np.random.Generator) -> str:
         """A random candidate, or with probability FAILING a command that is likely impossible."""
         start, view, commands = self._read(observation)
         if not commands or rng.random() < FAILING:
-            return _impossible(start, view, rng)
-        return drawn(commands, rng)
+            return _possible_text(_impossible(start, view, rng))
+        return _possible_text(drawn(commands, rng))
 
     def _read(self, observation: str) -> tuple[StartFields, ViewFields, list[str]]:
         if not self._first_text or parse_start(observation).goal:
@@ -150,6 +153,11 @@ class FirstCommand(ChoresExpert):
 def drawn(values: Sequence[Choice], rng: np.random.Generator) -> Choice:
     """One of the values, uniformly."""
     return values[int(rng.integers(len(values)))]
+
+
+def _possible_text(command: str) -> str:
+    """The command, or "look" where it is no text of the action space."""
+    return command if _COMMAND.fullmatch(command) else "look"
 
 
 def _put(view: ViewFields) -> str:

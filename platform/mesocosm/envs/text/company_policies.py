@@ -52,7 +52,7 @@ class CompanyExpert:
                 self._command = self._script.send(view)
             except StopIteration:
                 self._command = "submit done"
-        return self._command
+        return _possible_text(self._command)
 
     def random_action(self, observation: str, rng: np.random.Generator) -> str:
         """A random candidate, or with probability FAILING a command that fails."""
@@ -63,12 +63,18 @@ class CompanyExpert:
             table = drawn(view.tables or ("orders",), rng)
             failing = (f"cat {place}", f"rm {place}", f"sql SELECT * FROM old_{table}",
                        f"sql SELECT price FROM {table}", "help", f"cd {place}")  # fmt: skip
-            return drawn(failing, rng)
-        return drawn(candidates(self._first_text, observation), rng)
+            return _possible_text(drawn(failing, rng))
+        return _possible_text(drawn(candidates(self._first_text, observation), rng))
 
     def _observe(self, observation: str) -> None:
         if not self._first_text or parse_assignment(observation) is not None:
             self._begin(observation)
+
+
+def _possible_text(command: str) -> str:
+    """The command, or "help" where it is no text of the action space (after imagined texts)."""
+    text = len(command) <= words.LONGEST_COMMAND and command.isascii() and command.isprintable()
+    return command if text and command else "help"
 
 
 def script(first_text: str) -> Script:
