@@ -54,6 +54,18 @@ class EpisodeWindow:
         self.steps.append((action, observation))
         self._lengths.append(len(step))
 
+    def replace_last(self, observation: str) -> int:
+        """Put another observation in place of the last one.
+
+        Returns:
+            The number of tokens before it, which stay.
+        """
+        action, _ = self.steps.pop()
+        del self.tokens[len(self.tokens) - self._lengths.pop() :]
+        before = len(self.tokens) + len(self.action_tokens(action))
+        self.add(action, observation)
+        return before
+
     def room_for(self, length: int, window: int) -> bool:
         """Drop the older steps if `length` more tokens would not fit. True if they were dropped."""
         if len(self.tokens) + length <= window:

@@ -213,6 +213,21 @@ class TextWorld:
         step = TextStep(texts, reward, ended, p, drawn.worst, apart, drawn.cut, drawn.count)
         return carry, step
 
+    def observe(self, carry: TextCarry, observation: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Put other observations, cut at the longest of the data, in place of those of the last
+        step; `carry` is changed in place.
+
+        Returns:
+            (the most likely or expected reward, the probability of termination) [B] after them.
+        """
+        texts = [self._shortened(text, self.longest - 1) for text in observation]
+        before = [w.replace_last(text) for w, text in zip(carry.windows, texts, strict=True)]
+        stay = torch.tensor(before, device=self.device).repeat_interleave(self.net.members)
+        carry.cache.rewind(torch.minimum(carry.cache.length, stay))
+        state, keys = self._catch_up(carry, carry.rows), torch.zeros_like(carry.member)
+        reward, p, _ = self._sampler.outcome(state, carry.member, keys, temperature=0.0)
+        return reward, p
+
     # Likelihoods.
 
     def losses(self, rows: TokenRows) -> TextLosses:
