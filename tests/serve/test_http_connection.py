@@ -24,7 +24,7 @@ import uvicorn
 from factories import wait_until
 from fastapi import FastAPI, Request
 
-from mesocosm.serve import http_connection, ingress
+from mesocosm.serve import http_connection, http_guard, ingress
 from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection
 
 pytestmark = pytest.mark.integration
@@ -169,7 +169,7 @@ def test_a_request_in_work_is_not_cut(server: Server, monkeypatch: pytest.Monkey
 
 
 def test_a_slow_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "BODY_S", 0.5)
+    monkeypatch.setattr(http_guard, "BODY_S", 0.5)
     head = f"POST /body HTTP/1.1\r\n{KNOWN}Connection: close\r\nContent-Length: 9\r\n\r\n"
     with server.connect(f"{head}1234") as line:
         assert reply(line) == (408, "the body did not arrive within 0.5 s; send it at once")
@@ -180,7 +180,7 @@ def test_too_many_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
 
     A place that is free again is given.
     """
-    monkeypatch.setattr(ingress, "CONNECTIONS", 3)
+    monkeypatch.setattr(http_guard, "CONNECTIONS", 3)
     held = [server.connect(WAIT) for _ in range(3)]
     assert all(server.begun.acquire(timeout=60) for _ in held)
     refused = server.post(b"")
@@ -196,7 +196,7 @@ def test_too_many_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_whole_requests_than_places(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a burst each request is answered, with 503 in JSON beyond the limit: none is cut."""
-    for module in (ingress, http_connection):
+    for module in (http_guard, http_connection):
         monkeypatch.setattr(module, "CONNECTIONS", 3)
     monkeypatch.setattr(http_connection, "GRACE_S", 2.0)
     held = [server.connect(WAIT) for _ in range(30)]

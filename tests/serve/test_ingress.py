@@ -14,7 +14,7 @@ import requests
 from gymnasium.vector.utils import iterate
 
 from mesocosm.datasets.space_json import space_from_json
-from mesocosm.serve import http_sessions, ingress
+from mesocosm.serve import http_guard, http_sessions
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import LISTENERS
@@ -61,7 +61,7 @@ def sessions() -> http_sessions.HttpSessions:
 
 def test_every_route_wants_the_token(client: Any) -> None:
     paths = client("GET", "/openapi.json").json()["paths"]
-    assert sum(map(len, paths.values())) == 6
+    assert sum(map(len, paths.values())) == 14
     routes = [
         (m.upper(), p.replace("{session}", "0" * 32)) for p, ops in paths.items() for m in ops
     ]
@@ -92,13 +92,13 @@ def test_every_route_wants_the_token(client: Any) -> None:
 
 def test_compared_in_constant_time(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
-    compare = ingress.hmac.compare_digest
+    compare = http_guard.hmac.compare_digest
 
     def record(a: bytes, b: bytes) -> bool:
         compared.append((a, b))
         return compare(a, b)
 
-    monkeypatch.setattr(ingress.hmac, "compare_digest", record)
+    monkeypatch.setattr(http_guard.hmac, "compare_digest", record)
     assert type(client)(client.url, "wrong")("GET", "/v1/world").status_code == 401
     assert client("GET", "/v1/world").status_code == 200
     token = client.token.encode()

@@ -127,7 +127,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._needs_disagreement = bool(penalty) or adversary or max_disagreement is not None
         limit = np.inf if max_disagreement is None else max_disagreement
         self.max_disagreement = float(np.float32(limit))
-        self._seed, self._first_env, self._starts = seed, first_env, starts
+        self._seed, self._first_env, self.starts = seed, first_env, starts
         self._env = first_env + np.arange(num_envs)
         self._routed, self._generation = uuid.uuid4().hex, 0
         self._episode: NDArray[np.int64] | None = None
@@ -151,7 +151,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         elif spaces != (expected := (self.single_observation_space, self.single_action_space)):
             message = f"world {reply['world']!r} must have this client's spaces {expected}"
             raise UsageError(f"{message}, got {spaces}; {fix}")
-        elif self._starts is not None and codec.id != self._codec.id:
+        elif self.starts is not None and codec.id != self._codec.id:
             worlds = f"world {self.world!r}, and {reply['world']!r}"
             raise UsageError(f"starts: they are encoded for {worlds} has another codec; {fix}")
         self._begun = False
@@ -349,12 +349,12 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         return request | {"seed": self._seed, "first_env": self._first_env}
 
     def _put_starts(self, request: Message, episode: NDArray[np.int64]) -> None:
-        if self._starts is None:
+        if self.starts is None:
             return
         bits = rng.bits(rng.keys(self._seed, self._env, episode, START), rng.TASK)
-        chosen = ((bits >> 32) & 0x7FFFFFFF) % len(self._starts[1].numbers)
-        put(request, "start_task", self._starts[0][chosen])
-        put(request, "start", self._starts[1][chosen])
+        chosen = ((bits >> 32) & 0x7FFFFFFF) % len(self.starts[1].numbers)
+        put(request, "start_task", self.starts[0][chosen])
+        put(request, "start", self.starts[1][chosen])
 
     def _step(self, request: Message) -> Message:
         """Send a step, restoring the session on replicas that lack it."""

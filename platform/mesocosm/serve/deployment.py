@@ -133,7 +133,7 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
         if listener is not None:
             report(f"opening the HTTP ingress at {listener.url}")
             LISTENERS[config.name] = listener
-            listener.serve(config.name, config.world)
+            listener.serve(config.name, config.world, Storage(config.storage.root))
         undo.pop_all()
     return config.name
 

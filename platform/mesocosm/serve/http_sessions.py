@@ -20,9 +20,11 @@ from gymnasium.error import ResetNeeded
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model.spec import Parts
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served, reply_of
 from mesocosm.serve.protocol import Message, pack, unpack
+from mesocosm.store.artifacts import Storage
 
 MAX_ENVS = 4096
 """Environments of one session"""
@@ -33,6 +35,8 @@ IDLE_S = 300.0
 DEADLINE_S, HEALTH_DEADLINE_S = 60.0, 2.0
 """Seconds that a replica may take, including its replacement"""
 STEP_INFOS = ("disagreement", "diverged", "duration")
+Reply = dict[str, Any]
+"""Values and arrays, for `to_json`"""
 T = TypeVar("T", WorldVectorEnv, Served)
 
 
@@ -78,6 +82,9 @@ class Pool(Generic[T]):
                 slot.used = time.monotonic()
                 self._slots.move_to_end(key)
             return slot
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._slots
 
     def put(self, key: str, weight: int = 1) -> Slot[T]:
         """Return the slot of `key`, or a new one.
@@ -143,8 +150,8 @@ class HttpSessions:
     They raise UsageError, UnknownSession, and MesocosmError where no replica answers.
     """
 
-    def __init__(self, app: str, world: str):
-        self.app = app
+    def __init__(self, app: str, world: str, storage: Storage | None = None):
+        self.app, self.storage = app, storage
         self._probe = Served(app, None, DEADLINE_S)
         reply = reply_of(self._probe.call({"op": "describe", "world": world}))
         self._probe.deadline_s = HEALTH_DEADLINE_S
@@ -171,33 +178,67 @@ class HttpSessions:
         except MesocosmError:
             return False
 
-    def reset(self, session: str | None, seed: int | None, num_envs: int | None) -> bytes:
-        """Begin episodes in a session, or in a new one. Returns the reply as JSON."""
+    def reset(self, session: str | None, seed: int | None, num_envs: int | None) -> Reply:
+        """Begin episodes in a session, or in a new one."""
         if session is not None:
             weight = self._slot(session).weight
             if num_envs not in (None, weight):
                 fix = "leave num_envs out, or leave session out for a new one"
                 raise UsageError(f"num_envs must be {weight}, the session's, got {num_envs}; {fix}")
-            return self._begin(session, seed)
-        session = uuid.uuid4().hex
-        slot = self.sessions.put(session, num_envs or 1)
+            return self.begin(session, seed)
+        session = self.open(num_envs or 1)
         try:
-            with slot.lock:
-                options: Any = {"app": self.app, "deadline_s": DEADLINE_S}
-                slot.value = WorldVectorEnv(slot.weight, self.id, **options)
-            return self._begin(session, seed)
+            return self.begin(session, seed)
         except BaseException:
             self.sessions.pop(session)
             raise
 
-    def _begin(self, session: str, seed: int | None) -> bytes:
+    def open(self, num_envs: int = 1, horizon: int | None = None) -> str:
+        """Make a session, whose episodes `begin` begins.
+
+        Args:
+            num_envs: Its environments.
+            horizon: Steps after which an episode is truncated; None for never.
+
+        Returns:
+            Its name.
+
+        Raises:
+            PoolFull: All sessions are in use.
+        """
+        session = uuid.uuid4().hex
+        slot = self.sessions.put(session, num_envs)
+        try:
+            with slot.lock:
+                options: Any = {"app": self.app, "deadline_s": DEADLINE_S, "horizon": horizon}
+                slot.value = WorldVectorEnv(slot.weight, self.id, **options)
+        except BaseException:
+            self.sessions.pop(session)
+            raise
+        return session
+
+    def begin(
+        self, session: str, seed: int | None, start: tuple[Parts, Parts] | None = None
+    ) -> Reply:
+        """Begin a session's episodes.
+
+        Args:
+            session: Its name.
+            seed: As of `WorldVectorEnv.reset`.
+            start: (task, observation), parts [1, ...], of every episode that begins; None for the
+                world's own.
+
+        Returns:
+            The session, the world, and each environment's observation and task.
+        """
         with self._env(session) as env:
+            env.starts = start
             observation = self._observations.unbatch(env.reset(seed=seed)[0])
             reply = {"observation": observation, "task": env.task_options}
-        return to_json({"session": session, "world": self.id, **reply})
+        return {"session": session, "world": self.id, **reply}
 
-    def step(self, session: str, action: list[Any], disagreement: bool) -> bytes:
-        """Step a session's environments. Returns the reply as JSON."""
+    def step(self, session: str, action: list[Any], disagreement: bool) -> Reply:
+        """Step a session's environments."""
         try:
             batch = self._actions.decode(*self._actions.encode_list(action))
         except MesocosmError as error:
@@ -212,7 +253,7 @@ class HttpSessions:
             reply = {name: infos.get(name) for name in STEP_INFOS}
             reply |= {"reward": reward, "terminated": terminated, "truncated": truncated}
             reply |= {"observation": self._observations.unbatch(observation)}
-            return to_json(reply | {"task": env.task_options})
+            return reply | {"task": env.task_options}
 
     def end(self, session: str) -> None:
         if not self.sessions.pop(session):
@@ -254,6 +295,10 @@ class HttpSessions:
                     raise UsageError(f"{name!a:.60} must have {limit}; use more sessions")
                 if value.dtype.kind == "f" and not np.isfinite(value).all():
                     raise UsageError(f"{name!a:.60} must hold finite numbers")
+
+    def has(self, session: str) -> bool:
+        """True if the session exists: it has neither ended nor been evicted."""
+        return session in self.sessions
 
     def _slot(self, session: str) -> Slot[WorldVectorEnv]:
         slot = self.sessions.get(session)

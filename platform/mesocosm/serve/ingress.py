@@ -1,4 +1,5 @@
-"""A served world over HTTP: JSON for interactive clients, the binary protocol for programs.
+"""A served world over HTTP: JSON for interactive clients, the binary protocol for programs, and
+OpenEnv's protocol for trainers of language models.
 
 Every route but /health requires the bearer token, before a byte of the body is read. An error is
 {"detail": message}.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
 import logging
 import socket
 import threading
@@ -28,9 +28,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field, create_model
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as Event
 
 from mesocosm import __version__
 from mesocosm.datasets.space_json import space_to_json
@@ -38,93 +35,20 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.bearer import read_token
 from mesocosm.serve.check import shown
 from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
-from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection, admit, serve
-from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession
+from mesocosm.serve.http_connection import HttpConnection, serve
+from mesocosm.serve.http_guard import BINARY, LARGEST_JSON, Guard, problem_reply
+from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession, to_json
+from mesocosm.serve.openenv import add_openenv
 from mesocosm.serve.plan_route import add_route
 from mesocosm.serve.schema import Model, integer, json_type
+from mesocosm.serve.tasks import UnknownTask
+from mesocosm.store.artifacts import Storage
 
 logger = logging.getLogger(__name__)
-BINARY = "/v1/call"
-LARGEST_JSON, LARGEST_BINARY = 1 << 20, 1 << 24
-"""Bytes of a body"""
 HEALTH_S = 1.0
 """Seconds for which a health answer is reused: anybody may ask"""
-BODY_S = 60.0
-"""Seconds in which a request's whole body must arrive"""
-
-
-class Guard:
-    """ASGI middleware for the token and the limits.
-
-    A body without a length is counted while it is read, and never stored beyond its limit.
-    """
-
-    def __init__(self, app: ASGIApp, token: bytes):
-        self.app = app
-        self._token = token
-        self._running = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        if scope["path"] == "/health" and scope["method"] == "GET":
-            await self.app(scope, receive, send)
-            return
-        limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
-        refusal = self._refusal(scope, limit)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        self._running += 1
-        try:
-            await self.app(scope, _limited(receive, limit), send)
-        finally:
-            self._running -= 1
-
-    def _refusal(self, scope: Scope, limit: int) -> Response | None:
-        """The reply to a request without the token, beyond the limits, or None."""
-        tokens = _headers(scope, b"authorization")
-        scheme, _, token = tokens[0].partition(b" ") if len(tokens) == 1 else (b"", b"", b"")
-        if not hmac.compare_digest(token.strip(), self._token) or scheme.lower() != b"bearer":
-            fix = "send the header 'Authorization: Bearer TOKEN'"
-            detail = f"this route requires the world's token; {fix}"
-            return _problem(401, detail, {"WWW-Authenticate": "Bearer"})
-        if self._running >= CONNECTIONS:
-            detail = f"{CONNECTIONS} requests are in work; send this one again later"
-            return _problem(503, detail)
-        admit(scope)
-        if any(int(length) > limit for length in _headers(scope, b"content-length")):
-            return _problem(413, _too_large(limit))
-        return None
-
-
-def _headers(scope: Scope, name: bytes) -> list[bytes]:
-    return [value for key, value in scope["headers"] if key == name]
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    """`receive` with a limit of a body's bytes and time."""
-    size = 0
-    deadline = asyncio.get_running_loop().time() + BODY_S
-
-    async def limited() -> Event:
-        nonlocal size
-        try:
-            async with asyncio.timeout_at(deadline):
-                event = await receive()
-        except TimeoutError as error:
-            detail = f"the body did not arrive within {BODY_S:g} s; send it at once"
-            raise HTTPException(408, detail) from error
-        size += len(event.get("body", b""))
-        if size > limit:
-            raise HTTPException(413, _too_large(limit))
-        return event
-
-    return limited
-
-
-def _too_large(limit: int) -> str:
-    return f"the body is larger than {limit >> 20} MiB; send fewer environments at once"
+PING_S = 20.0
+"""Seconds between two pings of a WebSocket, and in which a client must answer one"""
 
 
 # -- the bodies
@@ -229,8 +153,9 @@ def routes(sessions: HttpSessions) -> FastAPI:
             probe = asyncio.create_task(asyncio.to_thread(sessions.alive))
             probed = time.monotonic()
         if await asyncio.shield(probe):
-            return JSONResponse({"status": "a replica answers"})
-        return JSONResponse({"status": "no replica answers; see `serve status`"}, 503)
+            return JSONResponse({"status": "healthy"})
+        detail = "no replica answers; see `serve status`"
+        return JSONResponse({"status": "unhealthy", "detail": detail}, 503)
 
     @app.get("/v1/world", response_model=WorldInfo, responses=problems)
     def world() -> WorldInfo:
@@ -248,13 +173,13 @@ def routes(sessions: HttpSessions) -> FastAPI:
 
     def reset(request: ResetRequest) -> Response:
         """Begin episodes in a new session or in an existing one."""
-        body = sessions.reset(request.session, request.seed, request.num_envs)
-        return Response(body, media_type="application/json")
+        reply = sessions.reset(request.session, request.seed, request.num_envs)
+        return Response(to_json(reply), media_type="application/json")
 
     def step(request: Any) -> Response:
         """Step every environment of a session."""
-        body = sessions.step(request.session, request.action, request.disagreement)
-        return Response(body, media_type="application/json")
+        reply = sessions.step(request.session, request.action, request.disagreement)
+        return Response(to_json(reply), media_type="application/json")
 
     step.__annotations__["request"] = step_request
     app.post("/v1/reset", response_model=reset_reply, responses=with_session)(reset)
@@ -267,6 +192,7 @@ def routes(sessions: HttpSessions) -> FastAPI:
 
     if sessions.plans:
         add_route(app, sessions, problems)
+    add_openenv(app, sessions, with_session)
 
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     replies = problems | {200: {"content": content}}
@@ -297,16 +223,17 @@ def handle_errors(app: FastAPI) -> None:
     """Answer every error with one sentence. A bug's traceback goes to the server's log."""
 
     def refuse(status: int, request: Request, error: Exception) -> Response:
-        return _problem(status, str(error))
+        return problem_reply(status, str(error))
 
     def invalid(request: Request, error: Any) -> Response:
-        return _problem(400, validation_message(error))
+        return problem_reply(400, validation_message(error))
 
     def bug(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
-        return _problem(500, "the server failed on this request, which is a bug; see its log")
+        return problem_reply(500, "the server failed on this request, which is a bug; see its log")
 
-    statuses = {MesocosmError: 503, UsageError: 400, NotServed: 503, UnknownSession: 404}
+    statuses: dict[type[MesocosmError], int] = {MesocosmError: 503, UsageError: 400}
+    statuses |= {NotServed: 503, UnknownSession: 404, UnknownTask: 404}
     for kind, status in statuses.items():
         app.add_exception_handler(kind, partial(refuse, status))
     app.add_exception_handler(RequestValidationError, invalid)
@@ -325,11 +252,6 @@ def validation_message(error: RequestValidationError) -> str:
     value = "" if first["type"] == "missing" else f"={shown(first['input'])}"
     expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
     return f"{key[:200]}{value}: {expected}; see GET /openapi.json"
-
-
-def _problem(status: int, detail: str, headers: Any = None) -> Response:
-    text = detail.encode("utf-8", "backslashreplace").decode()
-    return JSONResponse({"detail": text}, status, headers)
 
 
 # -- the server
@@ -363,13 +285,22 @@ class Listener:
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def serve(self, app: str, world: str) -> None:
-        """Answer for `world` of the application `app`, from a thread of this process."""
-        self.sessions = HttpSessions(app, world)
+    def serve(self, app: str, world: str, storage: Storage | None = None) -> None:
+        """Answer for `world` of the application `app`, from a thread of this process.
+
+        Args:
+            app: Name of the application.
+            world: The world, as the application's replicas look it up.
+            storage: Where the world's data lie, whose starts clients may ask for; None for none.
+        """
+        self.sessions = HttpSessions(app, world, storage)
         guarded = Guard(routes(self.sessions), self._token)
         # The log level: uvicorn would log bugs twice, and the broken requests of strangers.
         options: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
-        options |= {"http": HttpConnection, "ws": "none", "lifespan": "off", "server_header": False}
+        options |= {"http": HttpConnection, "lifespan": "off", "server_header": False}
+        options |= {"ws": "websockets-sansio", "ws_max_size": LARGEST_JSON}
+        options |= {"ws_ping_interval": PING_S, "ws_ping_timeout": PING_S}
+        options["ws_per_message_deflate"] = False
         config = uvicorn.Config(guarded, timeout_graceful_shutdown=5, **options)
         self._server = uvicorn.Server(config)
         running = serve(self._server, self._socket)

@@ -1,0 +1,99 @@
+"""The tasks of a served world: episodes that begin as the world draws them, or as its data did."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from mesocosm.data.loading.windows import start_parts
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.model.spec import Parts
+from mesocosm.serve.check import shown
+from mesocosm.serve.http_sessions import HttpSessions
+
+GENERATED, LOGGED = "generated", "logged"
+COUNT = 1 << 31
+"""Generated tasks: one for each seed below it"""
+MAX_LOGGED = 10_000
+"""Logged starts that a world's tasks have at most, spread evenly over its data"""
+MAX_LISTED = 1000
+"""Tasks of one list"""
+
+
+class UnknownTask(UsageError):
+    """The world has no such split, or the split has no such index."""
+
+
+class Tasks:
+    """Tasks by split and index. Safe to call from several threads.
+
+    Task i of `generated` is the episode of the seed i. Task i of `logged` begins like the i-th
+    training episode of the world's data, which are read when they are first asked for.
+    """
+
+    def __init__(self, sessions: HttpSessions):
+        self._sessions = sessions
+        self._lock = threading.Lock()
+        self._loaded: tuple[Parts, Parts] | None = None
+
+    def splits(self) -> list[str]:
+        """The names of the splits: `logged` only where the world's data are in the storage."""
+        return [GENERATED, LOGGED] if self._datasets() else [GENERATED]
+
+    def count(self, split: str) -> int:
+        """The number of tasks of a split. Raises UnknownTask where it does not exist."""
+        self._check(split)
+        return COUNT if split == GENERATED else len(self._starts()[1].numbers)
+
+    def start(self, split: str, index: int) -> tuple[Parts, Parts] | None:
+        """(task, observation), parts [1, ...], that a task begins with; None: the world draws it.
+
+        Raises:
+            UnknownTask: The task does not exist.
+        """
+        count = self.count(split)
+        if not 0 <= index < count:
+            raise UnknownTask(f"index must be from 0 to {count - 1} in {split!r}, got {index}")
+        if split == GENERATED:
+            return None
+        task, observation = self._starts()
+        return task[[index]], observation[[index]]
+
+    def listed(self, split: str, start: int | None, stop: int | None) -> list[dict[str, Any]]:
+        """The tasks from `start` to `stop` as a slice has them, of which the first MAX_LISTED. Each
+        is the arguments of a reset.
+        """
+        rows = range(self.count(split))[start:stop][:MAX_LISTED]
+        return [{"split": split, "index": index} for index in rows]
+
+    def _check(self, split: str) -> None:
+        names = self.splits()
+        if split in names:
+            return
+        fix = f"got {shown(split)}{nearest(str(split), names)}"
+        if split == LOGGED:
+            fix = "got 'logged', whose data the storage of this server does not have"
+        raise UnknownTask(f"split must be one of {', '.join(names)}, {fix}")
+
+    def _datasets(self) -> list[str]:
+        """The ids of the datasets that the world was trained on and that the storage has."""
+        storage = self._sessions.storage
+        if storage is None:
+            return []
+        try:
+            world = storage.artifact("worlds", self._sessions.id)
+            names = world.meta.get("inputs", {}).get("datasets", [])
+            return [storage.artifact("datasets", name).id for name in names]
+        except MesocosmError:
+            return []
+
+    def _starts(self) -> tuple[Parts, Parts]:
+        with self._lock:
+            if self._loaded is None:
+                storage = self._sessions.storage
+                assert storage is not None
+                paths = [storage.artifact("datasets", name).path for name in self._datasets()]
+                codec = self._sessions.codec
+                self._loaded = start_parts(Dataset(paths), codec, "train", MAX_LOGGED)
+            return self._loaded
