@@ -32,7 +32,7 @@ from mesocosm.model.language.hf import save_folder
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.net import TextNet
 from mesocosm.model.language.shape import rung_shape
-from mesocosm.model.language.stream import Segment, StreamEpisode, TokenRows, collate, segments
+from mesocosm.model.language.stream import Segment, TextEpisode, TokenRows, collate, segments
 from mesocosm.model.language.tokenizer import TextTokenizer
 from mesocosm.model.language.world import TextWorld
 from mesocosm.model.mup import init_, param_groups
@@ -44,10 +44,10 @@ BATCH_TOKENS = 2048
 SPEC = Spec(PartSpec(), PartSpec(), reward_values=(0.0, 0.2, 0.6, 0.8), terminal_rate=0.02)
 
 
-def collect(steps: int, seed: int, noise: tuple[float, ...]) -> list[StreamEpisode]:
+def collect(steps: int, seed: int, noise: tuple[float, ...]) -> list[TextEpisode]:
     """Episodes of experts, each with a fraction of random commands from `noise`."""
     generator, env, policy = np.random.default_rng(seed), Chores(), ChoresExpert()
-    episodes: list[StreamEpisode] = []
+    episodes: list[TextEpisode] = []
     while sum(len(episode.actions) for episode in episodes) < steps:
         number = len(episodes)
         observation, _ = env.reset(seed=seed * 1_000_003 + number)
@@ -62,7 +62,7 @@ def collect(steps: int, seed: int, noise: tuple[float, ...]) -> list[StreamEpiso
             texts.append(observation)
             actions.append(action)
             rewards.append(reward)
-        episodes.append(StreamEpisode("", texts, actions, rewards, ended, number))
+        episodes.append(TextEpisode("", texts, actions, rewards, ended, number))
     return episodes
 
 
@@ -118,7 +118,7 @@ def judge(net: TextNet, parts: list[Segment]) -> dict[str, float]:
     return {**{name: value / count for name, value in totals.items()}, "bits_per_byte": float(bits)}
 
 
-def play(world: TextWorld, episodes: list[StreamEpisode]) -> dict[str, float]:
+def play(world: TextWorld, episodes: list[TextEpisode]) -> dict[str, float]:
     """Generate, then restore the same sessions and compare what they do next."""
     generator, policy = np.random.default_rng(0), ChoresExpert()
     chosen = [episodes[index % len(episodes)] for index in range(SESSIONS)]

@@ -257,6 +257,7 @@ def to_yaml(config: Any, only: Sequence[str] = ()) -> str:
 def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:
     """The config without the keys of WHERE and those in `without`, which may be dotted."""
     plain = to_dict(config)
+    _drop_added(config, plain)
     for key in (*WHERE, *without):
         *blocks, last = key.split(".")
         node = plain
@@ -264,6 +265,18 @@ def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any
             node = node[block]
         node.pop(last, None)
     return plain
+
+
+def _drop_added(config: Any, plain: dict[str, Any]) -> None:
+    """Drop the keys with the metadata `added` that are at their defaults: ids are older."""
+    for each in dataclasses.fields(config):
+        value, default = getattr(config, each.name), each.default
+        if each.default_factory is not dataclasses.MISSING:
+            default = each.default_factory()
+        if each.metadata.get("added") and value == default:
+            del plain[each.name]
+        elif dataclasses.is_dataclass(value):
+            _drop_added(value, plain[each.name])
 
 
 def fingerprint(*parts: Any) -> str:

@@ -207,8 +207,7 @@ def test_episodes_are_texts_with_other_leaves_as_json(write: Write) -> None:
     assert len(episodes) == 5 and len(list(text_episodes(dataset, codec, "train"))) == 4
     first = episodes[0]
     assert first.task == 'find\n{"map": "m0"}' and first.actions == ["1", "0", "1"]
-    assert first.terminated.tolist() == [False, False, True]
-    assert first.rewards.tolist() == [0, 0.5, 1] and first.outcome == "terminated"
+    assert first.terminated and list(first.rewards) == [0, 0.5, 1]
     head, _, rest = first.observations[1].rpartition("\n")
     assert head == "Du siehst 1 Dinge.\nüber dir: 🙂"
     values = json.loads(rest)

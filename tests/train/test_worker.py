@@ -129,7 +129,7 @@ def test_reward_and_termination_are_fitted_with_the_base(cart: Cart) -> None:
 
 def test_codec_and_base_are_stored_for_a_resume(cart: Cart) -> None:
     storage, folder, path = cart.storage, "runs/checkpoints/x", "runs/checkpoints/x/base"
-    codec = prepare.fitted_codec(storage, folder, cart.dataset)
+    codec = prepare.fitted_codec(storage, folder, cart.dataset, cart.model)
     assert json.loads(storage.read(f"{folder}/codec.json") or b"") == codec.to_json()
     assert prepare.read_base(storage, path, codec.spec, cart.model) is None
     first, second = (

@@ -123,7 +123,8 @@ class SpaceCodec:
                 f"{leaf.name} may have {space.max_length} characters out of"
                 f" {len(space.character_set)}, and the families ensemble and sequence learn a text"
                 f" as one category per character, with at most {LONGEST} characters and {MOST}"
-                " categories together; shorten the text or its charset with a wrapper, or drop it"
+                " categories together; give model.family=language, which reads any text, or shorten"
+                " it with a wrapper"
             )
 
     @cached_property

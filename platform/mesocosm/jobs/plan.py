@@ -12,8 +12,6 @@ from typing import Any
 from mesocosm import config
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import identity
-from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.model import counts
@@ -27,6 +25,7 @@ from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import prepare
 from mesocosm.train.config import PretrainConfig
+from mesocosm.train.prepare import AnyCodec
 from mesocosm.train.schedule import share
 
 PLAN, SUMMARY, PLOT = "plan.yaml", "plan.json", "plan.svg"
@@ -101,9 +100,9 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
         except ArtifactError as error:
             raise UsageError(str(error)) from error
         dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
-        codec = prepare.fit_codec(dataset)
-        context, windows = config.model.context, config.train.batch
-        loader = Loader(dataset, codec, "train", context, windows, config.seed)
+        codec, windows = prepare.fit_codec(dataset, config.model), config.train.batch
+        shape = config.model, windows, config.seed
+        loader = prepare.make_loader(dataset, codec, "train", *shape)
         transitions = loader.transitions_per_epoch
         batch = windows * transitions / loader.windows_per_epoch
         count = _counter(config, codec, batch)
@@ -123,7 +122,7 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
     )
 
 
-def _counter(config: PlanConfig, codec: Codec, batch: float) -> planning.Counter:
+def _counter(config: PlanConfig, codec: AnyCodec, batch: float) -> planning.Counter:
     """Count the parameters of a size, and its FLOPs for a transition, in the datasets' spaces."""
 
     def count(size: str) -> tuple[int, float]:

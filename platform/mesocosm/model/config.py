@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.ladder import LADDERS, dims
 
 FAMILIES = tuple(LADDERS)
+LANGUAGE = "language"
+"""The family that reads and writes texts."""
+LEAST_VOCABULARY = 259
+"""All bytes, and the three marks of a stream."""
+ADDED: Any = {"added": True}
+"""Metadata of a key that ids do not contain at its default, because worlds are older than it."""
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = 0
+    """Rank of the LoRA adapters, one for each member (language). With `model.pretrained` they are
+    trained alone; 0 trains all weights.
+    """
 
 
 @dataclass
 class ModelConfig:
     family: str = "sequence"
     """`sequence`: a transformer over steps, with history. `ensemble`: probabilistic MLPs on (o, a),
-    as PETS.
+    as PETS. `language`: a causal language model over texts.
     """
     size: str = "30k"
-    """Parameters of the backbone and of one decoder: a rung of `model/ladder.py`, 10k to 7b."""
+    """Parameters of the backbone and of one decoder: a rung of `model/ladder.py`, 10k to 7b. Not
+    used with `pretrained`.
+    """
     members: int = 4
-    """K: the number of decoders (sequence) or MLPs (ensemble). Each member has a base of its own
-    and trains on its own subset of the episodes.
+    """K: the number of decoders (sequence), MLPs (ensemble) or adapters (language). Each member has
+    a base of its own and trains on its own subset of the episodes.
     """
     base: bool = True
     """Predict the residual over a ridge + MLP base instead of the change itself."""
@@ -35,9 +52,16 @@ class ModelConfig:
     dynamics. Episodes that a member leaves out stop each earlier.
     """
     context: int = 16
-    """W: steps of history in a window (sequence)."""
+    """W: steps of history in a window (sequence), or tokens (language)."""
     components: int = 3
     """Logistics in the mixture density of a number (sequence)."""
+    vocabulary: int = field(default=1024, metadata=ADDED)
+    """The most tokens of the tokenizer, which is trained on the training split (language)."""
+    pretrained: str | None = field(default=None, metadata=ADDED)
+    """A checkpoint to begin with, and its tokenizer (language): a folder of Hugging Face's format,
+    a GGUF file or a hub id.
+    """
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata=ADDED)
 
     def validate(self) -> None:
         """Raise UsageError that names the key, its value and the fix."""
@@ -49,3 +73,38 @@ class ModelConfig:
         for key, low in least.items():
             if getattr(self, key) < low:
                 raise UsageError(f"model.{key} must be >= {low}, got {getattr(self, key)}")
+        if self.adapter.rank < 0:
+            raise UsageError(f"model.adapter.rank must be >= 0, got {self.adapter.rank}")
+        if self.family != LANGUAGE:
+            for key in self.added():
+                raise UsageError(
+                    f"model.{key} must be left out with model.family={self.family}, got"
+                    f" {getattr(self, key)}; it is read by model.family={LANGUAGE}"
+                )
+        elif self.vocabulary < LEAST_VOCABULARY:
+            raise UsageError(
+                f"model.vocabulary must be >= {LEAST_VOCABULARY} (256 bytes and 3 marks), got"
+                f" {self.vocabulary}"
+            )
+        elif self.members > 1 and not self.adapter.rank:
+            raise UsageError(
+                f"model.adapter.rank must be >= 1 with model.members={self.members}, because the"
+                " members of a language model are its adapters, got 0; or give model.members=1"
+            )
+
+    def added(self) -> list[str]:
+        """The keys of ADDED that are not at their defaults."""
+        default = ModelConfig()
+        keys = [field.name for field in fields(self) if field.metadata == ADDED]
+        return [key for key in keys if getattr(self, key) != getattr(default, key)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys, without those of ADDED that are at their defaults."""
+        added, absent = self.added(), {f.name for f in fields(self) if f.metadata == ADDED}
+        return {k: v for k, v in asdict(self).items() if k not in absent or k in added}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_json`. Raises TypeError on an unknown key."""
+        adapter = AdapterConfig(**values.get("adapter", {}))
+        return ModelConfig(**{**values, "adapter": adapter})

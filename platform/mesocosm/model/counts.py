@@ -15,11 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mesocosm.model.base import Base
-from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
+from mesocosm.model.config import LANGUAGE, ModelConfig
+from mesocosm.model.families import build, new_text_net
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.net import TextNet, blank_rows
-from mesocosm.model.language.shape import Shape
+from mesocosm.model.language.pretrained import pretrained_shape
+from mesocosm.model.language.shape import Shape, rung_shape
 from mesocosm.model.language.stream import TokenRows
 from mesocosm.model.mup import tag_of
 from mesocosm.model.net import WorldNet, apply_base
@@ -45,6 +46,11 @@ class ParamCounts:
 
 def params(spec: Spec, config: ModelConfig) -> ParamCounts:
     """The counts of a model that need not exist. Raises UsageError on an invalid config."""
+    if config.family == LANGUAGE:
+        shape = _shape(config)
+        if shape is None:
+            return _other_params(spec, config)
+        return language_params(shape, spec, config.members, config.adapter.rank)
     with torch.device("meta"):
         return count(build(spec, config), Base(spec, config))
 
@@ -74,9 +80,14 @@ def count(net: WorldNet, base: Base) -> ParamCounts:
 
 
 def flops_per_batch(spec: Spec, config: ModelConfig, batch: int, window: int) -> int:
-    """FLOPs of a training step on `batch` windows of `window` transitions: the forward pass of base
-    and network, and the network's backward pass.
+    """FLOPs of a training step on `batch` windows of `window` transitions (language: tokens): the
+    forward pass of base and network, and the network's backward pass.
     """
+    if config.family == LANGUAGE:
+        shape, rank = _shape(config), config.adapter.rank
+        if shape is None:  # forward and backward pass of a dense network, without attention
+            return 6 * _other_params(spec, config).total * batch * window
+        return language_flops(shape, spec, batch, window, config.members, rank)
     with torch.device("meta"):
         net, base = build(spec, config), Base(spec, config)
         return measured_flops(net, base, blank_windows(spec, batch, window))
@@ -101,6 +112,23 @@ def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
     rows = parts(o, batch, window + 1), parts(a, batch, window), parts(task, batch)
     mask, episode = zeros == 0, zeros[:, 0].long()
     return Windows(*rows, zeros, zeros, zeros, mask, ~mask[:, 0], episode)
+
+
+def _shape(config: ModelConfig) -> Shape | None:
+    """The shape of a text world's network; None for another architecture than ours."""
+    if config.pretrained is None:
+        return rung_shape(config.size, config.vocabulary)
+    return pretrained_shape(config.pretrained, config.context)
+
+
+def _other_params(spec: Spec, config: ModelConfig) -> ParamCounts:
+    """The counts of a pretrained network of another architecture, which is loaded."""
+    net = new_text_net(spec, config)
+    total = sum(parameter.numel() for parameter in net.parameters())
+    backbone = sum(parameter.numel() for parameter in net.backbone.parameters())
+    shape = net.model.shape
+    embeddings = shape.vocabulary * shape.d_model
+    return ParamCounts(backbone - embeddings, embeddings, backbone, total - backbone, total, 1, 0)
 
 
 def language_params(shape: Shape, spec: Spec, members: int = 1, rank: int = 0) -> ParamCounts:

@@ -174,9 +174,10 @@ LANGUAGE_RUNGS: dict[str, LanguageDims] = {
     "7b": LanguageDims(3584, 53, 9728, 8),
 }
 
-LADDERS: dict[str, Mapping[str, Dims | EnsembleDims]] = {
+LADDERS: dict[str, Mapping[str, Dims | EnsembleDims | LanguageDims]] = {
     "sequence": RUNGS,
     "ensemble": ENSEMBLE_RUNGS,
+    "language": LANGUAGE_RUNGS,
 }
 """The rungs of every family, by its name; `families.NETWORKS` has the networks."""
 

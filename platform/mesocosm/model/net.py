@@ -84,6 +84,11 @@ class WindowLosses:
         """The sums over all windows, by part."""
         return {name: nats.sum() for name, nats in self.by_window.items()}
 
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """The numbers by which nats are divided, by name: sums over all windows."""
+        return {"transitions": self.transitions}
+
 
 class WorldNet(nn.Module, ABC):
     """The trained part of a world. Parameters may be float32 or bfloat16; densities and losses are

@@ -11,7 +11,7 @@ columns, so that nothing of an evicted step survives in deeper layers.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +310,7 @@ class World:
         about = {
             "schema": SCHEMA,
             "spec": self.spec.to_json(),
-            "config": asdict(self.config),
+            "config": self.config.to_json(),
             "disagreement_scale": self.disagreement_scale,
         }
         if self.known is not None:
@@ -331,7 +331,7 @@ class World:
             UsageError: A known function cannot be imported.
         """
         with described(folder, SCHEMA) as about:
-            spec, config = Spec.from_json(about["spec"]), ModelConfig(**about["config"])
+            spec, config = Spec.from_json(about["spec"]), ModelConfig.from_json(about["config"])
             net, base = build(spec, config), Base(spec, config)
             net.load_state_dict(load_file(folder / "model.safetensors"))
             base.load_state_dict(load_file(folder / "base.safetensors"))

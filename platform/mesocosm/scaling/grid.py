@@ -24,8 +24,6 @@ from typing import Any
 
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
-from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
@@ -34,6 +32,7 @@ from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.train import prepare
 from mesocosm.train.config import TrainConfig
 from mesocosm.train.engine import least_gib
+from mesocosm.train.prepare import AnyCodec, AnyLoader
 from mesocosm.versions import VERSIONS
 
 SCHEMA = 1
@@ -110,7 +109,7 @@ class Grid:
     precision: str
     cells: tuple[Cell, ...]
     dataset: Dataset
-    codec: Codec
+    codec: AnyCodec
     cluster: ClusterConfig
 
     def trunks(self, cells: Iterable[Cell], *, alone: bool = False) -> list[Trunk]:
@@ -235,12 +234,13 @@ def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Gr
         if value > transitions:
             message = f"grid.unique must be <= the {transitions} training transitions of {ids}"
             raise UsageError(f"{message}, got {value}; collect more, or lower it")
-    codec, precision = prepare.fit_codec(dataset), resolved_precision(config, cluster)
+    codec = prepare.fit_codec(dataset, config.model)
+    precision = resolved_precision(config, cluster)
 
     @cache
-    def loader(unique: int | None, seed: int) -> Loader:
+    def loader(unique: int | None, seed: int) -> AnyLoader:
         view = prepare.narrowed(dataset, unique, seed)
-        return Loader(view, codec, "train", config.model.context, config.train.batch, seed)
+        return prepare.make_loader(view, codec, "train", config.model, config.train.batch, seed)
 
     cells: list[Cell] = []
     uniques = [None] if config.grid.unique is None else sorted(config.grid.unique)
@@ -270,11 +270,11 @@ def resolved_precision(config: SweepConfig, cluster: ClusterConfig) -> str:
 def _cells(
     config: SweepConfig,
     precision: str,
-    codec: Codec,
+    codec: AnyCodec,
     datasets: list[str],
     size: str,
     unique: int | None,
-    loader: Loader,
+    loader: AnyLoader,
 ) -> list[Cell]:
     """The cells of one size, U and seed, ascending in steps."""
     grid, train, transitions = config.grid, config.train, loader.transitions_per_epoch
@@ -290,7 +290,7 @@ def _cells(
     options = {name: value for name, value in asdict(train).items() if name != "decay"}
     shared = {
         "family": config.model.family,
-        "model": asdict(model),
+        "model": model.to_json(),
         "train": options | {"precision": precision},
         "datasets": datasets,
         "codec": codec.id,

@@ -117,7 +117,7 @@ class PlanConfig(PretrainConfig):
         if datasets and config.data.datasets == default.data.datasets:
             config = replace(config, data=replace(config.data, datasets=list(datasets)))
         if config.model == default.model and "model" in swept:
-            config = replace(config, model=ModelConfig(**swept["model"]))
+            config = replace(config, model=ModelConfig.from_json(swept["model"]))
         if config.train == default.train and "train" in swept:
             cell = CellTraining(**swept["train"])
             warmup = cell.warmup

@@ -25,6 +25,7 @@ from mesocosm.store.artifacts import Storage
 from mesocosm.train import engine, prepare
 from mesocosm.train.engine import Rank
 from mesocosm.train.schedule import factor
+from mesocosm.train.text_training import trainer_of
 from mesocosm.train.training import Diverged, RankTrainer
 
 
@@ -59,7 +60,8 @@ class TrunkWorker:
         self.storage = Storage(work.root)
         self.rank = single_rank("cuda" if work.gpu else "cpu")
         self.dataset = prepare.open_datasets(self.storage, work.datasets)
-        self.codec = Codec.from_json(work.codec)
+        family = next(iter(work.trunks.values())).model.family
+        self.codec = prepare.codec_from_json(work.codec, family)
 
     def train(self, id: str) -> Iterator[CellOutcome]:
         """Train the cells of trunk `id` and store their records.
@@ -75,11 +77,14 @@ class TrunkWorker:
         left = [cell.id for cell in trunk.cells]
         try:
             dataset = prepare.narrowed(self.dataset, trunk.unique, trunk.seed)
-            base, seconds = cells.fit_base(
-                self.storage, dataset, self.codec, trunk.model, trunk.seed
-            )
-            training, _ = RankTrainer.start(
-                dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.rank, lambda: base
+            base, seconds = None, 0.0
+            if isinstance(self.codec, Codec):
+                base, seconds = cells.fit_base(
+                    self.storage, dataset, self.codec, trunk.model, trunk.seed
+                )
+            settings = trunk.model, trunk.options, trunk.seed, self.rank
+            training, _ = trainer_of(self.codec).start(
+                dataset, self.codec, *settings, None if base is None else lambda: base
             )
             try:
                 for outcome in branches(training, trunk.cells):

@@ -10,7 +10,7 @@ from mesocosm import checks
 from mesocosm.config import JobConfig, identity
 from mesocosm.envs.config import KnownConfig
 from mesocosm.errors import UsageError
-from mesocosm.model.config import ModelConfig
+from mesocosm.model.config import LANGUAGE, ModelConfig
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DEFAULT_STEPS = 1000
@@ -66,7 +66,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training transitions, instead of `steps`."""
     batch: int = 32
-    """Windows a step, over all workers."""
+    """Windows a step (language: rows of `model.context` tokens), over all workers."""
     lr: float = 6e-3
     """Learning rate at the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
@@ -138,6 +138,8 @@ class PretrainConfig(JobConfig):
             value, above = getattr(t, key), key not in not_negative
             if value is not None and not (0 < value < math.inf or (value == 0 and not above)):
                 raise UsageError(f"train.{key} must be {'>' if above else '>='} 0, got {value}")
+        if self.model.family == LANGUAGE:
+            self._refuse_unread()
         if t.warmup + t.decay > 1:
             values = f"train.warmup={t.warmup} and train.decay={t.decay}"
             raise UsageError(f"train.warmup + train.decay must be <= 1, got {values}")
@@ -148,6 +150,22 @@ class PretrainConfig(JobConfig):
         if t.batch % micro:
             factors = f"(train.workers={t.workers} x train.accumulate={t.accumulate})"
             raise UsageError(f"train.batch must be a multiple of {micro} {factors}, got {t.batch}")
+
+    def _refuse_unread(self) -> None:
+        """Raise UsageError for a key that the family of texts does not read."""
+        unread = {
+            "data.weights": self.data.weights,
+            "data.block": self.data.block,
+            "train.corrupt_history": self.train.corrupt_history or None,
+            "known.reward": self.known.reward,
+            "known.terminated": self.known.terminated,
+        }
+        for key, value in unread.items():
+            if value is not None:
+                raise UsageError(
+                    f"{key} must be left out with model.family={LANGUAGE}, which does not read it,"
+                    f" got {value}"
+                )
 
 
 def world_identity(config: PretrainConfig) -> dict[str, Any]:

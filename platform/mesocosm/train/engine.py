@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mesocosm.model import mup
-from mesocosm.model.net import WorldNet
 from mesocosm.train import checkpoint
 from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import TrainConfig
@@ -83,7 +82,7 @@ def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -
 
 
 def start(
-    net: WorldNet, options: TrainConfig, rank: Rank, resume_from: Path | None
+    net: nn.Module, options: TrainConfig, rank: Rank, resume_from: Path | None
 ) -> tuple[Any, list[float], TrainingProgress | None]:
     """Start the engine, from the checkpoint in the local folder `resume_from`, if any.
 
@@ -161,15 +160,17 @@ def step(engine: Any) -> float:
 
 
 def weights(engine: Any, rank: Rank) -> dict[str, Tensor] | None:
-    """All parameters in float32 on the CPU, on rank 0; None elsewhere. Every rank must
+    """All trained parameters in float32 on the CPU, on rank 0; None elsewhere. Every rank must
     call it: shards are gathered, one parameter at a time.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    net: WorldNet = engine.module
+    net: nn.Module = engine.module
     sharded = engine.zero_optimization_stage()
     full: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         value = safe_get_full_fp32_param(parameter) if sharded else parameter
         if rank.rank == 0:
             full[name] = value.detach().float().cpu().clone().contiguous()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,25 +15,28 @@ from safetensors.torch import load, save
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.windows import start_parts
-from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.spaces import Space, SpaceCodec
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
-from mesocosm.model.config import ModelConfig
+from mesocosm.model.config import LANGUAGE, ModelConfig
 from mesocosm.model.spec import Spec
 from mesocosm.model.start import ANCHORS
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
 from mesocosm.train.config import DataConfig, TrainConfig
+from mesocosm.train.texts import TextCorpus
 
 BASE = "base.safetensors"
 JUDGED = 2048
 """Transitions, and terminal events, that stop the fits of the reward and termination networks."""
 CODEC = "codec.json"
-TENSOR_FAMILIES = ("ensemble", "sequence")
-"""The families that learn a text as one category per character."""
+AnyCodec = Codec | TextCorpus
+"""The fitted form of the data; a `TextCorpus` for the family of texts."""
+AnyLoader = Loader | TextLoader
 
 
 def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
@@ -53,7 +57,7 @@ def check_texts(observation: Space, action: Space, family: str) -> None:
         action: The action space.
         family: `model.family`.
     """
-    if family in TENSOR_FAMILIES:
+    if family != LANGUAGE:
         SpaceCodec(observation, "observation").check_slots()
         SpaceCodec(action, "action").check_slots()
 
@@ -65,22 +69,59 @@ def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:
     return dataset if unique is None else dataset.unique(unique, seed)
 
 
-def fit_codec(dataset: Dataset) -> Codec:
-    """`Codec.fit`, the first to read the data. Raises UsageError if they are damaged."""
+def fit_codec(dataset: Dataset, model: ModelConfig) -> AnyCodec:
+    """Fit the codec of a family, the first to read the data. Raises UsageError if they are
+    damaged.
+    """
     try:
+        if model.family == LANGUAGE:
+            return TextCorpus.fit(dataset, model)
         return Codec.fit(dataset)
     except ArtifactError as error:
         raise UsageError(str(error)) from error
 
 
-def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
+def codec_from_json(values: dict[str, Any], family: str) -> AnyCodec:
+    """A stored codec of a family."""
+    return TextCorpus.from_json(values) if family == LANGUAGE else Codec.from_json(values)
+
+
+def fitted_codec(storage: Storage, folder: str, dataset: Dataset, model: ModelConfig) -> AnyCodec:
     """The codec in the training's folder, or a new one, which is stored there."""
     stored = storage.read(f"{folder}/{CODEC}")
     if stored is not None:
-        return Codec.from_json(json.loads(stored))
-    codec = fit_codec(dataset)
+        return codec_from_json(json.loads(stored), model.family)
+    codec = fit_codec(dataset, model)
     storage.write(f"{folder}/{CODEC}", json.dumps(codec.to_json()).encode())
     return codec
+
+
+def make_loader(
+    dataset: Dataset,
+    codec: AnyCodec,
+    split: Split,
+    model: ModelConfig,
+    batch: int,
+    seed: int,
+    data: DataConfig | None = None,
+) -> AnyLoader:
+    """The windows of a split, or its rows of tokens.
+
+    Args:
+        dataset: The data.
+        codec: Fitted on all of the data.
+        split: `train` or `valid`.
+        model: Its context is read, and its members by the family of texts.
+        batch: Windows or rows of a step, over all workers.
+        seed: Of the order.
+        data: The order; by default all windows are shuffled.
+    """
+    if isinstance(codec, TextCorpus):
+        return codec.loader(dataset, split, model, batch, seed)
+    data = data or DataConfig()
+    shape = (model.context, batch, seed)
+    weights = data.weights if split == "train" else None
+    return Loader(dataset, codec, split, *shape, block=data.block, weights=weights)
 
 
 def fit_base(

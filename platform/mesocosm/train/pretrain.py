@@ -18,19 +18,30 @@ import torch
 from mesocosm.cluster import ray_session
 from mesocosm.data.analysis.evidence import evidence
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.model import counts
+from mesocosm.model.language.pretrained import pretrained_identity
+from mesocosm.model.language.world import TextWorld
+from mesocosm.model.world import World
 from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, known, prepare
 from mesocosm.train.checkpoint import Checkpoint
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
-from mesocosm.train.export import calibrate, check_termination, load_trained, widen
+from mesocosm.train.export import (
+    TerminationCheck,
+    calibrate,
+    check_termination,
+    load_trained,
+    widen,
+)
 from mesocosm.train.feed import Feed
+from mesocosm.train.prepare import AnyCodec, AnyLoader
+from mesocosm.train.text_export import calibrate_text, check_text, load_trained_text
+from mesocosm.train.texts import TextCorpus
 from mesocosm.train.worker import FLOPS, TrainWork, train_loop
 
 POLL_S, POLL_REMOTE_S = 0.2, 2.0
@@ -53,14 +64,13 @@ class Pretraining(Plan[PretrainConfig]):
         """GPUs of each worker."""
         return self.config.train.gpus_per_worker or 0.0
 
-    def loader(self, codec: Codec) -> Loader:
+    def loader(self, codec: AnyCodec) -> AnyLoader:
         """The loader of the training split; the codec is fitted on the whole dataset."""
-        c, data = self.config, self.config.data
-        shape = (c.model.context, c.train.batch, c.seed)
-        dataset = prepare.narrowed(self.dataset, data.unique, c.seed)
-        return Loader(dataset, codec, "train", *shape, block=data.block, weights=data.weights)
+        c = self.config
+        dataset = prepare.narrowed(self.dataset, c.data.unique, c.seed)
+        return prepare.make_loader(dataset, codec, "train", c.model, c.train.batch, c.seed, c.data)
 
-    def steps(self, loader: Loader) -> int:
+    def steps(self, loader: AnyLoader) -> int:
         train = self.config.train
         if train.epochs is not None:
             return max(1, math.ceil(train.epochs * loader.windows_per_epoch / train.batch))
@@ -98,6 +108,8 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         functions = known.load(config.known)
         known.check_spaces(functions, *spaces)
         facts = world_identity(config)
+        if config.model.pretrained is not None:  # wherever its files lie
+            facts["model"]["pretrained"] = pretrained_identity(config.model.pretrained)
         if functions:
             facts["known"] = {part: function.identity for part, function in functions.items()}
         return Pretraining(
@@ -111,7 +123,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
 
     def summary(self, plan: Pretraining) -> dict[str, Any]:
         known.check_data(plan.functions, plan.dataset)
-        codec = prepare.fit_codec(plan.dataset)
+        codec = prepare.fit_codec(plan.dataset, plan.config.model)
         loader = plan.loader(codec)
         steps, model, train = plan.steps(loader), plan.config.model, plan.config.train
         sizes = counts.params(codec.spec, model)
@@ -146,7 +158,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             raise UsageError(f"{text}, got {train.zero_stage}; {checkpoint.AGAIN}")
         for warning in known.check_data(plan.functions, plan.dataset):
             run.say(f"warning: {warning}")
-        codec = prepare.fitted_codec(storage, folder, plan.dataset)
+        codec = prepare.fitted_codec(storage, folder, plan.dataset, config.model)
         loader = plan.loader(codec)
         steps = plan.steps(loader)
         if last is None or not last[1].done:
@@ -168,33 +180,30 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         return artifact
 
     def _export(
-        self, plan: Pretraining, run: Run, codec: Codec, loader: Loader, last: Checkpoint
+        self, plan: Pretraining, run: Run, codec: AnyCodec, loader: AnyLoader, last: Checkpoint
     ) -> Artifact:
         """Turn the last checkpoint into the world artifact."""
         import ray.train
 
         config, dataset, storage = plan.config, loader.dataset, run.storage
         path, progress = last
-        base_path = f"{checkpoint.folder_of(plan.id)}/{prepare.BASE}"
-        base = prepare.read_base(storage, base_path, codec.spec, config.model)
-        assert base is not None, "a finished training has its base"
         filesystem, prefix = storage.arrow()
         with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
             checkpoint.verify(Path(local))
-            world = load_trained(Path(local) / checkpoint.MODEL, base, codec, config.model)
-        if plan.functions:
-            functions = plan.functions
-            world.known = codec.known(functions.get("reward"), functions.get("terminated"))
-        widen(world, dataset, codec, config.data.block)
-        calibrate(world, dataset, codec)
-        termination = check_termination(world, dataset, codec, config.seed)
+            weights = Path(local) / checkpoint.MODEL
+            made = (
+                _text_world(plan, codec, dataset, weights)
+                if isinstance(codec, TextCorpus)
+                else _window_world(plan, storage, codec, dataset, weights)
+            )
+        termination = made.termination
         shown = evidence(dataset, seed=config.seed)
         unidentified = shown.unidentified()
 
         chosen = (row for row in progress.validations if row["step"] == progress.chosen_step)
         metrics = dict(next(chosen, {}))
         metrics.pop("step", None)
-        metrics |= {"chosen_step": progress.chosen_step} | progress.measured | base.metrics
+        metrics |= {"chosen_step": progress.chosen_step} | progress.measured | made.metrics
         for name in ("recall", "precision"):
             if (value := getattr(termination, name)) is not None:
                 metrics[f"termination_{name}"] = value
@@ -216,7 +225,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         artifact = self.commit(
             plan,
             run,
-            world.save,
+            made.world.save,
             codec=codec.id,
             metrics=metrics,
             checks=checks,
@@ -237,8 +246,40 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         return artifact
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A world that is ready to be stored."""
+
+    world: World | TextWorld
+    termination: TerminationCheck
+    metrics: dict[str, float]
+
+
+def _window_world(
+    plan: Pretraining, storage: Storage, codec: Codec, dataset: Dataset, weights: Path
+) -> _Made:
+    config = plan.config
+    base_path = f"{checkpoint.folder_of(plan.id)}/{prepare.BASE}"
+    base = prepare.read_base(storage, base_path, codec.spec, config.model)
+    assert base is not None, "a finished training has its base"
+    world = load_trained(weights, base, codec, config.model)
+    if plan.functions:
+        functions = plan.functions
+        world.known = codec.known(functions.get("reward"), functions.get("terminated"))
+    widen(world, dataset, codec, config.data.block)
+    calibrate(world, dataset, codec)
+    return _Made(world, check_termination(world, dataset, codec, config.seed), base.metrics)
+
+
+def _text_world(plan: Pretraining, codec: TextCorpus, dataset: Dataset, weights: Path) -> _Made:
+    world = load_trained_text(weights, codec, plan.config.model)
+    calibrate_text(world, dataset, codec, plan.config.model)
+    check = check_text(world, dataset, codec, plan.config.model)
+    return _Made(world, check.termination, check.metrics)
+
+
 def _train(
-    work: TrainWork, config: PretrainConfig, run: Run, dataset: Dataset, codec: Codec
+    work: TrainWork, config: PretrainConfig, run: Run, dataset: Dataset, codec: AnyCodec
 ) -> None:
     """Train on the cluster and log rank 0's records; fit the base while the workers start."""
     from mesocosm.train.trainer import make_trainer  # imports Ray Train
@@ -269,7 +310,9 @@ def _train(
             thread.start()
             flops = prepare.step_flops(codec.spec, work.model, work.train)
             storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
-            prepare.fit_base(storage, base_path, dataset, codec, work.model, work.seed, work.data)
+            if isinstance(codec, Codec):
+                settings = work.model, work.seed, work.data
+                prepare.fit_base(storage, base_path, dataset, codec, *settings)
             alive = True
             while alive and failure is None:
                 alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)
@@ -279,7 +322,9 @@ def _train(
                         step = record.pop("step")
                         run.log(record, step)
                         note = f"loss {record['train/loss']:.3f} nats"
-                        if "transitions_per_s" in record:
+                        if "tokens_per_s" in record:
+                            note += f"  {record['tokens_per_s']:,.0f} tokens/s"
+                        elif "transitions_per_s" in record:
                             note += f"  {record['transitions_per_s']:,.0f} transitions/s"
                         update(step, note)
         except BaseException:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -18,22 +18,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import SPLITS
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
-from mesocosm.model.net import WindowLosses, apply_base
+from mesocosm.model.language.net import TextNet
+from mesocosm.model.net import WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.widening import FEW, HIGH, LOW
 from mesocosm.train import engine
 from mesocosm.train.checkpoint import MODEL, TrainingProgress, Weights
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
+from mesocosm.train.prepare import AnyCodec, AnyLoader, make_loader
 from mesocosm.train.schedule import Watch
 
 NOISE = -2
@@ -41,6 +41,8 @@ NOISE = -2
 JUDGED_WINDOWS = 256
 """The most windows that judge the weights."""
 WIDENING_STEP = 2.0
+COUNTS = ("transitions", "bytes", "tokens")
+"""The counts of `WindowLosses` in the totals of a step."""
 
 
 class Diverged(MesocosmError):
@@ -53,9 +55,9 @@ class RankTrainer:
 
     engine: Any
     rates: list[float]  # each parameter group's full learning rate
-    base: Base
-    loader: Loader
-    valid: Loader | None
+    base: Base | None  # None for a family without one
+    loader: AnyLoader
+    valid: AnyLoader | None
     options: TrainConfig
     rank: Rank
     seed: int
@@ -63,49 +65,54 @@ class RankTrainer:
     watch: Watch = field(default_factory=Watch)
     _pending: bool = False  # there are gradients that no optimiser step has used
 
-    @staticmethod
+    @classmethod
     def start(
+        cls,
         dataset: Dataset,
-        codec: Codec,
+        codec: AnyCodec,
         model: ModelConfig,
         options: TrainConfig,
         seed: int,
         rank: Rank,
-        base: Callable[[], Base],
+        base: Callable[[], Base] | None,
         *,
         data: DataConfig | None = None,
         resume_from: Path | None = None,
-    ) -> tuple[RankTrainer, TrainingProgress | None]:
+    ) -> tuple[Self, TrainingProgress | None]:
         """Start to train `model` on `dataset`, or resume.
 
         Args:
             base: Returns the base. It is called last, because the caller may have to wait for it.
+                None for a family without one.
             data: The order of the data; by default all windows are shuffled.
             resume_from: The local folder of a checkpoint.
 
         Returns:
             The training, and the checkpoint's progress.
         """
-        data = data or DataConfig()
-
-        def load(split: Split, weights: list[float] | None) -> Loader:
-            shape = (model.context, options.batch, seed)
-            return Loader(dataset, codec, split, *shape, block=data.block, weights=weights)
-
-        loader = load("train", data.weights)
-        valid = load("valid", None) if dataset.size("valid") else None
+        shape = (model, options.batch, seed, data)
+        loader = make_loader(dataset, codec, "train", *shape)
+        valid = make_loader(dataset, codec, "valid", *shape) if dataset.size("valid") else None
         torch.manual_seed(seed)
-        net = build(codec.spec, model)
-        mup.init_(net, seed)
+        net = cls.new_net(dataset, codec, model, seed)
         net.checkpoint_activations = options.activation_checkpointing
-        net.trains_on(training_episodes(dataset, model.members))
         running, rates, progress = engine.start(net, options, rank, resume_from)
-        frozen = base().to(rank.device)
+        frozen = base().to(rank.device) if base is not None else None
         chosen = None
         if resume_from is not None and rank.rank == 0 and (resume_from / MODEL).exists():
             chosen = load_file(resume_from / MODEL)
-        trainer = RankTrainer(running, rates, frozen, loader, valid, options, rank, seed, chosen)
+        trainer = cls(running, rates, frozen, loader, valid, options, rank, seed, chosen)
         return trainer, progress
+
+    @staticmethod
+    def new_net(
+        dataset: Dataset, codec: AnyCodec, model: ModelConfig, seed: int
+    ) -> WorldNet | TextNet:
+        """The network to train."""
+        net = build(codec.spec, model)
+        mup.init_(net, seed)
+        net.trains_on(training_episodes(dataset, model.members))
+        return net
 
     @property
     def lr(self) -> float:
@@ -136,10 +143,7 @@ class RankTrainer:
         shares = range(rank.rank * options.accumulate, (rank.rank + 1) * options.accumulate)
         sums, random = Sums(), self._random()
         for share in shares:
-            first = position * options.batch + share * (options.batch // micro)
-            windows = self.loader.batch(position, share, micro)
-            windows = corrupted(windows, self.base, options.corrupt_history, self.seed, first)
-            losses = self._forward(windows)
+            losses = self._forward(self._batch(position, share, micro))
             self.engine.backward(losses.objective)
             self._pending = True
             sums.add(losses, 1 / micro)
@@ -158,10 +162,22 @@ class RankTrainer:
             raise Diverged(problem)
         return totals
 
-    def _forward(self, windows: Windows) -> WindowLosses:
+    def _batch(self, position: int, share: int, micro: int) -> Any:
+        """One of `micro` shares of the batch at `position`."""
+        options = self.options
+        first = position * options.batch + share * (options.batch // micro)
+        windows = cast(Windows, self.loader.batch(position, share, micro))
+        return corrupted(windows, self._base, options.corrupt_history, self.seed, first)
+
+    def _forward(self, windows: Any) -> WindowLosses:
         windows = windows.to(self.rank.device)
-        losses: WindowLosses = self.engine(windows, apply_base(self.base, windows))
+        losses: WindowLosses = self.engine(windows, apply_base(self._base, windows))
         return losses
+
+    @property
+    def _base(self) -> Base:
+        assert self.base is not None, "families of windows have one"
+        return self.base
 
     def _update(self) -> float:
         self._pending = False
@@ -177,9 +193,8 @@ class RankTrainer:
             for windows in self._evaluated(self.valid, self.options.validate_windows):
                 sums.add(self._forward(windows))
         totals = sums.reduced(self.rank.device)
-        for name in ("stop", "objective", "transitions"):
-            del totals[name]
-        return {f"valid/{name}": value for name, value in totals.items()}
+        hidden = ("stop", "objective", *COUNTS)
+        return {f"valid/{name}": value for name, value in totals.items() if name not in hidden}
 
     def held_out_loss(self, widening: float) -> tuple[float, float] | None:
         """The loss on at most JUDGED_WINDOWS that a member was not trained on: of the episodes that
@@ -213,7 +228,7 @@ class RankTrainer:
             nats.update({f: value / pairs for f, value in zip(factors, sums, strict=True) if pairs})
             return bool(pairs >= FEW)
 
-        searched = len(self.base.widening) > 0
+        searched = len(self._base.widening) > 0
         factors = [widening / WIDENING_STEP, widening, widening * WIDENING_STEP]
         if not judge(factors if searched else [1.0]):
             return None
@@ -228,17 +243,17 @@ class RankTrainer:
                 return finite[best], best
             judge(beyond)
 
-    def _held_out(self, loader: Loader, most: int, unseen: bool, factors: list[float]) -> Tensor:
+    def _held_out(self, loader: AnyLoader, most: int, unseen: bool, factors: list[float]) -> Tensor:
         """This rank's sum of nats at each factor, and the number of pairs, [F + 1] float64."""
         net, sums = self.engine.module, []
         for windows in self._evaluated(loader, most):
-            counted, base = net.held_out(windows, unseen=unseen), apply_base(self.base, windows)
+            counted, base = net.held_out(windows, unseen=unseen), apply_base(self._base, windows)
             outs = [base.widened(base.widening * factor) for factor in factors]
             losses = [self.engine(windows, out, counted).objective for out in outs]
             sums.append(torch.stack([*losses, counted.sum() / counted.numel()]) * counted.numel())
         return torch.stack(sums).double().sum(0)
 
-    def _evaluated(self, loader: Loader, most: int) -> Iterator[Windows]:
+    def _evaluated(self, loader: AnyLoader, most: int) -> Iterator[Any]:
         """This rank's share of at most so many windows, evenly spaced."""
         batch, rank = self.options.batch, self.rank
         for windows in loader.eval_batches(batch, rank.rank, rank.world_size, most):
@@ -307,25 +322,29 @@ class Sums:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, None] = {}
 
     def add(self, losses: WindowLosses, share: float = 1.0) -> None:
         """`share`: the micro-batch's part of the global batch, the weight of its objective."""
-        objective, transitions = losses.objective.detach(), losses.transitions
-        values = {"objective": objective, "transitions": transitions, **losses.nats}
+        counts = losses.counts
+        self._counts |= dict.fromkeys(counts)
+        values = {"objective": losses.objective.detach(), **counts, **losses.nats}
         numbers = torch.stack(list(values.values())).double().tolist()
         for name, number in zip(values, numbers, strict=True):
             self._sums[name] += number * share if name == "objective" else number
 
     def reduced(self, device: torch.device, stop: bool = False) -> dict[str, float]:
-        """Over all ranks: nats a transition by part, `loss` (their total), `objective`,
-        `transitions`, and `stop`: above 0 if any rank passes True.
+        """Over all ranks: nats a transition by part, `loss` (their total), `objective`, the counts,
+        `bits_per_byte` where bytes are counted, and `stop`: above 0 if any rank passes True.
         """
         names = sorted(self._sums)
         values = [*(self._sums[name] for name in names), float(stop)]
         vector = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(vector)
         totals = dict(zip([*names, "stop"], vector.tolist(), strict=True))
-        parts = [name for name in names if name not in ("objective", "transitions")]
+        parts = [name for name in names if name not in ("objective", *self._counts)]
+        if "bytes" in totals:
+            totals["bits_per_byte"] = totals["dynamics"] / max(totals["bytes"], 1.0) / math.log(2)
         for name in parts:
             totals[name] /= max(totals["transitions"], 1.0)
         totals["loss"] = sum(totals[name] for name in parts)

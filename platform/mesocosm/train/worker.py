@@ -26,7 +26,8 @@ from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.feed import Feed
 from mesocosm.train.schedule import Judgement, Watch, due, judged_steps, lr_factor, overtrained
-from mesocosm.train.training import Diverged, RankTrainer
+from mesocosm.train.text_training import trainer_of
+from mesocosm.train.training import Diverged
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""
@@ -76,12 +77,14 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
         torch.set_num_threads(1)
 
     dataset = prepare.open_datasets(storage, work.data.datasets, work.data.cache_gib)
-    codec = prepare.fitted_codec(storage, folder, dataset)
+    codec = prepare.fitted_codec(storage, folder, dataset, work.model)
     dataset = prepare.narrowed(dataset, work.data.unique, work.seed)
-    base = partial(_wait_for_base, work, storage, codec, feed)
+    base = None
+    if isinstance(codec, Codec):
+        base = partial(_wait_for_base, work, storage, codec, feed)
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as local:
-        training, stored = RankTrainer.start(
+        training, stored = trainer_of(codec).start(
             dataset,
             codec,
             work.model,
@@ -119,7 +122,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
                 )
             return
         seconds = time.perf_counter() - began
-        rates.add(losses["transitions"], seconds)
+        rates.add(losses["transitions"], seconds, losses.get("tokens", 0.0))
         seconds += progress.seconds
         progress = replace(progress, step=step, best=watch.best, high=watch.high, seconds=seconds)
 
@@ -193,29 +196,35 @@ class Throughput:
         group's peak FLOP/s.
         """
         self.flops, self.positions, self.peak = flops, positions, peak
-        self._recent, self._all = np.zeros(3), np.zeros(3)  # steps, transitions, seconds
+        # steps, transitions, seconds, tokens
+        self._recent, self._all = np.zeros(4), np.zeros(4)
 
-    def add(self, transitions: float, seconds: float) -> None:
-        """Count a step that trained on this many valid transitions, over all ranks."""
-        self._recent += (1, transitions, seconds)
+    def add(self, transitions: float, seconds: float, tokens: float = 0.0) -> None:
+        """Count a step that trained on this many valid transitions and tokens, over all ranks."""
+        self._recent += (1, transitions, seconds, tokens)
 
     def read(self) -> dict[str, float]:
-        """`transitions_per_s` (valid ones), `positions_per_s`, `mfu` (fraction of the peak)."""
+        """`transitions_per_s` (valid ones), `positions_per_s`, `mfu` (fraction of the peak), and
+        `tokens_per_s` of texts.
+        """
         rates = self._rates(*self._recent.tolist())
         self._all += self._recent
-        self._recent = np.zeros(3)
+        self._recent = np.zeros(4)
         return rates
 
     def overall(self) -> dict[str, float]:
         return self._rates(*self._all.tolist())
 
-    def _rates(self, steps: float, transitions: float, seconds: float) -> dict[str, float]:
+    def _rates(
+        self, steps: float, transitions: float, seconds: float, tokens: float
+    ) -> dict[str, float]:
         seconds = max(seconds, 1e-9)
-        return {
+        rates = {
             "transitions_per_s": transitions / seconds,
             "positions_per_s": steps * self.positions / seconds,
             "mfu": steps * self.flops / seconds / self.peak,
         }
+        return rates | ({"tokens_per_s": tokens / seconds} if tokens else {})
 
 
 def measured_peak(device: torch.device, precision: str) -> float:

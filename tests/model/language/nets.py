@@ -8,7 +8,7 @@ import torch
 
 from mesocosm.model.language.llama import Llama
 from mesocosm.model.language.shape import Shape, rung_shape
-from mesocosm.model.language.stream import StreamEpisode
+from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.mup import init_
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ class Bytes:
         return bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
 
 
-def counting(length: int, first: int = 0, hash: int = 0) -> StreamEpisode:
+def counting(length: int, first: int = 0, hash: int = 0) -> TextEpisode:
     """Observations count up by the action's number; a reward of 1 at a multiple of 4; the last step
     terminates.
     """
@@ -63,4 +63,4 @@ def counting(length: int, first: int = 0, hash: int = 0) -> StreamEpisode:
         actions.append(f"add {by}")
         observations.append(f"it is {now}")
         rewards.append(float(now % 4 == 0))
-    return StreamEpisode("", observations, actions, rewards, True, hash)
+    return TextEpisode("", observations, actions, rewards, True, hash)

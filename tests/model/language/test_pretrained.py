@@ -49,7 +49,7 @@ def test_a_source_that_is_nowhere_is_refused(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="'nobody/nothing'"):
         load_pretrained("nobody/nothing")
-    with pytest.raises(ArtifactError, match=r"a file that exists, got .*none\.gguf"):
+    with pytest.raises(UsageError, match=r"a file that exists, got .*none\.gguf"):
         load_pretrained(str(tmp_path / "none.gguf"))
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         load_pretrained(str(tmp_path))

@@ -11,7 +11,7 @@ from mesocosm.model.language.stream import (
     DYNAMICS,
     READ,
     TASK,
-    StreamEpisode,
+    TextEpisode,
     collate,
     pack,
     retained,
@@ -23,7 +23,7 @@ from mesocosm.model.spec import PartSpec, Spec
 from model.language.nets import Bytes, counting
 
 SPEC = Spec(PartSpec(), PartSpec(), reward_values=(0.0, 1.0))
-EPISODE = StreamEpisode("", ["ab", "é", "c"], ["x", ""], [0.0, 1.0], True)
+EPISODE = TextEpisode("", ["ab", "é", "c"], ["x", ""], [0.0, 1.0], True)
 
 
 def test_parts_and_marks() -> None:
@@ -45,7 +45,7 @@ def test_parts_and_marks() -> None:
 
 
 def test_a_task_comes_first() -> None:
-    (segment,) = segments(StreamEpisode("t", ["ab"], [], [], False), Bytes(), SPEC, 64)
+    (segment,) = segments(TextEpisode("t", ["ab"], [], [], False), Bytes(), SPEC, 64)
     t, a, b = (Bytes().encode(s)[0] for s in "tab")
     assert segment.ids.tolist() == [0, t, 2, a, b, 1]
     assert segment.part.tolist() == [READ, *[TASK] * 5]
@@ -79,14 +79,14 @@ def test_retained() -> None:
 
 def test_a_text_longer_than_the_window_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model\.context must be >= 12 tokens.*got 11"):
-        segments(StreamEpisode("", ["ab", "abcde"], ["x"], [0.0], False), Bytes(), SPEC, 11)
+        segments(TextEpisode("", ["ab", "abcde"], ["x"], [0.0], False), Bytes(), SPEC, 11)
 
 
 def test_a_reward_that_the_data_did_not_have_is_refused() -> None:
     with pytest.raises(UsageError, match=r"2 values, got 0\.5"):
-        segments(StreamEpisode("", ["ab", "y"], ["x"], [0.5], False), Bytes(), SPEC, 64)
+        segments(TextEpisode("", ["ab", "y"], ["x"], [0.5], False), Bytes(), SPEC, 64)
     numeric = Spec(PartSpec(), PartSpec(), reward_mean=1.0, reward_scale=2.0)
-    (segment,) = segments(StreamEpisode("", ["a", "y"], ["x"], [5.0], False), Bytes(), numeric, 64)
+    (segment,) = segments(TextEpisode("", ["a", "y"], ["x"], [5.0], False), Bytes(), numeric, 64)
     assert segment.reward[segment.mark].tolist() == [0.0, 2.0]
 
 

@@ -13,51 +13,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.config import fingerprint
 from mesocosm.data.loading.normalize import statistics
 from mesocosm.datasets.bounds import outside
 from mesocosm.datasets.dataset import Dataset, Split
-from mesocosm.datasets.episode import Outcome
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import Leaf, Space, SpaceCodec
 from mesocosm.errors import UsageError
+from mesocosm.model.language.stream import TextEpisode
+from mesocosm.model.spec import PartSpec, Spec
 
 Array = NDArray[Any]
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class TextEpisode:
-    """A whole episode of T transitions as texts."""
-
-    number: int
-    """Its number in the dataset."""
-    hash: int
-    """The seed of its bootstrap mask (`manifest.EPISODES`)."""
-    task: str
-    """"" without a task."""
-    observations: list[str]
-    """[T+1], without the keys of the task."""
-    actions: list[str]
-    """[T]"""
-    rewards: NDArray[np.float64]
-    """[T] raw."""
-    outcome: Outcome
-    durations: NDArray[np.float64] | None
-    """[T] seconds, or None."""
-
-    @property
-    def terminated(self) -> NDArray[np.bool_]:
-        """[T], true only at a terminal transition."""
-        last = np.arange(len(self.rewards)) == len(self.rewards) - 1
-        return last & (self.outcome == "terminated")
 
 
 class TextForm:
@@ -146,6 +121,19 @@ class TextCodec:
         self.observation_form = TextForm(body, decimals)
         self.action_form = TextForm(SpaceCodec(action, "action").leaves, decimals)
         self._task_form = TextForm(inside, decimals)
+
+    @property
+    def spec(self) -> Spec:
+        """The rewards and terminations; texts have no slots, and durations are not learned."""
+        rest = {**self.rest, "durations": False}
+        if rest["reward_values"] is not None:
+            rest["reward_values"] = tuple(rest["reward_values"])
+        return Spec(PartSpec(), PartSpec(), **rest)
+
+    @cached_property
+    def id(self) -> str:
+        """A fingerprint of everything in it."""
+        return fingerprint("texts", self.to_json())
 
     @staticmethod
     def fit(dataset: Dataset) -> TextCodec:
@@ -260,14 +248,13 @@ def text_episodes(
                 " constant, so leave them in the observation"
             )
         yield TextEpisode(
-            number=number,
-            hash=int(dataset.table["hash"][number]),
             task=task,
             observations=[codec.observation(value) for value in episode.observations],
             actions=[codec.action(value) for value in episode.actions],
-            rewards=episode.rewards,
-            outcome=episode.outcome,
-            durations=episode.durations,
+            rewards=episode.rewards.tolist(),
+            terminated=episode.outcome == "terminated",
+            hash=int(dataset.table["hash"][number]),
+            number=number,
         )
 
 

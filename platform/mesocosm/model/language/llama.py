@@ -36,6 +36,8 @@ TILE = 16
 LEAST = 4
 CHUNK = 32
 """Tokens of a row that one pass of `feed` reads: bounds the memory of the scores."""
+Mask = Tensor | list[int] | None
+"""The tokens that attention reads, see `LlamaBlock.forward`."""
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin) [..., 1, head] of the tokens' positions"""
 
@@ -87,13 +89,34 @@ class LlamaBlock(nn.Module):
         self.qkv_adapter, self.out_adapter = adapter(d, shape.qkv), adapter(attended, d)
         self.up_adapter, self.down_adapter = adapter(d, 2 * ff), adapter(ff, d)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, by: Selection) -> Tensor:
-        """Rows [B, T, d] -> the same. `mask` [B, 1, T, T] bool; None: causal."""
-        q, k, v = (part.transpose(1, 2) for part in self.project(x, rotation, by))
+    def forward(self, x: Tensor, rotation: Rotation, mask: Mask, by: Selection) -> Tensor:
+        """Rows [B, T, d] -> the same. `mask` [B, 1, T, T] bool; a list: of the lengths of segments,
+        negative for padding, through all rows; None: causal.
+        """
+        parts = self.project(x, rotation, by)
+        if isinstance(mask, list):
+            return self.finish(x, self._by_segment(parts, mask).reshape(*x.shape[:2], -1), by)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.shape.groups > 1
         )
         return self.finish(x, attended.transpose(1, 2).flatten(2), by)
+
+    def _by_segment(self, parts: tuple[Tensor, ...], lengths: list[int]) -> Tensor:
+        """Attention within each segment, [B * T, heads, head]: on a CPU the kernels for a mask take
+        three times as long, for tokens that see nothing of each other.
+        """
+        sizes = [abs(length) for length in lengths]
+        split = (part.flatten(0, 1).transpose(0, 1).split(sizes, 1) for part in parts)
+        attended = [
+            torch.zeros_like(q)
+            if length < 0
+            else F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=self.shape.groups > 1
+            )[0]
+            for length, q, k, v in zip(lengths, *split, strict=True)
+        ]
+        return torch.cat(attended, 1).transpose(0, 1)
 
     def project(self, x: Tensor, rotation: Rotation, by: Selection) -> tuple[Tensor, ...]:
         """Rotated queries [..., heads, head] and keys, and values [..., key_heads, head]."""
@@ -173,7 +196,9 @@ class Llama(nn.Module):
         x = self._embedded(ids)
         angle = position.unsqueeze(-1).float() * self._frequency(x)
         rotation = _rotation(angle)
-        mask = None if segment is None else segment_mask(segment)
+        mask: Mask = None
+        if segment is not None:
+            mask = _lengths(segment) if segment.device.type == "cpu" else segment_mask(segment)
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
             arguments = (x, rotation, mask, by)
@@ -282,6 +307,14 @@ class Llama(nn.Module):
             return None
         chosen = F.one_hot(torch.zeros_like(ids) if member is None else member, self.members)
         return chosen.repeat_interleave(self.rank, -1).to(self.embed.dtype)
+
+
+def _lengths(segment: Tensor) -> list[int]:
+    """The length of each segment of [B, T] int64, row after row, negative for padding."""
+    changes = F.pad(segment[:, 1:] != segment[:, :-1], (1, 0), value=True)
+    first = changes.flatten().nonzero().squeeze(1)
+    lengths = torch.diff(first, append=first.new_tensor([segment.numel()]))
+    return torch.where(segment.flatten()[first] < 0, -lengths, lengths).tolist()
 
 
 def segment_mask(segment: Tensor) -> Tensor:

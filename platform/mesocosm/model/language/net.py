@@ -61,11 +61,27 @@ class TextLosses(WindowLosses):
     bytes: Tensor
     """float32 scalar: UTF-8 bytes of the scored observations, and 1 a text for its mark; the starts
     are not among them."""
+    tokens: Tensor  # float32 scalar: those that are no padding
 
     @property
     def bits_per_byte(self) -> Tensor:
         """Bits of the dynamics per byte of text: comparable between tokenizers."""
         return self.nats["dynamics"] / self.bytes.clamp(min=1.0) / math.log(2.0)
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """As `WindowLosses.counts`, with the bytes and the tokens."""
+        return {"transitions": self.transitions, "bytes": self.bytes, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class StepPredictions:
+    """A network's predictions of N logged steps, each after all texts up to and with its own."""
+
+    uncertainty: Tensor
+    """[N] float32: `TextStep.disagreement` before its scale"""
+    p_terminated: Tensor  # [N] float32, the members' mean
+    reward: Tensor  # [N] float32, raw: the most likely one, or the expected one of numbers
 
 
 class TextNet(nn.Module):
@@ -96,6 +112,15 @@ class TextNet(nn.Module):
         self.termination_output = output(1)
         self.reward = RewardHead(spec, members, features=0)
         self.termination = TerminationHead(spec, members, features=0)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Recompute the backbone's blocks in the backward pass."""
+        return self.model.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.model.checkpoint_activations = value
 
     @property
     def model(self) -> Backbone:
@@ -130,6 +155,36 @@ class TextNet(nn.Module):
         }
         total = torch.stack([nats.sum() for nats in by_row.values()]).sum()
         return self._losses(rows, total / rows.ids.numel(), by_row)
+
+    @torch.no_grad()
+    def predictions(self, rows: TokenRows) -> StepPredictions:
+        """The members' opinions of the scored steps of rows, row after row."""
+        index = rows.mark.long().cumsum(1) - rows.mark.long()
+        scored = (rows.part == DYNAMICS).float()
+        empty = torch.zeros_like(scored)
+        count = empty.scatter_add(1, index, scored).clamp(min=1.0)
+        opinions: list[Tensor] = []
+        ended: list[Tensor] = []
+        outputs: list[Tensor] = []
+        for member in range(self.members):
+            read = rows.read_by(member)
+            hidden = self.model.hidden(read.ids, read.position, read.segment, read.member)
+            nats = self._text_nats(hidden, read.ids.roll(-1, 1)).roll(1, 1) * scored
+            if self.members == 1:
+                opinions.append(empty.scatter_reduce(1, index, nats, "amax"))
+            else:
+                opinions.append(empty.scatter_add(1, index, nats) / count)
+            states = hidden[rows.steps]
+            ended.append(torch.sigmoid(self.termination_logits(states)[member]))
+            outputs.append(self.reward_states(states)[member])
+        apart = opinions[0] if self.members == 1 else torch.stack(opinions).std(0, correction=0)
+        mean = torch.stack(outputs).mean(0, keepdim=True)
+        if self.reward.categorical:
+            reward = self.reward.values(mean)[mean.argmax(-1)]
+        else:
+            reward = self.reward.expected(mean, None)
+        at_steps = apart.gather(1, index)[rows.steps]
+        return StepPredictions(at_steps, torch.stack(ended).mean(0), reward.squeeze(0))
 
     def reward_states(self, states: Tensor) -> Tensor:
         """[N, d] states at marks -> [K, N, out], the outputs that `self.reward` reads."""
@@ -196,11 +251,12 @@ class TextNet(nn.Module):
     def _losses(self, rows: TokenRows, objective: Tensor, by_row: dict[str, Tensor]) -> TextLosses:
         steps = rows.steps
         count = torch.where(steps, rows.bytes, 0).sum().float()
-        return TextLosses(objective, by_row, steps.sum().float(), count)
+        return TextLosses(objective, by_row, steps.sum().float(), count, rows.tokens.float())
 
 
 def blank_rows(batch: int, window: int) -> TokenRows:
     """Rows of zeros on torch's default device, for counting."""
     zeros = torch.zeros(batch, window, dtype=torch.int64)
     flags, part = zeros == 1, torch.full_like(zeros, READ)
-    return TokenRows(zeros, zeros, None, part, flags, zeros.float(), flags, zeros, zeros)
+    count = torch.tensor(batch * window)
+    return TokenRows(zeros, zeros, None, part, flags, zeros.float(), flags, zeros, zeros, count)

@@ -5,6 +5,7 @@ and huggingface_hub, and only when it needs them: a folder of Llama's kind needs
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mesocosm.model.language.shape import Shape
 from mesocosm.model.language.tokenizer import TextTokenizer
 from mesocosm.model.mup import Kind, init_, tag
 
+SUFFIXES = (".json", ".safetensors")
 INSTALL = "install the extra: pip install 'mesocosm[language]'"
 
 
@@ -47,10 +49,10 @@ def load_pretrained(
             adapters.
         ArtifactError: A file is missing or damaged, or the tokenizer loses text.
     """
-    path = Path(source)
+    path = locate(source)
     if path.suffix == ".gguf":
         return _from_gguf(path, members, rank, seed)
-    folder = path if path.is_dir() else _download(source)
+    folder = path
     tokenizer = TextTokenizer.load(folder / "tokenizer.json")
     if refusal(read_config(folder), context) is None:
         network = load_folder(folder, members=members, rank=rank, seed=seed)
@@ -60,6 +62,48 @@ def load_pretrained(
             f"model.adapter.rank must be 0 for {source!r}, which is not of Llama's kind, got {rank}"
         )
     return Pretrained(load_other(folder), tokenizer)
+
+
+def locate(source: str) -> Path:
+    """The GGUF file, or the folder, of `model.pretrained`; a hub id is downloaded.
+
+    Raises:
+        UsageError: There is no such file or folder, and the hub does not answer.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"model.pretrained must be a file that exists, got {source!r}")
+        return path
+    return path if path.is_dir() else _download(source)
+
+
+def pretrained_identity(source: str) -> str:
+    """The sha256 of the files that decide the network and its tokenizer, wherever they lie."""
+    path, digest = locate(source), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def pretrained_shape(source: str, context: int) -> Shape | None:
+    """The shape of a checkpoint of Llama's kind, by its config alone where it is a folder.
+
+    Args:
+        source: As `load_pretrained`.
+        context: The tokens that will be read.
+
+    Returns:
+        The shape, or None for another architecture.
+    """
+    path = locate(source)
+    if path.is_dir() and refusal(config := read_config(path), context) is None:
+        return shape_of(config)
+    backbone = load_pretrained(source, context=context).backbone
+    return backbone.shape if isinstance(backbone, Llama) else None
 
 
 class OtherCache:
@@ -224,8 +268,6 @@ def load_other(folder: Path) -> OtherBackbone:
 
 def _from_gguf(file: Path, members: int, rank: int, seed: int) -> Pretrained:
     """Read a GGUF file, whose quantised weights become float32."""
-    if not file.is_file():
-        raise ArtifactError(f"model.pretrained must be a file that exists, got {str(file)!r}")
     try:
         import gguf  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer

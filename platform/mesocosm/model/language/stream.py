@@ -37,16 +37,19 @@ class Marked(Protocol):
 
 
 @dataclass(frozen=True)
-class StreamEpisode:
-    """An episode of T steps, or its first T."""
+class TextEpisode:
+    """An episode of T steps, or its first T, as texts."""
 
     task: str  # empty without a task
-    observations: Sequence[str]  # T + 1
-    actions: Sequence[str]  # T
-    rewards: Sequence[float]  # T, raw
+    observations: Sequence[str]
+    """[T+1], without the keys of the task"""
+    actions: Sequence[str]  # [T]
+    rewards: Sequence[float]  # [T], raw
     terminated: bool  # after the last step
     hash: int = 0
-    """int64 of the episode, which decides the members that train on it."""
+    """int64 of the episode, which decides the members that train on it"""
+    number: int = 0
+    """Its number in the dataset."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class Segment:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def steps(self) -> int:
+        """The transitions that it scores."""
+        return int((self.mark & (self.part == DYNAMICS)).sum())
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -81,6 +89,7 @@ class TokenRows:
     ended: Tensor  # bool
     bytes: Tensor  # int64
     member: Tensor  # int64: the member that reads each token
+    tokens: Tensor  # int64 scalar: those that are no padding
 
     def to(self, device: torch.device | str) -> TokenRows:
         """The same rows on `device`."""
@@ -111,7 +120,7 @@ def retained(start: int, steps: Sequence[int], window: int) -> int:
     return count
 
 
-def segments(episode: StreamEpisode, tokenizer: Marked, spec: Spec, window: int) -> list[Segment]:
+def segments(episode: TextEpisode, tokenizer: Marked, spec: Spec, window: int) -> list[Segment]:
     """Cut an episode so that every step is scored once, after as many tokens as a world would have
     at that step (see `retained`).
 
@@ -237,7 +246,8 @@ def collate(
             at += len(part)
     single = all(len(parts) == 1 for parts in rows)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return TokenRows(segment=None if single else torch.from_numpy(place), **tensors)
+    count = torch.tensor(sum(len(part) for parts in rows for part in parts))
+    return TokenRows(segment=None if single else torch.from_numpy(place), tokens=count, **tensors)
 
 
 def segment_member(episode: int, draw: int, members: int) -> int:

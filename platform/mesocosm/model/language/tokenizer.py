@@ -7,22 +7,20 @@ an action). No text contains them: a text that spells one out is encoded as ordi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Library
-
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.model.config import LEAST_VOCABULARY
 
 Split = Literal["words", "phrases"]
 """words: a token spans no two words. phrases: a token may span a clause, up to a comma or a full
 stop, which makes texts of few phrases about 4 times shorter, but takes more data to learn.
 """
 MARKS = ("<bos>", "<eoo>", "<eoa>")
-LEAST_VOCABULARY = 256 + len(MARKS)
 PHRASE = r"[^.,]*[.,] ?|[^.,]+$"
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|im_start|>", "<|endoftext|>")
 EOO_NAMES = ("<eoo>", "<|im_end|>", "<|eot_id|>", "</s>", "<|endoftext|>")
@@ -49,8 +47,10 @@ PROBES = (
 class TextTokenizer:
     """A lossless tokenizer with its three marks."""
 
-    def __init__(self, library: Library):
-        """Raises ArtifactError if a text does not survive encoding, or marks are missing."""
+    def __init__(self, library: Any):
+        """`library`: a `tokenizers.Tokenizer`. Raises ArtifactError if a text does not survive
+        encoding, or marks are missing.
+        """
         self._library = library
         library.encode_special_tokens = True  # in a text they are text
         library.no_padding()
@@ -79,7 +79,7 @@ class TextTokenizer:
         self._bytes: dict[int, bytes] | None = None
         self._byte_ids: dict[int, int] = {}
         self._missing = b""
-        if isinstance(library.decoder, decoders.ByteLevel):
+        if isinstance(library.decoder, _package().decoders.ByteLevel):
             self._read_bytes([i for i in self.specials if i not in (self.bos, self.eoo, self.eoa)])
         self._require_lossless()
 
@@ -102,21 +102,23 @@ class TextTokenizer:
                 f"model.vocabulary must be >= {LEAST_VOCABULARY} (256 bytes and {len(MARKS)} marks)"
                 f", got {vocabulary}"
             )
-        library = Library(models.BPE())
+        package = _package()
+        cuts = package.pre_tokenizers
+        library = package.Tokenizer(package.models.BPE())
         if split == "words":
-            library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            library.pre_tokenizer = cuts.ByteLevel(add_prefix_space=False)
         else:
-            library.pre_tokenizer = pre_tokenizers.Sequence(
+            library.pre_tokenizer = cuts.Sequence(
                 [
-                    pre_tokenizers.Split(Regex(PHRASE), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                    cuts.Split(package.Regex(PHRASE), "isolated"),
+                    cuts.ByteLevel(add_prefix_space=False, use_regex=False),
                 ]
             )
-        library.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        library.decoder = package.decoders.ByteLevel()
+        trainer = package.trainers.BpeTrainer(
             vocab_size=vocabulary,
             special_tokens=list(MARKS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=cuts.ByteLevel.alphabet(),
             min_frequency=2,
             show_progress=False,
         )
@@ -126,8 +128,9 @@ class TextTokenizer:
     @staticmethod
     def load(file: Path) -> TextTokenizer:
         """Read a tokenizer.json. Raises ArtifactError if it cannot be read or loses text."""
+        package = _package()
         try:
-            library = Library.from_file(str(file))
+            library = package.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise ArtifactError(f"tokenizer {str(file)!r} cannot be read: {error}") from error
         try:
@@ -139,6 +142,15 @@ class TextTokenizer:
         """Write tokenizer.json."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self._library.save(str(file))
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return str(self._library.to_str())
+
+    @staticmethod
+    def from_json(text: str) -> TextTokenizer:
+        """The inverse of `to_json`."""
+        return TextTokenizer(_package().Tokenizer.from_str(text))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The tokens of a text, without marks."""
@@ -214,6 +226,17 @@ class TextTokenizer:
 
     def _round_trip(self, text: str) -> str:
         return self.decode(self._encoded(text))
+
+
+def _package() -> Any:
+    """The package tokenizers. Raises UsageError where it is missing."""
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise UsageError(
+            "model.family=language needs the package tokenizers; install the extra: pip install"
+            " 'mesocosm[train]'"
+        ) from error
 
 
 def _byte_alphabet() -> dict[str, int]:
