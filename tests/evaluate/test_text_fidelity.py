@@ -12,7 +12,6 @@ pytest.importorskip("tokenizers")
 
 from model.language.test_world import keys, start, world
 
-from mesocosm.data.loading.texts import TextEpisode
 from mesocosm.envs.text.checks import ImaginedStep
 from mesocosm.envs.text.chores import Chores
 from mesocosm.envs.text.chores_policies import ChoresExpert
@@ -26,6 +25,7 @@ from mesocosm.evaluate.metrics.text_fidelity import (
     predict_steps,
 )
 from mesocosm.model.language.session import TextContext
+from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.language.world import TextWorld
 
 EASY = Chores(easy=True)
@@ -47,9 +47,9 @@ def played(seed: int) -> ImaginedText:
 def episode(played: ImaginedText, number: int) -> TextEpisode:
     steps = played.steps
     texts = [played.first_text, *(step.observation for step in steps)]
-    rewards = np.array([step.reward for step in steps])
+    rewards = [step.reward for step in steps]
     actions = [step.action for step in steps]
-    return TextEpisode(number, number, "", texts, actions, rewards, "terminated", None)
+    return TextEpisode("", texts, actions, rewards, True, number, number)
 
 
 def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mesocosm.data.loading.texts import TextEpisode
 from mesocosm.envs.text.checks import EpisodeCheck, ImaginedStep, StepCheck
 from mesocosm.model import rng
+from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.language.world import TextWorld
 from mesocosm.serve.session import START
 
@@ -157,7 +157,7 @@ def _predicted(
                     reward=float(episodes[row].rewards[t]),
                     generated_reward=float(out.reward[k]),
                     predicted_reward=float(reward[k]),
-                    terminated=bool(episodes[row].terminated[t]),
+                    terminated=episodes[row].ends[t],
                     generated_p=float(out.p_terminated[k]),
                     predicted_p=float(p[k]),
                 )
@@ -167,11 +167,7 @@ def _predicted(
 
 def _labels(episode: TextEpisode, check: Check) -> tuple[StepCheck, ...]:
     steps = zip(
-        episode.actions,
-        episode.observations[1:],
-        episode.rewards.tolist(),
-        episode.terminated.tolist(),
-        strict=True,
+        episode.actions, episode.observations[1:], episode.rewards, episode.ends, strict=True
     )
     return check(episode.observations[0], [ImaginedStep(*step) for step in steps]).steps
 

@@ -51,6 +51,12 @@ class TextEpisode:
     number: int = 0
     """Its number in the dataset."""
 
+    @property
+    def ends(self) -> list[bool]:
+        """[T], true only at a terminal step."""
+        last = len(self.actions) - 1
+        return [self.terminated and step == last for step in range(len(self.actions))]
+
 
 @dataclass(frozen=True)
 class Segment:
