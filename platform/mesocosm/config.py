@@ -40,7 +40,9 @@ class StorageConfig:
 @dataclass
 class TrackingConfig:
     uri: str | None = None
-    """An MLflow tracking URI. Defaults to a sqlite file under `storage.root`."""
+    """An MLflow tracking URI, or `none` to leave MLflow out. Defaults to a sqlite file under
+    `storage.root`.
+    """
     experiment: str = "mesocosm"
 
 

@@ -99,7 +99,14 @@ def kill_after(
     root: str, overrides: list[str], output: Path, iteration: int, delay: float = 0.0
 ) -> str:
     """Train in another process and SIGKILL it at the checkpoint of `iteration`."""
-    command = [sys.executable, "-m", "mesocosm", "train-agent", f"storage.root={root}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mesocosm",
+        "train-agent",
+        f"storage.root={root}",
+        "tracking.uri=none",
+    ]
     with open(output, "ab") as log:
         process = subprocess.Popen([*command, *SMALL, *overrides], stdout=log, stderr=log)
     while progress_of(root)[1] < iteration:

@@ -21,7 +21,7 @@ import pytest
 from mesocosm.envs.ledger import Ledger
 from mesocosm.store.artifacts import Storage
 
-KILLS = 30
+KILLS = 10
 LONGEST_S = 600.0
 """No attempt takes longer: a job whose parts were killed goes on or ends, it does not hang."""
 LOOP = """loop reality.env=CartPole-v1 reality.budget.steps=4000 rounds=2 collect.steps=400
@@ -30,7 +30,7 @@ LOOP = """loop reality.env=CartPole-v1 reality.budget.steps=4000 rounds=2 collec
     pretrain.model.base_steps=50 pretrain.model.head_steps=50 pretrain.train.steps=60
     pretrain.train.batch=16 pretrain.train.checkpoint_every=10 agent.backend=local
     agent.iterations=4 agent.num_envs=16 evaluate.episodes=2 evaluate.starts=8
-    evaluate.samples=2 evaluate.horizons=[1,5] evaluate.full=false"""
+    evaluate.samples=2 evaluate.horizons=[1,5] evaluate.full=false tracking.uri=none"""
 
 
 def start(root: str, log: Path) -> subprocess.Popen[bytes]:

@@ -38,6 +38,7 @@ class Collection:
             "lanes=2",
             "ledger=one",
             f"storage.root={self.root}",
+            "tracking.uri=none",
         ]
 
     def start(self) -> subprocess.Popen[bytes]:

@@ -64,6 +64,10 @@ SHORT = {
     "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
 }
 """What a job's command is given beside its own words."""
+QUIET = "tracking.uri=none"
+"""What every job is given: MLflow's import takes a quarter of a short job's CPU, and has tests of
+its own.
+"""
 BESIDES = {"/plan.yaml": "data.datasets=[ID]", "collect/halfcheetah": "reality.horizon=50"}
 """What a command with such a word is given, too: the newest plan may be of a law without data of
 its own, and few steps must make enough episodes.
@@ -206,8 +210,9 @@ def _filled(text: str, folder: Path, heard: dict[str, str]) -> str:
             text = re.sub(rf"(?<!\d){re.escape(word)}(?!\d)", heard[what], text)
     text = SOMEBODY.sub(newest, text)
     words = text.split()
-    short = SHORT.get(words[1], ()) if words[0] == "mesocosm" and words[1] in JOBS else ()
-    return " ".join([text, *(f"'{word}'" for word in short)])
+    if words[0] != "mesocosm" or words[1] not in JOBS:
+        return text
+    return " ".join([text, *(f"'{word}'" for word in (*SHORT.get(words[1], ()), QUIET))])
 
 
 def _run(script: str, folder: Path, env: dict[str, str]) -> str:

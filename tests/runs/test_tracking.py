@@ -169,3 +169,13 @@ def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
         progress = {"what": "steps", "completed": 3, "total": 10, "note": "a third"}
         assert status["state"] == "running" and status["progress"] == progress
     assert json.loads(uploaded("status.json"))["state"] == "done"
+
+
+def test_none_leaves_mlflow_out_until_a_later_job_delivers(root: str) -> None:
+    with tracking.start("collect", _config(root, uri="none"), id="quiet", quiet=True) as run:
+        run.log({"steps": 5}, step=2)
+    assert tracking.replay_pending(_config(root, uri="none")) == 0
+    assert not Storage(root).local_path("mlflow.db").exists()
+    assert json.loads((run.folder / "status.json").read_text())["state"] == "done"
+    config = _config(root)
+    assert tracking.replay_pending(config) == 1 and set(_runs(config)) == {"collect/quiet"}

@@ -276,7 +276,14 @@ def test_a_killed_driver_costs_no_finished_cell(
     the undisturbed sweep's.
     """
     root = cart_root(tmp_path)
-    command = [sys.executable, "-m", "mesocosm.cli.main", "sweep", f"storage.root={root}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mesocosm.cli.main",
+        "sweep",
+        f"storage.root={root}",
+        "tracking.uri=none",
+    ]
     command += ["data.datasets=[cart]", *small, "--json"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     driver = subprocess.Popen(command, **quiet, start_new_session=True)  # type: ignore[call-overload]

@@ -276,7 +276,14 @@ def test_a_checkpoint_outlives_an_outage(
     environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "MESOCOSM_TEST_MARK": mark}
 
     def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mesocosm.cli.main", "pretrain", "data.datasets=[cart]"]
+        command = [
+            sys.executable,
+            "-m",
+            "mesocosm.cli.main",
+            "pretrain",
+            "data.datasets=[cart]",
+            "tracking.uri=none",
+        ]
         command += [f"storage.root={storage.root}", "train.lr=3e-3", *SMALL_WORLD, *CHECKPOINTS]
         env = os.environ | environment
         with open(tmp_path / "output", "ab") as output:

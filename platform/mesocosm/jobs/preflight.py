@@ -15,7 +15,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig
 from mesocosm.errors import UsageError
 from mesocosm.job import Resources
-from mesocosm.runs.mlflow_mirror import redact
+from mesocosm.runs.mlflow_mirror import NONE, redact
 from mesocosm.store.artifacts import Storage
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -37,7 +37,7 @@ def check(config: JobConfig) -> str | None:
         _check_folder(storage.local_path("runs"), f"the copy of storage.root {storage.root!r}")
     else:
         _check_folder(Path(storage.root), f"storage.root {storage.root!r}", links=True)
-    return None if config.tracking.uri is None else _check_tracking(config.tracking.uri)
+    return None if config.tracking.uri in (None, NONE) else _check_tracking(config.tracking.uri)
 
 
 def check_resources(config: JobConfig, resources: Resources) -> None:
@@ -94,7 +94,7 @@ def _check_tracking(uri: str) -> str | None:
             return f"{message}; metrics are kept under storage.root and sent by a later run"
     elif dialect not in (*DATABASES, "databricks"):
         fix = "leave it out for a file under storage.root"
-        message = "tracking.uri must be http://HOST, https://HOST or sqlite:///FILE"
+        message = "tracking.uri must be http://HOST, https://HOST, sqlite:///FILE or none"
         raise UsageError(f"{message}, got {redact(uri)!r}; {fix}")
     return None
 

@@ -24,6 +24,8 @@ from mesocosm.store.artifacts import Storage
 from mesocosm.store.files import write_whole
 
 PENDING = "mlflow.pending"
+NONE = "none"
+"""The `tracking.uri` that leaves MLflow out"""
 _MEMO = "mlflow.json"
 _FLUSH_S = 2.0
 _ENDED = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -42,7 +44,9 @@ def redact(text: str) -> str:
 
 
 class Mirror:
-    """Replays a run's folder into MLflow from a thread."""
+    """Replays a run's folder into MLflow from a thread. With `tracking.uri=none` it only notes what
+    a later job with another URI would deliver.
+    """
 
     def __init__(self, folder: Path, config: JobConfig, name: str, note: Callable[[str], None]):
         self._folder, self._config, self._note = folder, config, note
@@ -51,7 +55,8 @@ class Mirror:
         self._queue: dict[str, list[Any]] = {"files": [], "worlds": []}
         self._save_queue()
         self._thread = threading.Thread(target=self._work, name=f"mlflow-{name}", daemon=True)
-        self._thread.start()
+        if config.tracking.uri != NONE:
+            self._thread.start()
 
     def add(self, queue: str, item: Any) -> None:
         """Queue a path of `files`, or an entry of `worlds` for the model registry."""
@@ -64,7 +69,8 @@ class Mirror:
     def close(self) -> None:
         """Deliver the rest, for at most 30 s."""
         self._closing.set()
-        self._thread.join(timeout=30)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=30)
 
     def _work(self) -> None:
         closing = False

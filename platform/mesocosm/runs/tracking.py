@@ -31,13 +31,23 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
-from mesocosm.runs.mlflow_mirror import PENDING, Mirror, deliver, ping, read_json, redact, uri_of
+from mesocosm.runs.mlflow_mirror import (
+    NONE,
+    PENDING,
+    Mirror,
+    deliver,
+    ping,
+    read_json,
+    redact,
+    uri_of,
+)
 from mesocosm.runs.upload import Uploader
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.store.files import write_whole
 from mesocosm.store.lease import Owner, hold, this_process
 
 __all__ = [
+    "NONE",
     "Run",
     "console",
     "ping",
@@ -261,6 +271,8 @@ def replay_pending(config: JobConfig) -> int:
                 state="failed", error="the process ended without recording its end (killed?)"
             )
             write_whole(folder / "status.json", json.dumps(status, indent=1).encode())
+        if config.tracking.uri == NONE:
+            continue
         try:
             deliver(folder, config)
             delivered += 1
