@@ -43,7 +43,14 @@ STORED = ("agents/", "runs/")
 """How paths in storage begin, which look like folders of the package."""
 SOMEBODY = re.compile(r"\b(OTHER_)?ID\b")
 """What stands in a page for the id of the reader's own artifact."""
-LACKING = ("id0", "law.json", "table.csv", "mymodule", "is no file, folder or pattern")
+LACKING = (
+    "id0",
+    "law.json",
+    "table.csv",
+    "mymodule",
+    "is no file, folder or pattern",
+    "no server answers there",
+)
 """Of these a dry run may say that they are not there: an earlier command would have made them, or
 the reader.
 """

@@ -200,6 +200,11 @@ def broken(observation: Any, rng: np.random.Generator) -> Any:
     raise KeyError("no such joint")
 
 
+def chat(observation: str, rng: np.random.Generator) -> str:
+    """Commands of an environment of texts, one of which ends its connection."""
+    return str(rng.choice(["hi there", "go", "crash"], p=[0.5, 0.4, 0.1]))
+
+
 def always_one(observation: Any, rng: np.random.Generator) -> Any:
     return 1
 

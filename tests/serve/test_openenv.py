@@ -16,6 +16,10 @@ from factories import wait_until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from mesocosm.envs import remote
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import make_env
+from mesocosm.errors import UsageError
 from mesocosm.serve import http_connection, openenv
 from mesocosm.serve.deployment import LISTENERS
 from mesocosm.serve.http_sessions import HttpSessions, to_json
@@ -282,6 +286,35 @@ def test_a_killed_replica(client: Any) -> None:
         connection: Any = slot.value._connection
         os.kill(connection.replica["pid"], signal.SIGKILL)
         assert all(result.result(240) for result in results)
+
+
+def test_a_served_world_as_reality(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reality.env=openenv:URL` plays in a served world as any client does."""
+    reality = RealityConfig(env=f"openenv:{client.url}")
+    monkeypatch.delenv(remote.TOKEN, raising=False)
+    with pytest.raises(
+        UsageError, match=rf"HTTP 401\); set the environment variable {remote.TOKEN}"
+    ):
+        make_env(reality)
+    monkeypatch.setenv(remote.TOKEN, client.token)
+    env = make_env(reality)
+    with Socket(client) as socket:
+        expected = episode(socket, seed=4)
+    texts, rewards, over = [env.reset(seed=4)[0]], [None], False
+    for action in ACTIONS[: len(expected) - 1]:
+        assert not over
+        text, reward, terminated, truncated, _ = env.step(action)
+        over = terminated or truncated
+        texts.append(text)
+        rewards.append(reward)
+    assert texts == [reply["observation"]["text"] for reply in expected]
+    assert rewards == [reply["reward"] for reply in expected] and over == expected[-1]["done"]
+    with pytest.raises(
+        RuntimeError, match=r"the server refused step \(VALIDATION_ERROR\): text must"
+    ):
+        env.reset()
+        env.step("go")
+    env.close()
 
 
 # -- clients of others

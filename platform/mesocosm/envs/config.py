@@ -61,7 +61,7 @@ class KnownConfig:
 class RealityConfig:
     env: str = ""
     """A Gymnasium id, or `module:Id` of your own: the current directory is importable, `Id` is
-    registered or a name in the module.
+    registered or a name in the module. `openenv:URL` is an environment behind OpenEnv's protocol.
     """
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment."""

@@ -14,6 +14,7 @@ from mesocosm.datasets.bounds import Clipped
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
+from mesocosm.envs.remote import PREFIX, RemoteEnv
 from mesocosm.errors import UsageError, nearest
 from mesocosm.user_code import import_module, one_line, source_hash
 
@@ -22,7 +23,8 @@ def make_env(config: RealityConfig) -> Env:
     """The environment of `reality.env`, with its kwargs and horizon.
 
     `module:Id` imports the module (the current directory is importable) and uses the id that it
-    registers, or else the class or function of that name.
+    registers, or else the class or function of that name. `openenv:URL` is the environment at that
+    address.
 
     Raises:
         UsageError: The environment does not exist, its module cannot be imported, it does not take
@@ -31,9 +33,10 @@ def make_env(config: RealityConfig) -> Env:
     check(config)
     setting = f"reality.env={config.env!r}"
     module_name, _, name = current_id(config.env).rpartition(":")
-    module = import_module(module_name, setting) if module_name else None
+    remote = config.env.startswith(PREFIX)
+    module = import_module(module_name, setting) if module_name and not remote else None
     registered = name in gymnasium.registry
-    if not registered and (module is None or not hasattr(module, name)):
+    if not remote and not registered and (module is None or not hasattr(module, name)):
         raise _unknown(config.env, name, module)
     try:
         env: Any
@@ -44,7 +47,10 @@ def make_env(config: RealityConfig) -> Env:
             }
             env = gymnasium.make(name, **limit, **config.kwargs)
         else:
-            env = getattr(module, name)(**config.kwargs)
+            if remote:
+                env = RemoteEnv(config.env.removeprefix(PREFIX), **config.kwargs)
+            else:
+                env = getattr(module, name)(**config.kwargs)
             if not isinstance(env, gymnasium.Env):
                 raise UsageError(
                     f"{setting} gave a {type(env).__name__}, not a gymnasium.Env; name a class or"
@@ -112,7 +118,11 @@ def _unknown(env: str, name: str, module: Any) -> UsageError:
 
 
 def environment_version(env: Env) -> str:
-    """The version of the environment's package, or the hash of a single module's source."""
+    """The version of the environment's package, or the hash of a single module's source. A server
+    at an address names its version.
+    """
+    if isinstance(env.unwrapped, RemoteEnv):
+        return env.unwrapped.environment_version
     kind = type(env.unwrapped)
     names = [kind.__module__.partition(".")[0]]
     if "mujoco" in kind.__module__ and names != ["mujoco"]:

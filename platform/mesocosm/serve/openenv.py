@@ -79,7 +79,7 @@ class OneTask(Model):
 
 class TaskRange(Model):
     tasks: list[dict[str, Any]]
-    """Of each task the arguments of a reset; at most 1000 tasks"""
+    """Arguments of a reset for each of at most 1000 tasks"""
 
 
 class TaskList(TaskRange):

@@ -53,7 +53,7 @@ class TextObservation(Model):
     task: dict[str, bool | int | float | str]
     """The reset options of the episode's task; empty where the world has none"""
     metadata: dict[str, Any]
-    """Of a step: `disagreement` (1 is what a tenth of held-out transitions exceed), `diverged`,
+    """After a step: `disagreement` (1 is what a tenth of held-out transitions exceed), `diverged`,
     `terminated` and `truncated`
     """
 
