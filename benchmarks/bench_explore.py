@@ -40,7 +40,7 @@ from mesocosm.evaluate.judge import judge
 from mesocosm.jobs import loop
 from mesocosm.jobs import train_agent as agents
 from mesocosm.jobs.loop_config import fill
-from mesocosm.policies.policy import policy_of
+from mesocosm.policies.stored import policy_of
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

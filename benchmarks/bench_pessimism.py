@@ -39,7 +39,7 @@ from mesocosm.jobs import collect, loop
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
 from mesocosm.jobs.loop_config import fill
-from mesocosm.policies.policy import policy_of
+from mesocosm.policies.stored import policy_of
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

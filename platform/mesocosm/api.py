@@ -12,7 +12,9 @@ from mesocosm.datasets.manifest import MANIFEST
 from mesocosm.errors import UsageError
 from mesocosm.model.world import World
 from mesocosm.policies.planner_policy import PlannerPolicy
-from mesocosm.policies.policy import POLICY_JSON, Policy, policy_of
+from mesocosm.policies.policy import POLICY_JSON
+from mesocosm.policies.stored import StoredPolicy, policy_of
+from mesocosm.policies.stored import load_policy as read_policy
 from mesocosm.scaling import fit
 from mesocosm.scaling.law import Law
 from mesocosm.scaling.table import CellTable
@@ -63,7 +65,7 @@ def load_dataset(*refs: str | Path, root: str = ROOT) -> Dataset:
     return Dataset(paths)
 
 
-def load_policy(ref: str | Path, root: str = ROOT) -> Policy:
+def load_policy(ref: str | Path, root: str = ROOT) -> StoredPolicy:
     """Load a trained policy. It acts without Ray.
 
     Args:
@@ -76,7 +78,7 @@ def load_policy(ref: str | Path, root: str = ROOT) -> Policy:
         ArtifactError: The policy is damaged.
     """
     if (Path(ref) / POLICY_JSON).is_file():
-        return Policy.load(Path(ref))
+        return read_policy(Path(ref))
     return policy_of(Storage(root), str(ref))
 
 

@@ -13,6 +13,7 @@ VERSIONS = {
     "pretrain": 5,
     "sweep": 4,
     "plan": 4,
+    "clone": 1,
     "train-agent": 4,
     "baseline": 1,
     "evaluate": 4,

@@ -11,9 +11,12 @@ import pytest
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.config import load
 from mesocosm.envs.ledger import Ledger, LedgerTotals
+from mesocosm.envs.make import make_env
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs import baseline
 from mesocosm.policies.policy import Policy
+from mesocosm.policies.scorer import CandidatePolicy, CandidateScorer
+from mesocosm.policies.stored import load_policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -64,6 +67,27 @@ def test_judging_does_not_count_as_baseline_steps(ray_local: None, root: str) ->
     assert curve["select_steps"] == 0
     total_return = sum(sum(point["returns"]) for point in judged)  # CartPole: one reward a step
     assert totals.purposes["judge"].steps == curve["judge_steps"] == total_return
+
+
+def test_an_agent_trains_on_candidate_commands_in_reality(ray_local: None, root: str) -> None:
+    words = (
+        "reality.env=mesocosm.envs.text:ChoresEasy-v0 reality.success=info.success num_envs=4"
+        " rollout=40 steps=500 params.minibatch_size=80 max_candidates=8 judge_every=200"
+        " judge_episodes=3 target=2 candidates=mesocosm.envs.text.household_text:candidates"
+    )
+    config = load(BaselineConfig, [], [f"storage.root={root}", *words.split()])
+    with tracking.start("baseline", config, quiet=True) as run:
+        artifact = baseline.JOB.run(config, run)
+    curve = json.loads((artifact.path / baseline.CURVE).read_text())
+    judged = [point for point in curve["points"] if point["kind"] == "judge"]
+    assert judged and all(len(point["returns"]) == 3 for point in judged)
+    loaded = load_policy(artifact.path / "policy")
+    assert isinstance(loaded, CandidatePolicy) and loaded.shape.candidates == 8
+    text, info = make_env(config.reality).reset(seed=0)
+    assert loaded.act_one(text) in info["admissible_commands"]
+    fresh = CandidateScorer(loaded.shape).state_dict()
+    last = loaded.network.state_dict()["score.2.weight"]
+    assert float(last.abs().max()) > 0.01 * float(fresh["score.2.weight"].abs().max())
 
 
 PPO = "num_envs=3 rollout=40 params.minibatch_size=60"

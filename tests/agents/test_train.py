@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 
 from mesocosm.agents import mbpo, training
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.agents.training import JOB
 from mesocosm.config import load
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
-from mesocosm.policies.policy import Policy
+from mesocosm.policies.policy import TRAINING_STATE, Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

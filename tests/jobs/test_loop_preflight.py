@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mesocosm.agents import settings
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.rllib import TRAINING_STATE, check_agent
+from mesocosm.agents.rllib import check_agent
 from mesocosm.cli.main import main
 from mesocosm.config import load
 from mesocosm.datasets.dataset import Environment, write_dataset
@@ -29,7 +29,7 @@ from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
 from mesocosm.jobs.loop_preflight import Ready, stage_resources
 from mesocosm.jobs.pretrain import JOB as PRETRAIN
 from mesocosm.jobs.pretrain import PretrainConfig
-from mesocosm.policies.policy import Layout, Policy
+from mesocosm.policies.policy import TRAINING_STATE, Layout, Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

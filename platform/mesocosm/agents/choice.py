@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mesocosm.agents import rllib
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import Evidence
-from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
+from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, TRAINING_STATE, WEIGHTS
+from mesocosm.policies.stored import load_policy
 from mesocosm.policies.value import VALUE_JSON, VALUE_WEIGHTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import WorldVectorEnv
@@ -47,7 +47,7 @@ def choose_best(
     candidates = {config.iterations: folder, **dict(sorted(snapshots.items(), reverse=True))}
     if len(candidates) == 1:
         return {}
-    policies = [Policy.load(path) for path in candidates.values()]
+    policies = [load_policy(path) for path in candidates.values()]
     seed = int(fingerprint("compared", config.seed)[:8], 16)
     with run.progress("train-agent: which policy", None) as update:
         env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
@@ -67,8 +67,9 @@ def choose_best(
     if former is not None:
         metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
-        for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(candidates[iteration] / name, folder / name)
+        for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
+            if (candidates[iteration] / name).is_file():  # scorers of commands have no value.json
+                shutil.copyfile(candidates[iteration] / name, folder / name)
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:
             source = former.name
@@ -96,7 +97,7 @@ def explain(
     evidence = Evidence(**recorded)
     env = WorldVectorEnv(COMPARED, **{**arguments, "penalty": 0.0})
     seed = int(fingerprint("explained", config.seed)[:8], 16)
-    returns, lengths = imagined_episodes([Policy.load(folder)], env, seed)
+    returns, lengths = imagined_episodes([load_policy(folder)], env, seed)
     unidentified = evidence.unidentified()
     unexplained = evidence.unexplained(float(returns.mean()), float(lengths.mean()))
     if unidentified is not None:

@@ -8,6 +8,9 @@ from typing import Any
 from mesocosm.config import JobConfig
 from mesocosm.envs.config import RealityConfig
 
+ADDED: Any = {"added": True}
+"""Metadata of keys that ids leave out at their defaults (`config.identity`)."""
+
 
 @dataclass
 class AgentConfig(JobConfig):
@@ -29,6 +32,13 @@ class AgentConfig(JobConfig):
     """
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig. Defaults are in `settings.MODEL`."""
+    candidates: str | None = field(default=None, metadata=ADDED)
+    """How an agent acts in texts: it chooses among these commands. `module:function`, a function
+    (first text, latest text) -> commands, whose name begins with `candidates`; or `infos`: those
+    that reality lists in info["admissible_commands"], which a world does not.
+    """
+    max_candidates: int = field(default=32, metadata=ADDED)
+    """The most candidates of a step; more are left out."""
     gamma: float = 0.99
     """Discount per step; per unit of time where the environment has info["duration"]."""
     iterations: int = 40
@@ -110,6 +120,13 @@ class BaselineConfig(JobConfig):
     """Arguments of RLlib's `.training()`. Defaults are in `settings.REAL`."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig. Defaults are in `settings.MODEL`."""
+    candidates: str | None = field(default=None, metadata=ADDED)
+    """How an agent acts in texts: it chooses among these commands. `module:function`, a function
+    (first text, latest text) -> commands, whose name begins with `candidates`; or `infos`: those
+    that reality lists in info["admissible_commands"], which a world does not.
+    """
+    max_candidates: int = field(default=32, metadata=ADDED)
+    """The most candidates of a step; more are left out."""
     gamma: float = 0.99
     """Discount per step; per unit of time where the environment has info["duration"]."""
     steps: int = 20_000

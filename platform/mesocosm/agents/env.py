@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Discrete, Text
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
+from mesocosm.agents.candidate_module import row_space
 from mesocosm.agents.durations import Durations
-from mesocosm.errors import MesocosmError
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.policies.candidates import COMMANDS, CandidateEpisodes, Candidates, check_spaces
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -49,17 +53,36 @@ class Statistics:
 class FlatEnv(VectorEnv[Any, Any, Any]):
     """A vector environment with flat float32 observations and head actions, and its statistics."""
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]):
+    def __init__(self, env: VectorEnv[Any, Any, Any], candidates: Candidates | None = None):
         self.env, self.num_envs = env, env.num_envs
-        self.map = ActionMap(env.single_action_space)
-        self.single_observation_space = flat_space(env.single_observation_space)
-        self.single_action_space = self.map.head
+        self._commands: CandidateEpisodes | None = None
+        spaces = env.single_observation_space, env.single_action_space
+        self.single_observation_space, self.single_action_space = head_spaces(spaces, candidates)
+        if candidates is None:
+            self.map = ActionMap(env.single_action_space)
+        else:
+            shape, actions = candidates.shape, env.single_action_space
+            assert isinstance(actions, Text)
+            self._commands = CandidateEpisodes(candidates.source, shape, actions, self.num_envs)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._statistics = Statistics()
 
     def _flat(self, observations: Any) -> NDArray[np.float32]:
         return flatten_batch(self.env.single_observation_space, observations)
+
+    def _encode(
+        self, observations: Any, began: NDArray[np.bool_], infos: Mapping[str, Any]
+    ) -> NDArray[np.float32]:
+        """The rows of observations, where the episodes of `began` [B] have just begun."""
+        if self._commands is None:
+            return self._flat(observations)
+        self._commands.restart(began)
+        return self._commands.observe(observations, infos.get(COMMANDS))
+
+    def _decode(self, actions: NDArray[Any]) -> Any:
+        """The environment's actions of head actions."""
+        return self.map.to_raw(actions) if self._commands is None else self._commands.take(actions)
 
     def statistics(self) -> Statistics:
         """The statistics since the last call."""
@@ -79,10 +102,10 @@ class AgentEnv(FlatEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]):
+    def __init__(self, env: VectorEnv[Any, Any, Any], candidates: Candidates | None = None):
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib needs NEXT_STEP autoreset, got {mode}"
-        super().__init__(env)
+        super().__init__(env, candidates)
         self._durations = Durations(env.metadata)
         self._begin()
 
@@ -95,12 +118,12 @@ class AgentEnv(FlatEnv):
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        observations, _ = self.env.reset(seed=seed, options=options)
+        observations, infos = self.env.reset(seed=seed, options=options)
         self._begin()
-        return self._flat(observations), {}
+        return self._encode(observations, np.ones(self.num_envs, np.bool_), infos), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        raw = self.map.to_raw(actions)
+        raw = self._decode(actions)
         observations, rewards, terminated, truncated, infos = self.env.step(raw)
         stepped, statistics = ~self._ended, self._statistics
         self._return += np.where(stepped, infos.get("raw_reward", rewards), 0.0)
@@ -118,13 +141,16 @@ class AgentEnv(FlatEnv):
             statistics.lengths += self._length[self._ended].tolist()
             self._return[self._ended] = 0.0
             self._length[self._ended] = 0
-        return self._flat(observations), rewards, terminated, truncated, durations
+        rows = self._encode(observations, ~stepped, infos)
+        return rows, rewards, terminated, truncated, durations
 
     def state(self) -> dict[str, Any]:
         """The state of an imagined environment for `restore`, without its statistics."""
         assert isinstance(self.env, WorldVectorEnv), "a real environment has no state to save"
         episodes = {"ended": self._ended, "return": self._return, "length": self._length}
         state = {"env": self.env.state(), "durations": self._durations.reported}
+        if self._commands is not None:
+            state["commands"] = self._commands.state()
         return state | copy.deepcopy(episodes)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -133,17 +159,40 @@ class AgentEnv(FlatEnv):
         self._begin()
         self.env.restore(state["env"])
         self._durations.reported = state["durations"]
+        if self._commands is not None:
+            self._commands.restore(state["commands"])
         self._ended, self._return = state["ended"], state["return"]
         self._length = state["length"]
 
 
-def make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
+def make_env(
+    arguments: Mapping[str, Any], candidates: Candidates | None, num_envs: int
+) -> AgentEnv:
     """An imagined environment; `arguments` are those of its `WorldVectorEnv`.
 
     RLlib resets each runner's environment with another seed, so that runners imagine different
     episodes.
     """
-    return AgentEnv(WorldVectorEnv(num_envs, **arguments))
+    return AgentEnv(WorldVectorEnv(num_envs, **arguments), candidates)
+
+
+def head_spaces(
+    spaces: tuple[gym.Space[Any], gym.Space[Any]], candidates: Candidates | None
+) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    """The (observation, action) spaces of a network for those of an environment.
+
+    Raises:
+        UsageError: An agent cannot use the spaces.
+    """
+    if candidates is None:
+        if isinstance(spaces[1], Text):
+            raise UsageError(
+                "an agent acts in texts by choosing among candidates, got candidates=null; set"
+                " candidates=infos or candidates=module:function"
+            )
+        return flat_space(spaces[0]), ActionMap(spaces[1]).head
+    check_spaces(*spaces, "candidates")
+    return row_space(candidates.shape), Discrete(candidates.shape.candidates)
 
 
 class AgentRunner(SingleAgentEnvRunner):

@@ -10,6 +10,7 @@ import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from torch import Tensor, nn
 
+from mesocosm.agents.candidate_module import CandidateModule
 from mesocosm.agents.learners import module_of
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
@@ -32,7 +33,8 @@ def save_agent(
     """
     folder.mkdir(parents=True, exist_ok=True)
     export(algorithm, spaces).save(folder)
-    export_value(algorithm).save(folder)
+    if not isinstance(module_of(algorithm), CandidateModule):  # no planner takes texts
+        export_value(algorithm).save(folder)
     save_training(algorithm, folder)
 
 

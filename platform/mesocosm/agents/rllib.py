@@ -29,19 +29,25 @@ from torch import nn
 
 from mesocosm import checks
 from mesocosm.agents import durations, mbpo
+from mesocosm.agents.candidate_module import (
+    ALGORITHM,
+    CandidateModule,
+    exported_scorer,
+    module_spec,
+)
 from mesocosm.agents.config import AgentConfig, BaselineConfig
-from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, root_error
+from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, head_spaces, root_error
 from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
 from mesocosm.errors import UsageError, nearest
-from mesocosm.policies.heads import ActionMap, flat_space
-from mesocosm.policies.policy import Head, Layout, Policy, describe
+from mesocosm.policies.candidates import load_source
+from mesocosm.policies.heads import ActionMap
+from mesocosm.policies.policy import TRAINING_STATE, Head, Layout, Policy, describe
+from mesocosm.policies.stored import StoredPolicy
 
 INITIAL_STD = 0.5
 """Initial std of a Gaussian policy, in units of the head space's [-1, 1]."""
-TRAINING_STATE = "training.safetensors"
-"""All weights of the learner's module, critics and target networks included."""
 ACTIONS: Mapping[str, tuple[type[gym.Space[Any]], ...]] = {
     "DQN": (gym.spaces.Discrete,),
     "SAC": (gym.spaces.Discrete, gym.spaces.Box),
@@ -65,6 +71,16 @@ def check(config: AgentConfig | BaselineConfig) -> None:
         for name in values:
             if name not in names:
                 raise UsageError(f"{key}.{name} is not a {meaning}{nearest(name, names)}")
+    checks.at_least(config, 2, "max_candidates")
+    if config.candidates is not None:
+        load_source(config.candidates)
+        if algo != ALGORITHM:
+            raise UsageError(f"algo must be {ALGORITHM} with candidates, got {algo!r}")
+        if config.model:
+            raise UsageError(
+                f"model must be {{}} with candidates, got {config.model}; the network that scores"
+                " them has one size"
+            )
     if config.model.get("use_lstm"):
         raise UsageError("model.use_lstm must be false, got true; LSTMs cannot be exported")
 
@@ -94,7 +110,10 @@ def _configure(config: AlgorithmConfig, setup: Setup, gpus: int = 0) -> None:
     )
     # RLlib would go on without the samples of a lost runner, and end with another policy.
     config.fault_tolerance(restart_failed_env_runners=False)
-    config.rl_module(model_config=DefaultModelConfig(**setup.model))
+    if setup.candidates is None:
+        config.rl_module(model_config=DefaultModelConfig(**setup.model))
+    else:
+        config.rl_module(rl_module_spec=module_spec(setup.candidates))
     batch: dict[str, Any] = {}
     if setup.algo in ON_POLICY:
         steps = setup.num_envs * setup.rollout * max(setup.runners, 1)
@@ -111,7 +130,7 @@ def check_agent(setup: Setup, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> 
     Raises:
         UsageError: An agent cannot use the spaces, or RLlib rejects a setting.
     """
-    observations, head = flat_space(spaces[0]), ActionMap(spaces[1]).head
+    observations, head = head_spaces(spaces, setup.candidates)
     supported = ACTIONS.get(setup.algo)
     if supported is not None and not isinstance(head, supported):
         names = " or ".join(kind.__name__ for kind in supported)
@@ -198,7 +217,11 @@ def _start_small(algorithm: Algorithm) -> None:
 
 
 def _start_learner_small(learner: Any) -> None:
-    pi: Any = learner.module[DEFAULT_MODULE_ID].unwrapped().pi
+    module: Any = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    if isinstance(module, CandidateModule):
+        module.scorer.start_even()
+        return
+    pi = module.pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]
     with torch.no_grad():
         last.weight.mul_(0.01)
@@ -234,10 +257,12 @@ def learned(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(module[name]) for name in LEARNER_METRICS if name in module}
 
 
-def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> Policy:
+def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> StoredPolicy:
     """The algorithm's current policy, between the environment's (observation, action) spaces."""
     algo = type(algorithm).__name__
     module: Any = module_of(algorithm)
+    if isinstance(module, CandidateModule):
+        return exported_scorer(algo, module, spaces)
     log_std, epsilon = None, 0.0
     if algo == "DQN":
         settings = module.model_config

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
+from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 
 Settings = dict[str, dict[str, Any]]
 ON_POLICY = ("PPO", "APPO", "IMPALA")
@@ -93,6 +94,8 @@ class Setup:
     """It trains in a world, where SAC is `mbpo.WorldSAC`."""
     learners: int = 0
     """Learners in Ray actors; 0 for one in this process."""
+    candidates: Candidates | None = None
+    """How it lists and sees commands, where its actions are texts."""
 
     @property
     def branches(self) -> bool:
@@ -151,4 +154,19 @@ def _setup(
     model = {**models[config.algo], **config.model}
     shape = num_envs, rollout, iteration_steps, runners
     imagined = models is IMAGINED_MODEL
-    return Setup(config.algo, params, model, *shape, config.gamma, config.seed, imagined)
+    setup = Setup(config.algo, params, model, *shape, config.gamma, config.seed, imagined)
+    return replace(setup, candidates=candidates_of(config))
+
+
+def candidates_of(config: AgentConfig | BaselineConfig) -> Candidates | None:
+    """How the agent of a config lists and sees commands. Raises UsageError as `load_source`."""
+    if config.candidates is None:
+        return None
+    shape = CandidateShape(candidates=config.max_candidates)
+    return Candidates(load_source(config.candidates), shape)
+
+
+def candidate_facts(config: AgentConfig | BaselineConfig) -> dict[str, Any]:
+    """The identity of the candidates, which decides policies beside the config; {} without."""
+    candidates = candidates_of(config)
+    return {} if candidates is None else {"candidates": candidates.source.identity}

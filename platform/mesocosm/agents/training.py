@@ -26,7 +26,7 @@ from mesocosm.agents import learner_state, mbpo, rllib, settings, validation
 from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.env import make_env
+from mesocosm.agents.env import head_spaces, make_env
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
@@ -39,7 +39,6 @@ from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.model.world import World
-from mesocosm.policies.heads import ActionMap
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig
@@ -106,7 +105,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "datasets": datasets,
             "agents": [] if former is None else [former.id],
         }
-        setup = settings.imagined(config, codec.spec.reward_size, ActionMap(spaces[1]).head)
+        head = head_spaces(spaces, settings.candidates_of(config))[1]
+        setup = settings.imagined(config, codec.spec.reward_size, head)
         left_out = ["world", "backend", "app", "datasets", "init", "rival", "learners"]
         if not setup.branches:
             left_out += SAC_KEYS
@@ -114,6 +114,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             left_out.append("svg")
         facts = identity(config, without=left_out)
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
+        facts |= settings.candidate_facts(config)
         facts["starts"] = starts_of(config)
         if config.rival is not None:
             facts["rival"] = True
@@ -245,7 +246,8 @@ def _of_whole_episodes(plan: TrainAgentPlan, arguments: Mapping[str, Any]) -> di
 def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
     config, folder = plan.config, run.folder / "rllib"
     if not plan.setup.branches:
-        return rllib.build(plan.setup, partial(make_env, arguments), folder)
+        make = partial(make_env, arguments, plan.setup.candidates)
+        return rllib.build(plan.setup, make, folder)
     branches = partial(mbpo.make_env, arguments, config.gamma)
     algorithm = rllib.build(plan.setup, branches, folder)
     learned = [] if plan.initial is None else plan.initial.meta["inputs"]["datasets"]

@@ -15,7 +15,7 @@ from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
-from mesocosm.policies.policy import Policy
+from mesocosm.policies.stored import load_policy
 from mesocosm.serve.client import BACKENDS
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -74,7 +74,7 @@ def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -
     module = check_agent(settings.imagined(config), spaces)
     if former is None:
         return
-    policy, key = Policy.load(former.path), "rival" if config.init is None else "init"
+    policy, key = load_policy(former.path), "rival" if config.init is None else "init"
     if (policy.observation_space, policy.action_space) != spaces:
         fix = "use an agent of this environment"
         raise UsageError(f"{key}={former.name} was trained on other spaces; {fix}")

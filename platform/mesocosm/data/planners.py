@@ -11,7 +11,8 @@ from mesocosm.errors import UsageError
 from mesocosm.model.world import World
 from mesocosm.policies.planner import Planner, PlanSize
 from mesocosm.policies.planner_policy import PlannerPolicy
-from mesocosm.policies.policy import Policy, policy_folder
+from mesocosm.policies.policy import Policy
+from mesocosm.policies.stored import policy_folder
 from mesocosm.policies.value import ValueFunction
 from mesocosm.store.artifacts import Storage
 

@@ -49,6 +49,13 @@ class EpisodeAct(Protocol):
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any: ...
 
 
+@runtime_checkable
+class ReadsInfos(Protocol):
+    """An `Act` that receives the info of the reset or step before each action."""
+
+    def read_info(self, info: Mapping[str, Any]) -> None: ...
+
+
 def stream(*key: Any) -> np.random.Generator:
     """A generator that is a function of `key` (numbers and texts) alone."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
@@ -101,6 +108,8 @@ def run_episode(
     while outcome == "unfinished" and (max_steps is None or len(rewards) < max_steps):
         t = len(rewards) + 1
         with _failures(MesocosmError, f"episode {k}: behaviour {behaviour!r}"):
+            if isinstance(act, ReadsInfos):
+                act.read_info(info)
             action = act(deepcopy(observations[-1]), rng)
         chosen = deepcopy(action)  # an environment may clip the action in place
         try:

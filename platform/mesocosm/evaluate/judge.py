@@ -36,6 +36,7 @@ from mesocosm.evaluate.policy_set import Noisy
 from mesocosm.policies.planner import Planner
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Acts, Policy
+from mesocosm.policies.scorer import CandidatePolicy
 from mesocosm.store.artifacts import Storage
 
 BLOCK = 256
@@ -289,11 +290,12 @@ def policy_identity(policy: Acts) -> list[Any]:
     """
     if isinstance(policy, Noisy):
         return ["noisy", policy.noise, policy_identity(policy.policy)]
-    if isinstance(policy, Policy):
+    if isinstance(policy, Policy | CandidatePolicy):
         digest = hashlib.sha256()
         for name, tensor in sorted(policy.network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        return ["network", digest.hexdigest()]
+        noise = [policy.noise] if isinstance(policy, CandidatePolicy) else []
+        return ["network", digest.hexdigest(), *noise]
     if isinstance(policy, PlannerPolicy) and isinstance(policy.planner, Planner):
         agent = policy.planner.agent
         return ["planner", *([] if agent is None else policy_identity(agent[0]))]

@@ -26,7 +26,9 @@ from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.heads import batch_size, stack
-from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
+from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy
+from mesocosm.policies.scorer import CandidatePolicy
+from mesocosm.policies.stored import policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"
@@ -159,7 +161,7 @@ def named(
         else:
             policy = policy_of(storage, config.policy)
         if config.kind == "noisy":
-            policy = Noisy(policy, action_space, config.noise)
+            policy = noisy(policy, action_space, config.noise)
     return ComparedPolicy(behaviours.label(config), policy)
 
 
@@ -170,7 +172,7 @@ def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
     if agent.meta["config"].get("init") is not None:
         iterations = [i for i in iterations if i]
-    last = agent.meta["config"]["iterations"]
+    last = agent.meta["config"].get("iterations", 0)  # a clone has none
     best = int(agent.meta.get("metrics", {}).get("kept_iteration", last))
     candidates = [
         ComparedPolicy(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i)
@@ -183,8 +185,15 @@ def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
 
 def graded(policy: Acts, action_space: Space, noise: float) -> ComparedPolicy:
     """The agent with noise."""
-    noisy = Noisy(policy, action_space, noise)
-    return ComparedPolicy(f"{AGENT}, noise {noise:.3g}", noisy, noise=noise)
+    name = f"{AGENT}, noise {noise:.3g}"
+    return ComparedPolicy(name, noisy(policy, action_space, noise), noise=noise)
+
+
+def noisy(policy: Acts, action_space: Space, noise: float) -> Acts:
+    """A trained policy with noise; a random command is one of the candidates."""
+    if isinstance(policy, CandidatePolicy):
+        return policy.noisy(noise)
+    return Noisy(policy, action_space, noise)
 
 
 def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]) -> None:

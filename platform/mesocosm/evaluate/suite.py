@@ -31,7 +31,8 @@ from mesocosm.evaluate.metrics.starts import task_distribution
 from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.model.world import World
-from mesocosm.policies.policy import Acts, policy_of
+from mesocosm.policies.policy import Acts
+from mesocosm.policies.stored import policy_of
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage

@@ -29,7 +29,8 @@ from mesocosm.envs.meter import MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.job import Job, Plan
-from mesocosm.policies.policy import Policy
+from mesocosm.policies.candidates import Candidates
+from mesocosm.policies.stored import StoredPolicy
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -96,6 +97,7 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
             "model": setup.model,
             "shape": [setup.num_envs, setup.rollout],
         }
+        facts |= settings.candidate_facts(config)
         id = self.hash("baseline", facts, environment.version)
         return BaselinePlan(config=config, inputs={}, facts=facts, id=id, environment=environment)
 
@@ -142,8 +144,9 @@ class _RealTraining:
         self.selected_at, self.judged_at = -config.select_every, 0
         # `reality.budget.steps` bounds the data of a world, not this job.
         reality = dataclasses.replace(config.reality, budget=BudgetConfig())
-        make_env = partial(_make_env, reality, run.storage.root, ledger.id, config.steps)
-        self.algorithm = rllib.build(settings.real(config), make_env, run.folder / "rllib")
+        setup = settings.real(config)
+        about = reality, run.storage.root, ledger.id, config.steps, setup.candidates
+        self.algorithm = rllib.build(setup, partial(_make_env, *about), run.folder / "rllib")
         runner: Any = self.algorithm.env_runner
         self.vector: MeteredVectorEnv = runner.env.unwrapped.env
 
@@ -151,7 +154,7 @@ class _RealTraining:
     def steps(self) -> int:
         return self.train_steps + self.select_steps
 
-    def train(self) -> tuple[dict[str, Any], Policy]:
+    def train(self) -> tuple[dict[str, Any], StoredPolicy]:
         config = self.config
         reached = reached_in_training = None
         try:
@@ -258,9 +261,15 @@ class _RealTraining:
 
 
 def _make_env(
-    reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int
+    reality: RealityConfig,
+    root: str,
+    ledger: str,
+    limit: int,
+    candidates: Candidates | None,
+    num_envs: int,
 ) -> AgentEnv:
-    return AgentEnv(make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit))
+    vector = make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit)
+    return AgentEnv(vector, candidates)
 
 
 JOB = Baseline()

@@ -28,7 +28,7 @@ from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
 from mesocosm.job import Job, Plan
 from mesocosm.model.world import World
-from mesocosm.policies.policy import Policy
+from mesocosm.policies.stored import StoredPolicy, load_policy
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -58,7 +58,7 @@ class Evaluation(Plan[EvaluateConfig]):
     dataset: Dataset
     codec: Codec
     agent: Artifact | None
-    policy: Policy | None
+    policy: StoredPolicy | None
     suite: suite.Prepared | None
     """None for an evaluation without real steps."""
 
@@ -108,7 +108,7 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
             dataset=dataset,
             codec=codec,
             agent=agent,
-            policy=None if agent is None else Policy.load(agent.path),
+            policy=None if agent is None else load_policy(agent.path),
             suite=prepared,
         )
 

@@ -40,6 +40,11 @@ _ENTRIES = (
         "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
     ("serve", "Serve a world with Ray Serve, until Ctrl-C.", "-c pendulum world=ID replicas=2"),
+    (
+        "clone",
+        "Clone the best episodes of text logs into an agent.",
+        "datasets=[ID] candidates=module:candidates share=0.2",
+    ),
     ("train-agent", "Train an RLlib agent in a world.", "-c pendulum-ppo world=ID iterations=20"),
     ("baseline", "Train a model-free agent in reality, and count its steps.", "-c pendulum-ppo"),
     ("evaluate", "Judge a world, and its agent in reality.", "-c pendulum world=ID agent=ID"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from mesocosm.datasets.permutation import GOLDEN
 from mesocosm.datasets.spaces import shown_space
 from mesocosm.datasets.texts import text_problem
 from mesocosm.envs.config import DrawnOption, RealityConfig, check_option
-from mesocosm.envs.episode import Act, EpisodeAct, stream
+from mesocosm.envs.episode import Act, EpisodeAct, ReadsInfos, stream
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 
@@ -213,7 +213,9 @@ def policy_actions(
     explore: bool,
 ) -> Act:
     """The actions of an exported policy on one observation at a time."""
-    from mesocosm.policies.policy import policy_of  # imports torch: only where a policy acts
+    # They import torch: only where a policy acts.
+    from mesocosm.policies.scorer import CandidatePolicy
+    from mesocosm.policies.stored import policy_of
 
     policy = policy_of(storage, ref)
     trained = (policy.observation_space, policy.action_space)
@@ -223,6 +225,9 @@ def policy_actions(
                 f"policy {ref!r} needs the {name} space {expected}, reality.env has {space}; use a"
                 " policy of this environment"
             )
+    if isinstance(policy, CandidatePolicy):
+        policy.explores = explore
+        return policy
     return lambda observation, rng: policy.act_one(observation, explore, rng)
 
 
@@ -244,6 +249,10 @@ class NoisyActions(RandomActions):
         super().start(k, rng)
         if isinstance(self._source, EpisodeAct):
             self._source.start(k, rng)
+
+    def read_info(self, info: Mapping[str, Any]) -> None:
+        if isinstance(self._source, ReadsInfos):
+            self._source.read_info(info)
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
         if isinstance(self._source, DrawsActions):
@@ -278,6 +287,10 @@ class CheckedActions:
     def start(self, k: int, rng: np.random.Generator) -> None:
         if isinstance(self._source, EpisodeAct):
             self._source.start(k, rng)
+
+    def read_info(self, info: Mapping[str, Any]) -> None:
+        if isinstance(self._source, ReadsInfos):
+            self._source.read_info(info)
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
         action = self._source(observation, rng)

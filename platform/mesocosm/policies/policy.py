@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mesocosm.datasets.space_json import space_from_json, space_to_json
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import ArtifactError
 from mesocosm.policies.heads import (
     ActionMap,
     batch_size,
@@ -24,9 +24,10 @@ from mesocosm.policies.heads import (
     map_batch,
     stack,
 )
-from mesocosm.store.artifacts import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
+TRAINING_STATE = "training.safetensors"
+"""All weights of the learner's module, critics and target networks included."""
 SNAPSHOTS = "snapshots"
 """Folder of an `agents` artifact with one policy folder per saved iteration."""
 SCHEMA = 1
@@ -258,34 +259,6 @@ class Policy:
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(self.network.eval(), (example,), dynamic_shapes=shapes)
         torch.export.save(program, path)
-
-
-def policy_of(storage: Storage, ref: str) -> Policy:
-    """Load the policy `agents/ID`, or its snapshot `agents/ID@ITERATION`.
-
-    Raises:
-        UsageError: There is no such agent or snapshot.
-    """
-    return Policy.load(policy_folder(storage, ref))
-
-
-def policy_folder(storage: Storage, ref: str) -> Path:
-    """The folder of the policy `agents/ID`, or of its snapshot `agents/ID@ITERATION`.
-
-    Raises:
-        UsageError: There is no such agent or snapshot.
-    """
-    name, _, iteration = ref.partition("@")
-    agent = storage.artifact("agents", name)
-    if not iteration:
-        return agent.path
-    snapshots = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
-    if iteration not in snapshots:
-        raise UsageError(
-            f"{agent.name} has no snapshot at iteration {iteration!r}; it has"
-            f" {', '.join(snapshots) or 'none'}"
-        )
-    return agent.path / SNAPSHOTS / iteration
 
 
 class RandomPolicy:

@@ -1,0 +1,48 @@
+"""Policies in storage: networks of numbers, and scorers of candidate commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mesocosm.errors import UsageError
+from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, Policy
+from mesocosm.policies.scorer import CandidatePolicy
+from mesocosm.store.artifacts import Storage
+
+StoredPolicy = Policy | CandidatePolicy
+
+
+def load_policy(folder: Path) -> StoredPolicy:
+    """Read a policy of either kind. Raises ArtifactError where it is missing or damaged."""
+    file = folder / POLICY_JSON
+    data = json.loads(file.read_text()) if file.is_file() else {}
+    return CandidatePolicy.load(folder, data) if "candidates" in data else Policy.load(folder)
+
+
+def policy_of(storage: Storage, ref: str) -> StoredPolicy:
+    """Load the policy `agents/ID`, or its snapshot `agents/ID@ITERATION`.
+
+    Raises:
+        UsageError: There is no such agent or snapshot.
+    """
+    return load_policy(policy_folder(storage, ref))
+
+
+def policy_folder(storage: Storage, ref: str) -> Path:
+    """The folder of the policy `agents/ID`, or of its snapshot `agents/ID@ITERATION`.
+
+    Raises:
+        UsageError: There is no such agent or snapshot.
+    """
+    name, _, iteration = ref.partition("@")
+    agent = storage.artifact("agents", name)
+    if not iteration:
+        return agent.path
+    snapshots = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
+    if iteration not in snapshots:
+        raise UsageError(
+            f"{agent.name} has no snapshot at iteration {iteration!r}; it has"
+            f" {', '.join(snapshots) or 'none'}"
+        )
+    return agent.path / SNAPSHOTS / iteration

@@ -1,0 +1,122 @@
+"""The job `clone`: an agent that chooses as the best logged episodes did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from mesocosm.agents.cloning import CloneConfig, logged_choices
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.agents.settings import imagined
+from mesocosm.config import load
+from mesocosm.data.collecting.config import CollectConfig
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import facts_of
+from mesocosm.errors import UsageError
+from mesocosm.evaluate.judge import judge
+from mesocosm.jobs.clone import JOB
+from mesocosm.jobs.collect import JOB as COLLECT
+from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
+from mesocosm.policies.policy import TRAINING_STATE
+from mesocosm.policies.scorer import CandidatePolicy
+from mesocosm.policies.stored import load_policy
+from mesocosm.runs import tracking
+from mesocosm.store.artifacts import Artifact, Storage
+
+EASY = "mesocosm.envs.text:ChoresEasy-v0"
+FUNCTION = "mesocosm.envs.text.household_text:candidates"
+EXPERT = "{kind: noisy, noise: 0.3, function: 'mesocosm.envs.text.chores_policies:ChoresExpert'}"
+RANDOM = "{kind: noisy, noise: 1.0, function: 'mesocosm.envs.text.chores_policies:ChoresExpert'}"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """700 steps of an expert with noise, and of random commands."""
+    root = tmp_path_factory.mktemp("clone")
+    words = [f"reality.env={EASY}", "steps=700", f"behaviours=[{EXPERT}, {RANDOM}]", "workers=0"]
+    config = load(CollectConfig, [], [f"storage.root={root}", *words])
+    with tracking.start("collect", config, quiet=True) as run:
+        return COLLECT.run(config, run)
+
+
+def root_of(artifact: Artifact) -> str:
+    return str(artifact.path.parent.parent)
+
+
+def run_clone(logs: Artifact, *words: str) -> Artifact:
+    where = [f"storage.root={root_of(logs)}", f"datasets=[{logs.id}]", "max_candidates=8"]
+    config = load(CloneConfig, [], [*where, *words])
+    with tracking.start("clone", config, quiet=True) as run:
+        return JOB.run(config, run)
+
+
+def test_the_best_episodes_are_cloned_and_act(logs: Artifact, golden: Any) -> None:
+    words = (f"candidates={FUNCTION}", "share=0.5", "steps=150")
+    agent = run_clone(logs, *words)
+    metrics = agent.meta["metrics"]
+    golden.check("clone", {name: int(metrics[name]) for name in ("choices", "others")})
+    assert metrics["accuracy"] > 0.55, "guessing gets a third"
+    assert metrics["others"] > 0, "a tenth of random commands are no candidates"
+    assert agent.meta["inputs"] == {"datasets": [logs.id]}
+    policy = load_policy(agent.path)
+    assert isinstance(policy, CandidatePolicy) and policy.algo == "clone"
+    reality = RealityConfig(env=EASY)
+    judged = judge(policy, reality, Ledger(Storage(root_of(logs)), "j"), episodes=10, seed=0)
+    assert judged.mean > 0.25, "random commands earn .14"
+    assert run_clone(logs, *words).id == agent.id
+
+
+def test_ppo_in_a_world_starts_from_a_clone(logs: Artifact, golden: Any) -> None:
+    agent = run_clone(logs, f"candidates={FUNCTION}", "steps=1")
+    setup = imagined(AgentConfig(candidates=FUNCTION, max_candidates=8))
+    module = check_agent(setup, facts_of(RealityConfig(env=EASY)).spaces)
+    check_init(module, agent.path, agent.name)
+    weights = load_file(agent.path / TRAINING_STATE)
+    module.load_state_dict(weights)
+    last = weights["scorer.score.2.weight"].tolist()
+    golden.check("clone", {"last layer after one update": golden.of_numbers(last)})
+
+
+def test_only_the_share_with_the_highest_returns_is_read(logs: Artifact) -> None:
+    dataset = Dataset([logs.path])
+    candidates = Candidates(load_source(FUNCTION), CandidateShape(candidates=8))
+    best, whole = (logged_choices(dataset, candidates, "train", share) for share in (0.3, 1.0))
+    numbers = dataset.episodes("train")
+    assert whole.episodes == len(numbers) and best.episodes == -(-3 * len(numbers) // 10)
+    assert 0 < len(best.rows) < len(whole.rows)
+    assert whole.others + len(whole.rows) == int(dataset.table["length"][numbers].sum())
+    assert int(whole.chosen.max()) < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "candidates must be module:function, got None; logs hold no infos"),
+        (["candidates=infos"], "got infos; logs hold no infos"),
+        (["candidates=ownenvs:candidates"], "no module 'ownenvs'"),
+        ([f"candidates={FUNCTION}", "share=0"], r"share must be in \(0, 1\], got 0"),
+        ([f"candidates={FUNCTION}", "datasets=[]"], "datasets must name at least one dataset"),
+        (
+            ["candidates=mesocosm.envs.text.company_text:candidates"],
+            r"lists none of the .* actions of the best episodes",
+        ),
+    ],
+)
+def test_a_clone_that_cannot_be_made_is_refused(
+    logs: Artifact, words: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_clone(logs, *words)
+
+
+def test_numbers_are_refused(cart_root: Any, tmp_path: Any) -> None:
+    root = cart_root(tmp_path)
+    words = [f"storage.root={root}", "datasets=[cart]", f"candidates={FUNCTION}"]
+    config = load(CloneConfig, [], words)
+    with pytest.raises(UsageError, match="unless observations and actions are texts"):
+        JOB.resolve(config, Storage(root))
