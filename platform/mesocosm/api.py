@@ -10,7 +10,7 @@ from mesocosm.data import planners
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import MANIFEST
 from mesocosm.errors import UsageError
-from mesocosm.model.world import World
+from mesocosm.model.any_world import AnyWorld, load_any
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import POLICY_JSON
 from mesocosm.policies.stored import StoredPolicy, policy_of
@@ -26,7 +26,9 @@ ROOT = ".mesocosm"
 """The default storage root, as `storage.root` of the jobs."""
 
 
-def load_world(ref: str | Path, root: str = ROOT, *, device: torch.device | str = "cpu") -> World:
+def load_world(
+    ref: str | Path, root: str = ROOT, *, device: torch.device | str = "cpu"
+) -> AnyWorld:
     """Load a world into this process.
 
     Args:
@@ -35,14 +37,15 @@ def load_world(ref: str | Path, root: str = ROOT, *, device: torch.device | str 
         device: Where its networks compute.
 
     Returns:
-        The world. `WorldVectorEnv(num_envs, world)` steps in it.
+        The world, a `TextWorld` where its family is `language`. `WorldVectorEnv(num_envs, world)`
+        steps in it.
 
     Raises:
         UsageError: There is no such world, or the prefix is ambiguous.
         ArtifactError: The world is damaged.
     """
     _, folder = find_world(Storage(root), str(ref))
-    return World.load(folder, device)
+    return load_any(folder, device)
 
 
 def load_dataset(*refs: str | Path, root: str = ROOT) -> Dataset:

@@ -38,55 +38,60 @@ def check_fields(request: Message) -> None:
         value, limit = request.get(name), LIMITS.get(name)
         if limit is None:
             if not isinstance(value, str) or len(value) > LONGEST:
-                raise _invalid(request, name, f"a string of at most {LONGEST} characters")
+                raise invalid(request, name, f"a string of at most {LONGEST} characters")
         elif not isinstance(value, int | np.integer) or isinstance(value, bool):
-            raise _invalid(request, name, "an integer")
+            raise invalid(request, name, "an integer")
         elif not -limit < int(value) < limit:
-            raise _invalid(request, name, f"between -{limit:.3g} and {limit:.3g}")
+            raise invalid(request, name, f"between -{limit:.3g} and {limit:.3g}")
 
 
 def check_begin(request: Message, spec: Spec) -> None:
-    _check_starts(request, spec, _batch(request, "episode"))
+    _check_starts(request, spec, batch_of(request, "episode"))
 
 
 def check_step(request: Message, spec: Spec, batch: int) -> None:
     """Check the arrays of a `step` of a session with `batch` environments."""
-    for name, dtype in (("episode", np.int64), ("step", np.int64), ("cut", np.bool_)):
-        _array(request, name, dtype, (batch,))
-    if request.get("mode") not in MODES:
-        raise _invalid(request, "mode", f"one of {', '.join(MODES)}")
-    requested = request.get("disagreement")
-    if not isinstance(requested, bool):
-        raise _invalid(request, "disagreement", "true or false")
-    limit = request.get("max_disagreement")
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
-        raise _invalid(request, "max_disagreement", "a number (Infinity for no limit)")
-    if limit < float("inf") and not requested:
-        raise _invalid(request, "disagreement", "true with a max_disagreement")
+    check_controls(request, batch)
     _parts(request, "action", spec.action, (batch,))
     _check_starts(request, spec, batch)
 
 
+def check_controls(request: Message, batch: int) -> None:
+    """Check the fields of a `step` that worlds of all kinds read."""
+    for name, dtype in (("episode", np.int64), ("step", np.int64), ("cut", np.bool_)):
+        check_array(request, name, dtype, (batch,))
+    if request.get("mode") not in MODES:
+        raise invalid(request, "mode", f"one of {', '.join(MODES)}")
+    requested = request.get("disagreement")
+    if not isinstance(requested, bool):
+        raise invalid(request, "disagreement", "true or false")
+    limit = request.get("max_disagreement")
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
+        raise invalid(request, "max_disagreement", "a number (Infinity for no limit)")
+    if limit < float("inf") and not requested:
+        raise invalid(request, "disagreement", "true with a max_disagreement")
+
+
 def check_restore(request: Message, spec: Spec, members: int) -> None:
     """Check a context's arrays; `World.restore` checks that its columns fit its clock."""
-    _check_context(request, spec, members, _batch(request, "context.member"))
+    _check_context(request, spec, members, batch_of(request, "context.member"))
 
 
 def check_plan(request: Message, spec: Spec, memory: int, size: PlanSize) -> None:
     """Check a context's and a planner's arrays, whose numbers must be finite."""
-    batch = _batch(request, "context.member")
+    batch = batch_of(request, "context.member")
     _check_context(request, spec, 1, batch)
     past = request["context.past_observation.numbers"]
     if not memory and past.shape[1]:
-        raise _invalid(request, "context.past_observation.numbers", "without columns")
+        raise invalid(request, "context.past_observation.numbers", "without columns")
     for name in ("plan.seed", "plan.step"):
-        _array(request, name, np.int64, (), 1 << 62)
-    _array(request, "plan.planned", np.bool_, (batch,))
+        check_array(request, name, np.int64, (), 1 << 62)
+    check_array(request, "plan.planned", np.bool_, (batch,))
     _parts(request, "plan.elites", spec.action, (batch, size.elites, size.horizon))
     for name, value in request.items():
         numeric = isinstance(value, np.ndarray) and value.dtype == np.float32
         if numeric and not np.isfinite(value).all():
-            raise _invalid(request, name, "finite", "NaN or infinity")
+            raise invalid(request, name, "finite", "NaN or infinity")
 
 
 def _check_context(request: Message, spec: Spec, members: int, batch: int) -> None:
@@ -96,9 +101,9 @@ def _check_context(request: Message, spec: Spec, members: int, batch: int) -> No
     _parts(request, "context.past_action", spec.action, (batch, columns))
     _parts(request, "context.observation", spec.observation, (batch,))
     _parts(request, "context.task", spec.task, (batch,))
-    _array(request, "context.clock", np.int64, (), LIMITS["clock"])
-    _array(request, "context.start_column", np.int64, (batch,), columns + 1)
-    _array(request, "context.member", np.int64, (batch,), members)
+    check_array(request, "context.clock", np.int64, (), LIMITS["clock"])
+    check_array(request, "context.start_column", np.int64, (batch,), columns + 1)
+    check_array(request, "context.member", np.int64, (batch,), members)
 
 
 def _check_starts(request: Message, spec: Spec, batch: int) -> None:
@@ -109,31 +114,32 @@ def _check_starts(request: Message, spec: Spec, batch: int) -> None:
 
 def _parts(request: Message, name: str, spec: PartSpec, lead: tuple[int, ...]) -> None:
     cards = np.array(spec.categories, np.int64)
-    _array(request, f"{name}.numbers", np.float32, (*lead, spec.numbers))
-    _array(request, f"{name}.categories", np.int64, (*lead, len(cards)), cards)
+    check_array(request, f"{name}.numbers", np.float32, (*lead, spec.numbers))
+    check_array(request, f"{name}.categories", np.int64, (*lead, len(cards)), cards)
 
 
-def _batch(request: Message, name: str) -> int:
+def batch_of(request: Message, name: str) -> int:
     """The number of environments B of an int64 array [B]."""
     value = request.get(name)
     batch = len(value) if isinstance(value, np.ndarray) and value.ndim else 1
-    _array(request, name, np.int64, (max(batch, 1),))
+    check_array(request, name, np.int64, (max(batch, 1),))
     return batch
 
 
-def _array(
+def check_array(
     request: Message, name: str, dtype: type, shape: tuple[int, ...], limit: Any = None
 ) -> None:
     """Check an array; with a `limit`, its values must be in [0, limit)."""
     value = request.get(name)
     if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
-        raise _invalid(request, name, f"a {np.dtype(dtype)} array of shape {list(shape)}")
+        raise invalid(request, name, f"a {np.dtype(dtype)} array of shape {list(shape)}")
     if limit is not None and (bad := (value < 0) | (value >= limit)).any():
         most = np.broadcast_to(limit, shape)[bad][0] - 1
-        raise _invalid(request, name, f"in 0 to {most}", value[bad][0])
+        raise invalid(request, name, f"in 0 to {most}", value[bad][0])
 
 
-def _invalid(request: Message, name: str, expected: str, value: Any = None) -> UsageError:
+def invalid(request: Message, name: str, expected: str, value: Any = None) -> UsageError:
+    """The error of a field that is not what it must be."""
     value = request.get(name) if value is None else value
     return UsageError(f"request {request['op']!r}: {name} must be {expected}, got {shown(value)}")
 

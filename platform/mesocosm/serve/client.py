@@ -24,14 +24,17 @@ from gymnasium.vector.utils import batch_space, iterate
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import batch_codec
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
+from mesocosm.model.any_world import AnyWorld
 from mesocosm.model.carry import prefixed
 from mesocosm.model.history import History
+from mesocosm.model.language.history import TextHistory
+from mesocosm.model.language.session import Texts
 from mesocosm.model.spec import Parts
-from mesocosm.model.world import World
 from mesocosm.serve.connection import Connection, Served, reply_of
-from mesocosm.serve.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.protocol import CONTEXT, Message, batch_rows, get, put
 from mesocosm.serve.session import START, Sessions, Worlds
 
 ID = "mesocosm/World-v0"
@@ -61,8 +64,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         app: Name of the Serve application.
         address: Address of Ray. Defaults to this process's Ray.
         horizon: Steps after which an episode is truncated; None for never.
-        starts: Logged starts (task, observation), parts [N, ...]. Each episode begins with one, by
-            hash. None for the world's own starts.
+        starts: Logged starts (task, observation), parts [N, ...] or texts. Each episode begins with
+            one, by hash. None for the world's own starts.
         seed: Seed of the first `reset` without one.
         first_env: Environment i has number `first_env` + i. Clients that share a seed and differ
             in `first_env` imagine different episodes.
@@ -84,21 +87,20 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     world: str
     """The world version that this client is pinned to"""
     _connection: Connection | None = None
-    _codec: Codec
     _begun = False
     """False before the first `reset` and after an interrupted one: the replica may be ahead."""
 
     def __init__(
         self,
         num_envs: int,
-        world: str | Path | World = "",
+        world: str | Path | AnyWorld = "",
         *,
         root: str = ".mesocosm",
         backend: str = "serve",
         app: str = "mesocosm",
         address: str | None = None,
         horizon: int | None = None,
-        starts: tuple[Parts, Parts] | None = None,
+        starts: tuple[Parts, Parts] | tuple[Texts, Texts] | None = None,
         seed: int = 0,
         first_env: int = 0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
@@ -131,18 +133,18 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._env = first_env + np.arange(num_envs)
         self._routed, self._generation = uuid.uuid4().hex, 0
         self._episode: NDArray[np.int64] | None = None
-        if isinstance(world, World):
+        if isinstance(world, AnyWorld):
             self._connection = Sessions(lambda _: ("in-memory", world))
         elif backend == "local":
             self._connection = Sessions(Worlds(root).get)
         else:
             self._connection = Served(app, address, deadline_s)
-        self._describe("" if isinstance(world, World) else str(world))
+        self._describe("" if isinstance(world, AnyWorld) else str(world))
 
     def _describe(self, world: str) -> None:
         """Pin a world version. Raises UsageError where its spaces or codec do not fit."""
         reply = self._call({"op": "describe", "world": world})
-        codec, fix = Codec.from_json(reply["codec"]), "make a new client for it"
+        codec, fix = batch_codec(reply["codec"]), "make a new client for it"
         spaces = (codec.observation_space, codec.action_space)
         if not self._generation:
             self.single_observation_space, self.single_action_space = spaces
@@ -155,9 +157,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             worlds = f"world {self.world!r}, and {reply['world']!r}"
             raise UsageError(f"starts: they are encoded for {worlds} has another codec; {fix}")
         self._begun = False
-        self._codec: Codec = codec
+        self._codec: Any = codec  # an `AnyBatchCodec`, whose batches are `Parts` or `Texts`
         self.world, self._members = reply["world"], reply["members"]
-        self._history = History(reply["memory"])
+        self._history: Any = TextHistory()
+        if isinstance(codec, Codec):
+            self._history = History(reply["memory"])
 
     @property
     def task_options(self) -> list[dict[str, Any]]:
@@ -264,13 +268,15 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         bits = rng.bits(rng.keys(self._seed, self._env[:1], clock // every, START), rng.SAMPLED)
         return bool((bits[0] >> 32) % every == clock % every)
 
-    def _encode_action(self, actions: Any) -> Parts:
+    def _encode_action(self, actions: Any) -> Parts | Texts:
         """Encode actions. Raises UsageError where one is missing or not finite."""
-        action = self._codec.action(actions)
-        count = len(action.numbers)
+        action: Parts | Texts = self._codec.action(actions)
+        count = batch_rows(action)
         if count != self.num_envs:
             fix = "give one per environment"
             raise UsageError(f"{count} actions for num_envs={self.num_envs}; {fix}")
+        if isinstance(action, Texts):
+            return action
         wrong = ~np.isfinite(action.numbers.numpy())
         if not self._same_step:
             wrong &= ~self._ended[:, None]  # an environment that resets ignores its action
@@ -352,7 +358,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         if self.starts is None:
             return
         bits = rng.bits(rng.keys(self._seed, self._env, episode, START), rng.TASK)
-        chosen = ((bits >> 32) & 0x7FFFFFFF) % len(self.starts[1].numbers)
+        chosen = ((bits >> 32) & 0x7FFFFFFF) % batch_rows(self.starts[1])
         put(request, "start_task", self.starts[0][chosen])
         put(request, "start", self.starts[1][chosen])
 

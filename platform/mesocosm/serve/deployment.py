@@ -14,6 +14,7 @@ import torch
 
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model.any_world import is_text
 from mesocosm.model.world import World
 from mesocosm.serve.autoscaling import METRIC, OngoingRequests, desired_replicas
 from mesocosm.serve.config import ServeConfig, check, first_replicas
@@ -60,8 +61,8 @@ class Replica:
         worlds = Worlds(root, world, max_worlds, device)
         loaded = worlds.get(world) if world else None
         plans = None
-        if planner and loaded is not None:
-            plans = PlanServer(worlds.storage, *loaded, agent)
+        if planner and loaded is not None and isinstance(loaded[1], World):
+            plans = PlanServer(worlds.storage, loaded[0], loaded[1], agent)
         self.sessions = Sessions(worlds.get, max_sessions, plans)
         one_machine = len(ray.nodes()) == 1
         host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
@@ -147,6 +148,11 @@ def check_world(config: ServeConfig) -> None:
         return
     storage = Storage(config.storage.root)
     id, folder = find_world(storage, config.world)
+    if config.planner is not None and is_text(folder):
+        raise UsageError(
+            f"planner must be left out for world {id}, whose actions are texts, got"
+            f" {config.planner!r}"
+        )
     if config.planner is not None:
         PlanServer(storage, id, World.load(folder), config.agent)
 

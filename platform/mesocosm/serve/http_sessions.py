@@ -17,13 +17,12 @@ import numpy as np
 import pydantic_core
 from gymnasium.error import ResetNeeded
 
-from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, TextBatchCodec, batch_codec
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.model.spec import Parts
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served, reply_of
-from mesocosm.serve.protocol import Message, pack, unpack
+from mesocosm.serve.protocol import AnyStarts, Message, pack, unpack
 from mesocosm.store.artifacts import Storage
 
 MAX_ENVS = 4096
@@ -156,7 +155,7 @@ class HttpSessions:
         reply = reply_of(self._probe.call({"op": "describe", "world": world}))
         self._probe.deadline_s = HEALTH_DEADLINE_S
         self.id: str = reply["world"]
-        self.codec = Codec.from_json(reply["codec"])
+        self.codec: AnyBatchCodec = batch_codec(reply["codec"])
         self.members: int = reply["members"]
         self.memory: int = reply["memory"]
         self.plans: bool = reply["planner"] is not None
@@ -217,9 +216,7 @@ class HttpSessions:
             raise
         return session
 
-    def begin(
-        self, session: str, seed: int | None, start: tuple[Parts, Parts] | None = None
-    ) -> Reply:
+    def begin(self, session: str, seed: int | None, start: AnyStarts | None = None) -> Reply:
         """Begin a session's episodes.
 
         Args:
@@ -240,7 +237,10 @@ class HttpSessions:
     def step(self, session: str, action: list[Any], disagreement: bool) -> Reply:
         """Step a session's environments."""
         try:
-            batch = self._actions.decode(*self._actions.encode_list(action))
+            if isinstance(self.codec, TextBatchCodec):
+                batch = self.codec.batch(action)
+            else:
+                batch = self._actions.decode(*self._actions.encode_list(action))
         except MesocosmError as error:
             raise UsageError(str(error)) from error
         with self._env(session) as env:

@@ -1,7 +1,9 @@
 """Messages between a world's client and its replicas, as bytes without pickle.
 
 A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool). Parts travel as
-two arrays, `<name>.numbers` and `<name>.categories`.
+two arrays, `<name>.numbers` and `<name>.categories`. A world of texts has lists of strings in their
+place, `<name>.texts`, and a context of `clock`, `member`, `task`, `start` and `steps`: for each
+environment the list of [action, observation] since its episode's start.
 
     b"MSC2" | uint32 header length | header: JSON {"values": {...}, "arrays": [[name, dtype, shape],
     ...]} | arrays, each 8-byte aligned
@@ -45,9 +47,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mesocosm.model.language.session import Texts
 from mesocosm.model.spec import Parts
 
 Message = dict[str, Any]
+AnyStarts = tuple[Parts, Parts] | tuple[Texts, Texts]
+"""(task, observation) of logged starts."""
 MAGIC = b"MSC2"
 CONTEXT = "context."
 """Prefix of a context's arrays (`model.world.Context.to_numpy`) in a message."""
@@ -115,13 +120,23 @@ def unpack(data: bytes | bytearray) -> Message:
     return message
 
 
-def put(message: Message, name: str, parts: Parts) -> None:
-    """Write parts (on any device) into a message."""
+def put(message: Message, name: str, parts: Parts | Texts) -> None:
+    """Write parts (on any device) or texts into a message."""
+    if isinstance(parts, Texts):
+        message[f"{name}.texts"] = list(parts)
+        return
     message[f"{name}.numbers"] = parts.numbers.numpy(force=True)
     message[f"{name}.categories"] = parts.categories.numpy(force=True)
 
 
-def get(message: Message, name: str) -> Parts:
-    """The parts of that name, which share memory with the message."""
+def get(message: Message, name: str) -> Any:
+    """The `Parts` of that name, which share memory with the message, or the `Texts`."""
+    if f"{name}.texts" in message:
+        return Texts(message[f"{name}.texts"])
     numbers, categories = message[f"{name}.numbers"], message[f"{name}.categories"]
     return Parts(torch.from_numpy(numbers), torch.from_numpy(categories))
+
+
+def batch_rows(batch: Parts | Texts) -> int:
+    """The number of rows of parts or texts."""
+    return len(batch) if isinstance(batch, Texts) else len(batch.numbers)

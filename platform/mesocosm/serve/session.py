@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,16 +21,18 @@ from torch import Tensor
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
+from mesocosm.model.any_world import AnyWorld, load_any
 from mesocosm.model.carry import Carry, Context, grouped
+from mesocosm.model.language.world import TextWorld
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
 from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.text_check import check_text_begin, check_text_restore, check_text_step
+from mesocosm.serve.text_session import START, TextEngine, TextSession
 from mesocosm.store.artifacts import Storage
 
-START = -1
-"""The step in the random key of an episode's start; transitions count from 0."""
 STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "diverged")
 """Fields of `StepOut` in a reply, beside the observation and, on request, the disagreement"""
 BLOCKS = 32
@@ -63,11 +66,11 @@ class Worlds:
     def __init__(self, root: str, default: str = "", keep: int = 3, device: str = "cpu"):
         self.storage, self.default = Storage(root), default
         self.keep, self.device = keep, device
-        self._loaded: OrderedDict[str, World] = OrderedDict()
+        self._loaded: OrderedDict[str, AnyWorld] = OrderedDict()
         self._ids: dict[str, str] = {}
         self._lock, self._loading = threading.Lock(), threading.Lock()
 
-    def get(self, ref: str) -> tuple[str, World]:
+    def get(self, ref: str) -> tuple[str, AnyWorld]:
         """Return (id, world); an empty `ref` is the default. A loaded id needs no storage."""
         ref = ref or self.default
         loaded = self._lookup(ref)
@@ -76,7 +79,7 @@ class Worlds:
         with self._loading:
             return self._lookup(ref) or self._load(ref)
 
-    def _lookup(self, ref: str) -> tuple[str, World] | None:
+    def _lookup(self, ref: str) -> tuple[str, AnyWorld] | None:
         with self._lock:
             id = self._ids.get(ref, ref)
             if id not in self._loaded:
@@ -84,10 +87,10 @@ class Worlds:
             self._loaded.move_to_end(id)
             return id, self._loaded[id]
 
-    def _load(self, ref: str) -> tuple[str, World]:
+    def _load(self, ref: str) -> tuple[str, AnyWorld]:
         id, folder = find_world(self.storage, ref)
         loaded = self._lookup(id)
-        world = World.load(folder, self.device) if loaded is None else loaded[1]
+        world = load_any(folder, self.device) if loaded is None else loaded[1]
         with self._lock:
             self._ids[ref] = id
             self._loaded[id] = world
@@ -199,14 +202,15 @@ class Sessions:
 
     def __init__(
         self,
-        world: Callable[[str], tuple[str, World]],
+        world: Callable[[str], tuple[str, AnyWorld]],
         max_sessions: int = 64,
         planner: PlanServer | None = None,
     ):
         """`world` maps a reference to (id, world), as `Worlds.get`; `planner` is of one of them."""
         self.world, self._planner = world, planner
         self.max_sessions = max_sessions
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, Session | TextSession] = OrderedDict()
+        self._engines: WeakKeyDictionary[TextWorld, TextEngine] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def close(self, last: Message | None = None) -> None:
@@ -229,7 +233,8 @@ class Sessions:
 
     def _describe(self, request: Message) -> Message:
         id, world = self.world(request["world"])
-        sizes = {"memory": world.net.memory, "members": world.config.members}
+        memory = 0 if isinstance(world, TextWorld) else world.net.memory
+        sizes = {"memory": memory, "members": world.net.members}
         planner = self._planner
         plans = None if planner is None or planner.id != id else planner.describe()
         return {"world": id, "codec": world.codec, **sizes, "planner": plans}
@@ -246,6 +251,14 @@ class Sessions:
 
     def _begin(self, request: Message) -> Message:
         id, world = self.world(request["world"])
+        if isinstance(world, TextWorld):
+            check_text_begin(request)
+            text = self._text_session(world, request, len(request["episode"]))
+            reply: Message = {"world": id} | text.begin(request)
+            with self._lock:
+                self._sessions.pop(request["replaces"], None)
+                self._keep(request["session"], text)
+            return reply
         check_begin(request, world.spec)
         episode = request["episode"]
         session = Session(world, request["seed"], request["first_env"], len(episode))
@@ -254,13 +267,20 @@ class Sessions:
             task, observation = session.starts(request, episode, np.ones(len(episode), np.bool_))
             session.carry = world.begin(task, observation, session.member(episode))
             self._keep(request["session"], session)
-        reply: Message = {"world": id}
+        reply = {"world": id}
         put(reply, "task", task)
         put(reply, "observation", observation)
         return reply
 
     def _restore(self, request: Message) -> Message:
         _, world = self.world(request["world"])
+        if isinstance(world, TextWorld):
+            check_text_restore(request, world.net.members)
+            text = self._text_session(world, request, len(request["context.member"]))
+            text.restore(request)
+            with self._lock:
+                self._keep(request["session"], text)
+            return {"clock": text.clock}
         check_restore(request, world.spec, world.config.members)
         context = Context.from_numpy(grouped(request, CONTEXT))
         session = Session(world, request["seed"], request["first_env"], len(context.member))
@@ -286,20 +306,35 @@ class Sessions:
                 return session.reply
             if session.clock != clock:
                 return {"missing": True}
-            check_step(request, session.world.spec, len(session.env))
+            if isinstance(session, TextSession):
+                check_text_step(request, len(session.env))
+                session.check_step(request)
+            else:
+                check_step(request, session.world.spec, len(session.env))
             # An exception may leave the carry half changed: only a whole step keeps the session.
             del self._sessions[name]
-            session.reply = session.step(request)
+            if isinstance(session, Session):
+                session.reply = session.step(request)
+                session.clock, session.request_digest = clock + 1, digest
+                self._sessions[name] = session
+                return session.reply
+        session.reply = session.step(request)  # together with the others that wait
+        with self._lock:
             session.clock, session.request_digest = clock + 1, digest
-            self._sessions[name] = session
+            self._keep(name, session)
             return session.reply
+
+    def _text_session(self, world: TextWorld, request: Message, batch: int) -> TextSession:
+        with self._lock:
+            engine = self._engines.setdefault(world, TextEngine(world))
+        return TextSession(engine, request["seed"], request["first_env"], batch)
 
     def _end(self, request: Message) -> Message:
         with self._lock:
             self._sessions.pop(request["session"], None)
         return {}
 
-    def _keep(self, name: str, session: Session) -> None:
+    def _keep(self, name: str, session: Session | TextSession) -> None:
         self._sessions[name] = session
         self._sessions.move_to_end(name)
         while len(self._sessions) > self.max_sessions:

@@ -12,7 +12,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector.utils import iterate
 
 from mesocosm.errors import UsageError
-from mesocosm.model.world import World
+from mesocosm.model.any_world import AnyWorld
 from mesocosm.policies.heads import stack
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -22,7 +22,7 @@ class WorldEnv(gymnasium.Env[Any, Any]):
     `autoreset_mode`.
     """
 
-    def __init__(self, world: str | Path | World = "", **arguments: Any):
+    def __init__(self, world: str | Path | AnyWorld = "", **arguments: Any):
         for name in {"num_envs", "autoreset_mode"} & arguments.keys():
             fix = f"got {name}={arguments[name]!r}; use gymnasium.make_vec"
             raise UsageError(f"{name} is not an argument of a single environment, {fix}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from mesocosm.data.loading.text_batch import TextBatchCodec, start_texts
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import MesocosmError, UsageError, nearest
-from mesocosm.model.spec import Parts
 from mesocosm.serve.check import shown
 from mesocosm.serve.http_sessions import HttpSessions
+from mesocosm.serve.protocol import AnyStarts, batch_rows
 
 GENERATED, LOGGED = "generated", "logged"
 COUNT = 1 << 31
@@ -35,7 +36,7 @@ class Tasks:
     def __init__(self, sessions: HttpSessions):
         self._sessions = sessions
         self._lock = threading.Lock()
-        self._loaded: tuple[Parts, Parts] | None = None
+        self._loaded: AnyStarts | None = None
 
     def splits(self) -> list[str]:
         """The names of the splits: `logged` only where the world's data are in the storage."""
@@ -44,9 +45,9 @@ class Tasks:
     def count(self, split: str) -> int:
         """The number of tasks of a split. Raises UnknownTask where it does not exist."""
         self._check(split)
-        return COUNT if split == GENERATED else len(self._starts()[1].numbers)
+        return COUNT if split == GENERATED else batch_rows(self._starts()[1])
 
-    def start(self, split: str, index: int) -> tuple[Parts, Parts] | None:
+    def start(self, split: str, index: int) -> AnyStarts | None:
         """(task, observation), parts [1, ...], that a task begins with; None: the world draws it.
 
         Raises:
@@ -88,12 +89,15 @@ class Tasks:
         except MesocosmError:
             return []
 
-    def _starts(self) -> tuple[Parts, Parts]:
+    def _starts(self) -> AnyStarts:
         with self._lock:
             if self._loaded is None:
                 storage = self._sessions.storage
                 assert storage is not None
                 paths = [storage.artifact("datasets", name).path for name in self._datasets()]
                 codec = self._sessions.codec
-                self._loaded = start_parts(Dataset(paths), codec, "train", MAX_LOGGED)
+                if isinstance(codec, TextBatchCodec):
+                    self._loaded = start_texts(Dataset(paths), codec.codec, "train", MAX_LOGGED)
+                else:
+                    self._loaded = start_parts(Dataset(paths), codec, "train", MAX_LOGGED)
             return self._loaded

@@ -32,7 +32,7 @@ from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.spec import PartSpec, Spec
 
 Array = NDArray[Any]
-SCHEMA = 1
+SCHEMA = 2
 
 
 class TextForm:
@@ -101,12 +101,14 @@ class TextCodec:
         self,
         observation: Space,
         action: Space,
-        task_keys: Sequence[str],
+        environment: Mapping[str, Any],
         options: Sequence[ResetOption],
         decimals: Mapping[str, Sequence[int]],
         rest: Mapping[str, Any],
     ):
-        self._spaces, self._keys, self.options = (observation, action), list(task_keys), options
+        self.environment = dict(environment)
+        """`manifest.Environment` as JSON, as in `Codec`"""
+        self._spaces, self.options, task_keys = (observation, action), options, environment["task"]
         self._decimals, self.rest = dict(decimals), dict(rest)
         """`rest`: the fields of `model.spec.Spec` that describe rewards, durations, terminals."""
         self._codec = SpaceCodec(observation, "observation")
@@ -152,15 +154,15 @@ class TextCodec:
             for leaf in codec.leaves:
                 if leaf.numbers.stop > leaf.numbers.start:
                     decimals[leaf.name] = places[leaf.numbers].tolist()
-        space, task = dataset.observation_space, dataset.environment.task
-        return TextCodec(space, dataset.action_space, task, dataset.options, decimals, rest)
+        spaces, about = (dataset.observation_space, dataset.action_space), dataset.environment
+        return TextCodec(*spaces, about.model_dump(), dataset.options, decimals, rest)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "observation_space": space_to_json(self._spaces[0]),
             "action_space": space_to_json(self._spaces[1]),
-            "task": self._keys,
+            "environment": self.environment,
             "options": [option.model_dump() for option in self.options],
             "decimals": self._decimals,
             "rest": self.rest,
@@ -177,11 +179,19 @@ class TextCodec:
         return TextCodec(
             space_from_json(data["observation_space"]),
             space_from_json(data["action_space"]),
-            data["task"],
+            data["environment"],
             [ResetOption(**option) for option in data["options"]],
             data["decimals"],
             data["rest"],
         )
+
+    @property
+    def observation_space(self) -> Space:
+        return self._spaces[0]
+
+    @property
+    def action_space(self) -> Space:
+        return self._spaces[1]
 
     def observation(self, value: Any) -> str:
         """The text of a raw observation, without the keys of the task."""
@@ -219,6 +229,31 @@ class TextCodec:
         values = self.observation_form.read(text)
         for leaf in self._task_form.leaves:
             values[leaf.path] = _at(base, leaf.path)
+        return _nested(self._spaces[0], (), values)
+
+    def read_task(self, text: str) -> tuple[dict[tuple[str | int, ...], Any], dict[str, Any]]:
+        """The values of the task's observation keys, by path, and the reset options of a task's
+        text. Raises ValueError as `read_observation`.
+        """
+        names = [option.name for option in self.options]
+        if not names:
+            return (self._task_form.read(text) if self._task_form.leaves else {}), {}
+        form, _, last = text.rpartition("\n")
+        values, alone = self.options[0].values, len(names) == 1 and not self._task_form.leaves
+        if alone and values and isinstance(values[0], str):
+            return {}, {names[0]: text}
+        options = json.loads(last)
+        if not isinstance(options, dict) or options.keys() != set(names):
+            raise ValueError(f"the task must end in JSON of {names}, got {last!r}")
+        return (self._task_form.read(form) if self._task_form.leaves else {}), options
+
+    def read_with_task(self, text: str, task: str) -> Any:
+        """The raw observation of its text and that of its task. Raises ValueError as
+        `read_observation`.
+        """
+        values = self.observation_form.read(text)
+        if self._task_form.leaves:
+            values |= self.read_task(task)[0]
         return _nested(self._spaces[0], (), values)
 
     def read_action(self, text: str) -> Any:

@@ -132,7 +132,7 @@ def _predicted(
     starts = [episode.observations[0] for episode in episodes]
     carry = world.begin([episode.task for episode in episodes], starts, member)
     labels = [None if check is None else _labels(episode, check) for episode in episodes]
-    found: list[StepPrediction] = []
+    predictions: list[StepPrediction] = []
     rows = list(range(len(episodes)))
     for t in range(max(len(episode.actions) for episode in episodes)):
         running = [k for k, row in enumerate(rows) if t < len(episodes[row].actions)]
@@ -148,7 +148,7 @@ def _predicted(
         for k, row in enumerate(rows):
             steps = labels[row]
             label = None if steps is None else steps[t]
-            found.append(
+            predictions.append(
                 StepPrediction(
                     step=t,
                     exact=out.observation[k] == true[k],
@@ -162,7 +162,7 @@ def _predicted(
                     predicted_p=float(p[k]),
                 )
             )
-    return found
+    return predictions
 
 
 def _labels(episode: TextEpisode, check: Check) -> tuple[StepCheck, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,23 @@ class KeyCache:
         slots = self._slot[rows]
         for source, target in ((self._keys, copy._keys), (self._values, copy._values)):
             target[:] = [self._by_row(tensor)[slots].flatten(0, 1) for tensor in source]
+        return copy
+
+    @staticmethod
+    def joined(caches: Sequence[KeyCache]) -> KeyCache:
+        """A new cache of copies of the rows of several ones of equal windows."""
+        first = caches[0]
+        columns = max(cache._keys[0].shape[2] for cache in caches)
+        for cache in caches:
+            cache._reserve(columns)
+        copy = KeyCache(first.shape, 0, first.window, first._keys[0])
+        copy.batch = sum(cache.batch for cache in caches)
+        copy.length = torch.cat([cache.length for cache in caches])
+        copy._slot = torch.arange(copy.batch, device=copy.length.device)
+        for layer in range(first.shape.layers):
+            for name in ("_keys", "_values"):
+                rows = [c._by_row(getattr(c, name)[layer])[c._slot] for c in caches]
+                getattr(copy, name)[layer] = torch.cat(rows).flatten(0, 1)
         return copy
 
     def rewind(self, length: Tensor) -> None:

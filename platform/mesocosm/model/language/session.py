@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mesocosm.model.language.cache import KeyCache
 from mesocosm.model.language.stream import Marked, retained, start_tokens
+
+
+class Texts(tuple[str, ...]):
+    """B texts, where other families have `Parts`."""
+
+    def to(self, device: torch.device | str) -> Texts:
+        """Itself: texts are on no device."""
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        """The text at an integer, or the `Texts` at an array of them."""
+        if isinstance(index, np.ndarray | Tensor | list):
+            return Texts(tuple.__getitem__(self, int(i)) for i in index)
+        return tuple.__getitem__(self, index)
+
+    def where(self, mask: Tensor, other: Sequence[str]) -> Texts:
+        """Self where `mask` [B] is true, `other` elsewhere."""
+        rows = zip(mask.tolist(), self, other, strict=True)
+        return Texts(one if chosen else two for chosen, one, two in rows)
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,8 @@ class TextContext:
     steps: list[list[tuple[str, str]]]
     """[B][...]: the (action, observation) pairs in the window, of consecutive last steps"""
     member: Tensor  # [B] int64
+    whole: bool = False
+    """The steps are all of the episode, not those in the window."""
 
 
 class EpisodeWindow:
@@ -80,6 +103,14 @@ class EpisodeWindow:
             self.add(action, observation)
         return True
 
+    def replay(self, steps: Sequence[tuple[str, str]], longest: int, window: int) -> None:
+        """Append steps as a session does: older ones are dropped where an action and the longest
+        observation would not fit.
+        """
+        for action, observation in steps:
+            self.room_for(len(self.action_tokens(action)) + longest, window)
+            self.add(action, observation)
+
     def copy(self) -> EpisodeWindow:
         """An independent copy."""
         other = EpisodeWindow(self._tokenizer, self.task, self.start)
@@ -97,6 +128,19 @@ class TextCarry:
     cache: KeyCache
     """B * K rows: member k of environment b has row b * K + k. Rows of members that do not imagine
     fall behind until their opinion is asked for."""
+
+    @staticmethod
+    def joined(carries: Sequence[TextCarry]) -> TextCarry:
+        """All environments of several carries of one world, whose windows are shared."""
+        windows = [window for carry in carries for window in carry.windows]
+        members = torch.cat([carry.member for carry in carries])
+        return TextCarry(windows, members, KeyCache.joined([carry.cache for carry in carries]))
+
+    def part(self, start: int, stop: int) -> TextCarry:
+        """The environments from `start` to `stop`, with a cache of their own."""
+        members = self.cache.batch // len(self.windows)
+        rows = torch.arange(start * members, stop * members, device=self.member.device)
+        return TextCarry(self.windows[start:stop], self.member[start:stop], self.cache.select(rows))
 
     @property
     def context(self) -> TextContext:
@@ -135,6 +179,12 @@ class TextStep:
     member the surprise. Divided by the world's scale. None where it was not asked for."""
     cut: Tensor  # [B] bool: the text reached the longest of the data without an end
     tokens: Tensor  # [B] int64: generated tokens, the mark included
+
+    def part(self, start: int, stop: int) -> TextStep:
+        """The results of the environments from `start` to `stop`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows = slice(start, stop)
+        return TextStep(**{k: None if v is None else v[rows] for k, v in values.items()})
 
 
 def ragged(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

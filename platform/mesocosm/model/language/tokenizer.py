@@ -168,6 +168,15 @@ class TextTokenizer:
             return str(self._library.decode(list(ids)))
         return b"".join(self._bytes.get(i, b"") for i in ids).decode(errors="replace")
 
+    def shortened(self, text: str, most: int) -> str:
+        """The text, or as much of its start as has at most `most` tokens: broken bytes become
+        characters of more tokens.
+        """
+        ids, length = self.encode(text), most
+        while text and len(self.encode(text)) > most:
+            text, length = self.decode(ids[:length]), length - 1
+        return text
+
     def _read_bytes(self, spare: list[int]) -> None:
         """Learn the bytes of each token of a byte-level vocabulary. Vocabularies of checkpoints
         lack bytes that their data never had; spare special tokens stand for those.

@@ -110,10 +110,12 @@ class TextWorld:
         for ids in drawn.texts():
             end = ids.index(self.tokenizer.eoa) if self.tokenizer.eoa in ids else -1
             most = self.longest_start - 2 - self.tasks  # less the marks
-            task = self._shortened(self.tokenizer.decode(ids[: max(end, 0)]), most)
+            task = self.tokenizer.shortened(self.tokenizer.decode(ids[: max(end, 0)]), most)
             most -= len(self.tokenizer.encode(task))
             tasks.append(task)
-            observations.append(self._shortened(self.tokenizer.decode(ids[end + 1 :]), most))
+            observations.append(
+                self.tokenizer.shortened(self.tokenizer.decode(ids[end + 1 :]), most)
+            )
         return tasks, observations
 
     def begin(self, task: Sequence[str], observation: Sequence[str], member: Tensor) -> TextCarry:
@@ -144,6 +146,9 @@ class TextWorld:
         """The carry of this context: its future steps have the same bits."""
         carry = self.begin(context.task, context.start, context.member.to(self.device))
         for window, steps in zip(carry.windows, context.steps, strict=True):
+            if context.whole:
+                window.replay(steps, self.longest, self.window)
+                continue
             for action, observation in steps:
                 window.add(action, observation)
         self._catch_up(carry, carry.rows)
@@ -180,7 +185,7 @@ class TextWorld:
         Raises:
             UsageError: An action is too long for the window. The carry is then unchanged.
         """
-        self._require_room(carry.windows, action)
+        self.require_room(carry, action)
         moved = [
             window.room_for(len(window.action_tokens(text)) + self.longest, self.window)
             for window, text in zip(carry.windows, action, strict=True)
@@ -197,7 +202,7 @@ class TextWorld:
         texts, again = [], []
         for row, (window, ids) in enumerate(zip(carry.windows, drawn.texts(), strict=True)):
             written = self.tokenizer.decode(ids)
-            text = self._shortened(written, self.longest - 1)
+            text = self.tokenizer.shortened(written, self.longest - 1)
             if text != written:
                 drawn.cut[row] = True
             window.add(action[row], text)
@@ -220,7 +225,7 @@ class TextWorld:
         Returns:
             (the most likely or expected reward, the probability of termination) [B] after them.
         """
-        texts = [self._shortened(text, self.longest - 1) for text in observation]
+        texts = [self.tokenizer.shortened(text, self.longest - 1) for text in observation]
         before = [w.replace_last(text) for w, text in zip(carry.windows, texts, strict=True)]
         stay = torch.tensor(before, device=self.device).repeat_interleave(self.net.members)
         carry.cache.rewind(torch.minimum(carry.cache.length, stay))
@@ -246,8 +251,9 @@ class TextWorld:
             )
         return window
 
-    def _require_room(self, windows: list[EpisodeWindow], actions: Sequence[str]) -> None:
-        for window, action in zip(windows, actions, strict=True):
+    def require_room(self, carry: TextCarry, actions: Sequence[str]) -> None:
+        """Raise UsageError where an action is too long for the window."""
+        for window, action in zip(carry.windows, actions, strict=True):
             length = len(window.action_tokens(action))
             most = self.window - self.longest - window.start_length
             if length > most:
@@ -255,15 +261,6 @@ class TextWorld:
                     f"an action must have at most {most} tokens here (model.context={self.window}"
                     f" less the start and the longest observation), got {length}: {action[:60]!r}"
                 )
-
-    def _shortened(self, text: str, most: int) -> str:
-        """The text, or as much of its start as has at most `most` tokens: broken bytes become
-        characters of more tokens.
-        """
-        ids, length = self.tokenizer.encode(text), most
-        while text and len(self.tokenizer.encode(text)) > most:
-            text, length = self.tokenizer.decode(ids[:length]), length - 1
-        return text
 
     def _members(self, carry: TextCarry) -> Tensor:
         """[B * K] int64: the member of each row of the cache."""

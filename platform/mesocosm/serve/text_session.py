@@ -1,0 +1,232 @@
+"""Sessions of text worlds. Those that step at the same time step in one batch.
+
+Bits do not depend on the batch, so equal action sequences in equal sessions give equal worlds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mesocosm.data.loading.texts import TextCodec
+from mesocosm.model import rng
+from mesocosm.model.language.cache import KeyCache
+from mesocosm.model.language.session import TextCarry, TextContext, Texts, TextStep
+from mesocosm.model.language.world import TextWorld
+from mesocosm.serve.protocol import Message, get, put
+
+START = -1
+"""The step in the random key of an episode's start; transitions count from 0."""
+MOST = 256
+"""Environments of a batch, beyond which the others wait for the next one."""
+T = TypeVar("T")
+
+
+@dataclass
+class _Job:
+    """One session's step."""
+
+    carry: TextCarry
+    action: Sequence[str]
+    keys: Tensor
+    disagreement: bool
+    result: tuple[TextCarry, TextStep] | None = None
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class TextEngine:
+    """Steps of a text world for several threads: one thread steps all that wait, together."""
+
+    def __init__(self, world: TextWorld):
+        self.world = world
+        self.steps = self.batches = 0
+        """Environments that were stepped, and batches of them."""
+        self._waiting: list[_Job] = []
+        self._lock, self._running = threading.Lock(), threading.Lock()
+
+    def alone(self, function: Callable[[], T]) -> T:
+        """Call a function while nothing else uses the world."""
+        with self._running:
+            return function()
+
+    def step(
+        self, carry: TextCarry, action: Sequence[str], keys: Tensor, *, disagreement: bool
+    ) -> tuple[TextCarry, TextStep]:
+        """As `TextWorld.step`, which raises UsageError before anything changes."""
+        self.world.require_room(carry, action)
+        job = _Job(carry, action, keys, disagreement)
+        with self._lock:
+            self._waiting.append(job)
+        while not job.finished:
+            with self._running:
+                if not job.finished:
+                    self._step(self._taken())
+        if job.error is not None:
+            raise job.error
+        assert job.result is not None
+        return job.result
+
+    def _taken(self) -> list[_Job]:
+        """The jobs of the next batch, in the order in which they came."""
+        with self._lock:
+            taken, rows = 1, len(self._waiting[0].action)
+            alike = isinstance(self._waiting[0].carry.cache, KeyCache)
+            for job in self._waiting[1:]:
+                rows += len(job.action)
+                if rows > MOST or not alike:
+                    break
+                taken += 1
+            jobs, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return jobs
+
+    def _step(self, jobs: list[_Job]) -> None:
+        try:
+            whole = jobs[0].carry
+            if len(jobs) > 1:
+                whole = TextCarry.joined([job.carry for job in jobs])
+            whole, step = self.world.step(
+                whole,
+                [text for job in jobs for text in job.action],
+                torch.cat([job.keys for job in jobs]),
+                disagreement=any(job.disagreement for job in jobs),
+            )
+            self.batches, self.steps = self.batches + 1, self.steps + len(step.observation)
+            start = 0
+            for job in jobs:
+                stop = start + len(job.action)
+                carry = whole if len(jobs) == 1 else whole.part(start, stop)
+                job.result, start = (carry, step.part(start, stop)), stop
+        except Exception as error:
+            for job in jobs:
+                job.error = error
+
+
+class TextSession:
+    """One client's B environments in a text world, see `session.Session`."""
+
+    carry: TextCarry
+    clock = 0
+    """Steps since `begin`"""
+    reply: Message
+    """Reply to the step before `clock`"""
+    request_digest = b""
+    """Digest of the request that `reply` answers; empty right after `begin` and `restore`"""
+
+    def __init__(self, engine: TextEngine, seed: int, first_env: int, batch: int):
+        self.engine, self.world, self.seed = engine, engine.world, seed
+        self.env = first_env + np.arange(batch)
+        self._codec = TextCodec.from_json(self.world.codec) if self.world.codec else None
+
+    def member(self, episode: NDArray[np.int64]) -> Tensor:
+        """[B] the member that imagines each `episode` [B]."""
+        member = rng.member_of(self.seed, self.env, episode, self.world.net.members)
+        return torch.from_numpy(member).to(self.world.device)
+
+    def starts(
+        self, request: Message, episode: NDArray[np.int64], mask: NDArray[np.bool_]
+    ) -> tuple[Texts, Texts]:
+        """(task, observation) [B] that begin `episode` [B], as the client chose them or drawn.
+
+        Drawn rows outside `mask` [B] are empty.
+        """
+        if "start.texts" in request:
+            return get(request, "start_task"), get(request, "start")
+        rows = np.flatnonzero(mask)
+        keys = torch.from_numpy(rng.keys(self.seed, self.env[rows], episode[rows], START))
+        keys = keys.to(self.world.device)
+        task, observation = [""] * len(self.env), [""] * len(self.env)
+        tasks, observations = self.engine.alone(lambda: self.world.sample_start(keys))
+        for row, *drawn in zip(rows.tolist(), tasks, observations, strict=True):
+            task[row], observation[row] = drawn
+        return Texts(task), Texts(observation)
+
+    def begin(self, request: Message) -> Message:
+        """Begin all episodes, and return the reply."""
+        episode = request["episode"]
+        task, observation = self.starts(request, episode, np.ones(len(episode), np.bool_))
+        self.carry = self.world.begin(task, observation, self.member(episode))
+        reply: Message = {}
+        put(reply, "task", task)
+        put(reply, "observation", observation)
+        return reply
+
+    def restore(self, request: Message) -> None:
+        """Continue from the context of a request."""
+        steps = [[(a, o) for a, o in row] for row in request["context.steps"]]
+        member = torch.from_numpy(np.array(request["context.member"]))
+        texts = request["context.task.texts"], request["context.start.texts"]
+        context = TextContext(*texts, steps, member, whole=True)
+        self.carry = self.engine.alone(lambda: self.world.restore(context))
+        self.clock = int(request["context.clock"])
+
+    def check_step(self, request: Message) -> None:
+        """Raise UsageError where an action is too long for the window; nothing changes."""
+        self.world.require_room(self.carry, request["action.texts"])
+
+    def step(self, request: Message) -> Message:
+        """Step all environments, then begin new episodes: for those that end here (SAME_STEP) or
+        ended before (NEXT_STEP).
+        """
+        world, episode = self.world, request["episode"]
+        keys = rng.keys(self.seed, self.env, episode, request["step"])
+        before, requested = Texts(self.carry.observations), request["disagreement"]
+        self.carry, out = self.engine.step(
+            self.carry,
+            request["action.texts"],
+            torch.from_numpy(keys).to(world.device),
+            disagreement=requested,
+        )
+        readable = torch.tensor([self._readable(text) for text in out.observation])
+        observation = Texts(out.observation).where(readable, before)
+        diverged = ~readable.numpy()
+        reply: Message = {
+            "reward": out.reward.numpy(force=True),
+            "terminated": out.terminated.numpy(force=True) & ~diverged,
+            "p_terminated": out.p_terminated.numpy(force=True),
+            "duration": np.zeros(len(diverged), np.float32),
+            "diverged": diverged,
+        }
+        if requested:
+            assert out.disagreement is not None
+            reply["disagreement"] = out.disagreement.numpy(force=True)
+        names = list(reply)
+        same_step, mask = request["mode"] == "SameStep", request["cut"]
+        if same_step:
+            mask = mask | reply["terminated"] | diverged
+            if requested:
+                mask = mask | (reply["disagreement"] > request["max_disagreement"])
+        if mask.any():
+            if same_step:
+                put(reply, "final", observation)
+            else:
+                for name in names:
+                    reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
+            task, start = self.starts(request, episode + 1, mask)
+            chosen = torch.from_numpy(mask)
+            member = self.member(episode + 1)
+            self.carry = world.reset(self.carry, chosen, task, start, member)
+            observation = start.where(chosen, observation)
+            put(reply, "task", task)
+        put(reply, "observation", observation)
+        return reply
+
+    def _readable(self, text: str) -> bool:
+        """True if a generated text is an observation of the space."""
+        if self._codec is None:
+            return True
+        try:
+            self._codec.observation_form.read(text)
+        except ValueError:
+            return False
+        return True

@@ -1,0 +1,197 @@
+"""A served text world: texts travel as strings, sessions step together, any replica continues."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+pytest.importorskip("tokenizers")
+
+from model.language.nets import small
+
+from mesocosm.data.loading.texts import TextCodec
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model.language.net import TextNet
+from mesocosm.model.language.session import Texts
+from mesocosm.model.language.tokenizer import TextTokenizer
+from mesocosm.model.language.world import TextWorld
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.protocol import pack, unpack
+from mesocosm.serve.session import Sessions
+from mesocosm.serve.text_session import TextEngine
+
+TEXT = spaces.Text(400, min_length=0, charset="abcdefghijklmnopqrstuvwxyz .")
+REST = {"reward_values": [0.0, 0.2, 1.0], "terminal_rate": 0.05}
+WORDS = ["you see a mug.", "you see a pen.", "take mug", "look", "go to table"]
+
+
+def text_world(observation: Any = TEXT, window: int = 128, members: int = 1) -> TextWorld:
+    """A small world with random weights."""
+    tokenizer = TextTokenizer.train(WORDS, 300)
+    backbone = small("100k", tokenizer.size, members, 2 if members > 1 else 0)
+    environment = {"id": "mesocosm.envs.text:Chores-v0", "task": [], "max_episode_steps": 20}
+    codec = TextCodec(observation, TEXT, environment, [], {}, REST)
+    spec = Spec(PartSpec(), PartSpec(), reward_values=(0.0, 0.2, 1.0), terminal_rate=0.05)
+    net = TextNet(backbone, spec)
+    sizes: Any = {"window": window, "longest": 12, "longest_start": 16, "codec": codec.to_json()}
+    return TextWorld(net, tokenizer, **sizes)
+
+
+class Wire:
+    """Sessions behind packed messages, which can be lost like those of a replica that dies."""
+
+    def __init__(self, world: TextWorld):
+        self.world = world
+        self.lose()
+
+    def lose(self) -> None:
+        self.sessions = Sessions(lambda _: ("w", self.world))
+
+    def call(self, request: Any) -> Any:
+        return unpack(pack(self.sessions.call(unpack(pack(request)))))
+
+    def close(self, last: Any = None) -> None:
+        self.sessions.close(last)
+
+
+def play(env: WorldVectorEnv, steps: int, seed: int = 3, first: int = 0) -> list[Any]:
+    """The transcript of a fixed sequence of actions, from step `first` on."""
+    lines: list[Any] = []
+    if first == 0:
+        lines.append(env.reset(seed=seed)[0])
+    for step in range(first, first + steps):
+        actions = tuple(WORDS[(step + row) % 5] for row in range(env.num_envs))
+        observation, reward, terminated, truncated, infos = env.step(actions)
+        figures = reward.tolist(), terminated.tolist(), truncated.tolist()
+        lines.append((observation, *figures, infos["disagreement"].tolist()))
+    return lines
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_lost_session_continues_with_the_same_bits(mode: str, members: int) -> None:
+    """Beyond the window of 128 tokens, with episodes that end after six steps."""
+    wire = Wire(text_world(members=members))
+    env = WorldVectorEnv(3, wire.world, horizon=6, autoreset_mode=mode)
+    env._connection = wire
+    whole = play(env, 20)
+    lines = play(env, 9)
+    wire.lose()
+    lines += play(env, 11, first=9)
+    assert lines == whole
+    assert len({str(line) for line in whole}) > 15
+    texts = [text for line in whole[1:] for text in line[0]]
+    assert all(isinstance(text, str) for text in texts)
+
+
+def test_many_sessions_step_together_and_each_alone_gives_the_same() -> None:
+    world = text_world()
+    sessions = Sessions(lambda _: ("w", world))
+    alone = [play(WorldVectorEnv(1, world, first_env=k), 5) for k in range(8)]
+    together: list[Any] = [None] * 8
+    (engine,) = [sessions._engines.setdefault(world, TextEngine(world))]
+    running = threading.Barrier(8)
+
+    def client(k: int) -> None:
+        env = WorldVectorEnv(1, world, first_env=k)
+        env._connection = sessions
+        running.wait()
+        together[k] = play(env, 5)
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    assert engine.steps == 40 and engine.batches < 40
+
+
+def test_an_action_too_long_costs_no_session() -> None:
+    env = WorldVectorEnv(2, text_world())
+    env.reset(seed=0)
+    before = env.state()
+    with pytest.raises(UsageError, match="an action must have at most"):
+        env.step(("look", "go to table " * 100))
+    first = env.step(("look", "look"))
+    env.restore(before)
+    again = env.step(("look", "look"))
+    assert first[0] == again[0] and first[1].tolist() == again[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action.texts": ["look"]}, "action.texts must be a list of 2 texts"),
+        ({"action.texts": ["look", 3]}, "action.texts must be a list of 2 texts"),
+        ({"action.texts": ["look", "\ud800"]}, "lone surrogate"),
+        ({"start.texts": ["a", "b"]}, "start_task.texts must be a list of 2 texts"),
+        ({"mode": "x"}, "mode must be one of NextStep, SameStep"),
+    ],
+)
+def test_wrong_requests_change_nothing(change: dict[str, Any], message: str) -> None:
+    sessions = Sessions(lambda _: ("w", world))
+    world = text_world()
+    begin = {"op": "begin", "session": "s", "replaces": "", "world": "", "seed": 0, "first_env": 0}
+    assert "error" not in sessions.call(begin | {"episode": np.zeros(2, np.int64)})
+    step: dict[str, Any] = {"op": "step", "session": "s", "clock": 0, "mode": "NextStep"}
+    step |= {"episode": np.zeros(2, np.int64), "step": np.zeros(2, np.int64)}
+    step |= {"cut": np.zeros(2, np.bool_), "disagreement": True, "max_disagreement": np.inf}
+    step["action.texts"] = ["look", "take mug"]
+    reply = sessions.call(step | change)
+    assert message in reply["error"] and reply["kind"] == "usage"
+    assert "observation.texts" in sessions.call(step)
+
+
+def test_a_wrong_context_is_refused() -> None:
+    world = text_world()
+    sessions = Sessions(lambda _: ("w", world))
+    request: dict[str, Any] = {"op": "restore", "session": "s", "world": "", "seed": 0}
+    request |= {"first_env": 0, "context.member": np.zeros(1, np.int64)}
+    request |= {"context.clock": np.asarray(0), "context.task.texts": [""]}
+    request |= {"context.start.texts": ["you see"], "context.steps": [[["look"]]]}
+    assert "lists of [action, observation]" in sessions.call(request)["error"]
+    request["context.steps"] = [[["look", "you see a pen."]]]
+    assert sessions.call(request) == {"clock": 0}
+
+
+def test_logged_starts_and_a_single_environment() -> None:
+    starts = Texts([""]), Texts(["you see a mug."])
+    env = gymnasium.make("mesocosm/World-v0", world=text_world(), starts=starts, horizon=3)
+    observation, _ = env.reset(seed=1)
+    assert observation == "you see a mug."
+    text, reward, _, _, info = env.step("take mug")
+    assert isinstance(text, str) and np.isfinite(reward) and info["disagreement"] >= 0
+
+
+def test_a_text_that_is_no_observation_ends_the_episode() -> None:
+    space = spaces.Dict({"say": TEXT, "count": spaces.Discrete(3)})
+    starts = Texts([""]), Texts(['you see a mug.\n{"count": 1}'])
+    env = WorldVectorEnv(2, text_world(space), starts=starts)
+    observation, _ = env.reset(seed=0)
+    assert observation["count"].tolist() == [1, 1] and observation["say"][0] == "you see a mug."
+    after, _, terminated, truncated, infos = env.step(("look", "look"))
+    assert truncated.all() and not terminated.any() and infos["diverged"].all()
+    assert after["say"] == observation["say"], "the last observation that could be read"
+
+
+def test_a_generated_start_that_is_no_observation() -> None:
+    space = spaces.Dict({"say": TEXT, "count": spaces.Discrete(3)})
+    env = WorldVectorEnv(1, text_world(space))
+    with pytest.raises(MesocosmError, match="a text that is no observation of its space"):
+        env.reset(seed=0)
+
+
+def test_temperature_zero_repeats_and_inference_leaves_no_gradient() -> None:
+    world = text_world()
+    world.temperature = 0.0
+    one, two = (play(WorldVectorEnv(2, world), 4, seed=seed)[1:] for seed in (1, 1))
+    assert one == two and not any(p.requires_grad for p in world.net.parameters())
+    assert torch.is_grad_enabled()
