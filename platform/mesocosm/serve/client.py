@@ -34,8 +34,8 @@ from mesocosm.model.language.history import TextHistory
 from mesocosm.model.language.session import Texts
 from mesocosm.model.spec import Parts
 from mesocosm.serve.connection import Connection, Served, reply_of
-from mesocosm.serve.protocol import CONTEXT, Message, batch_rows, get, put
-from mesocosm.serve.session import START, Sessions, Worlds
+from mesocosm.serve.protocol import CONTEXT, START, Message, batch_rows, get, put
+from mesocosm.serve.session import Sessions, Worlds
 
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")

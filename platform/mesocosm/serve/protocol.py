@@ -54,6 +54,8 @@ Message = dict[str, Any]
 AnyStarts = tuple[Parts, Parts] | tuple[Texts, Texts]
 """(task, observation) of logged starts."""
 MAGIC = b"MSC2"
+START = -1
+"""The step in the random key of an episode's start; transitions count from 0."""
 CONTEXT = "context."
 """Prefix of a context's arrays (`model.world.Context.to_numpy`) in a message."""
 PLAN = "plan."

@@ -28,9 +28,9 @@ from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
 from mesocosm.serve.plans import PlanServer
-from mesocosm.serve.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.protocol import CONTEXT, START, Message, get, put
 from mesocosm.serve.text_check import check_text_begin, check_text_restore, check_text_step
-from mesocosm.serve.text_session import START, TextEngine, TextSession
+from mesocosm.serve.text_session import TextEngine, TextSession
 from mesocosm.store.artifacts import Storage
 
 STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "diverged")

@@ -20,10 +20,8 @@ from mesocosm.model import rng
 from mesocosm.model.language.cache import KeyCache
 from mesocosm.model.language.session import TextCarry, TextContext, Texts, TextStep
 from mesocosm.model.language.world import TextWorld
-from mesocosm.serve.protocol import Message, get, put
+from mesocosm.serve.protocol import START, Message, get, put
 
-START = -1
-"""The step in the random key of an episode's start; transitions count from 0."""
 MOST = 256
 """Environments of a batch, beyond which the others wait for the next one."""
 T = TypeVar("T")

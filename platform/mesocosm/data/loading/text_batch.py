@@ -71,7 +71,7 @@ class TextBatchCodec:
         """
         try:
             pairs = zip(texts, task, strict=True)
-            values = [self.codec.read_with_task(text, own) for text, own in pairs]
+            values = [self.codec.read_with_task(*pair) for pair in pairs]
         except ValueError as error:
             raise MesocosmError(
                 f"the world gave a text that is no observation of its space ({error}); train it"

@@ -17,7 +17,7 @@ from mesocosm.envs.text.checks import EpisodeCheck, ImaginedStep, StepCheck
 from mesocosm.model import rng
 from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.language.world import TextWorld
-from mesocosm.serve.session import START
+from mesocosm.serve.protocol import START
 
 Check = Callable[[str, Iterable[ImaginedStep]], EpisodeCheck]
 """The check of an episode's first text and steps."""

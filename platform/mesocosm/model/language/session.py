@@ -182,9 +182,9 @@ class TextStep:
 
     def part(self, start: int, stop: int) -> TextStep:
         """The results of the environments from `start` to `stop`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        rows = slice(start, stop)
-        return TextStep(**{k: None if v is None else v[rows] for k, v in values.items()})
+        values: Any = {field.name: getattr(self, field.name) for field in fields(self)}
+        rows: Any = {k: None if v is None else v[start:stop] for k, v in values.items()}
+        return TextStep(**rows)
 
 
 def ragged(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
