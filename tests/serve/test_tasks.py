@@ -1,4 +1,4 @@
-"""Tasks of a served world, from its data."""
+"""Tasks of a served world, from its data, and the commands of its environment."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import pytest
 from factories import cart_root
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.serve.openenv_session import commands_of
 from mesocosm.serve.tasks import Tasks, UnknownTask
 from mesocosm.store.artifacts import Storage
 
@@ -37,3 +39,16 @@ def test_logged_tasks(tmp_path: Path) -> None:
         UnknownTask, match=f"index must be from 0 to {len(episodes) - 1} in 'logged'"
     ):
         tasks.start("logged", len(episodes))
+
+
+def test_commands() -> None:
+    """Environments that come with Mesocosm list their commands; no other program is asked."""
+    commands = commands_of("mesocosm.envs.text:ChoresEasy-v0")
+    assert commands is not None
+    text = gymnasium.make("mesocosm.envs.text:ChoresEasy-v0").reset(seed=1)[0]
+    assert "go to" in " ".join(commands(text, text)) and isinstance(
+        commands(text, "nonsense"), list
+    )
+    assert commands_of("mesocosm.envs.text:Company-v0") is not None
+    for other in ("CartPole-v1", "mesocosm.envs.text:CartPole-v1", "mymodule:Chores-v0", "x:y"):
+        assert commands_of(other) is None

@@ -91,6 +91,10 @@ class Replica:
         """Ray Serve asks for it where the application autoscales (`autoscaling`)."""
         return {METRIC: self._ongoing.mean()}
 
+    def batches(self) -> dict[str, int]:
+        """The environments of text worlds that this replica has stepped, and their batches."""
+        return self.sessions.batches()
+
     def connect(self) -> dict[str, Any]:
         """The address and token of this replica's line (who calls this may call the world too)."""
         import ray

@@ -7,7 +7,8 @@ A message is a JSON object; so is its reply:
     {"type": "state"}                                             -> state
     {"type": "close"}                                             -> nothing
 
-    {"type": "observation", "data": {"observation": {text, task, metadata}, "reward", "done"}}
+    {"type": "observation", "data": {"observation": {text, task, commands, metadata}, "reward",
+    "done"}}
     {"type": "state", "data": {episode_id, step_count, seed, split, index}}
     {"type": "error", "data": {message, code}}
 
@@ -21,11 +22,15 @@ import json
 import logging
 import secrets
 import uuid
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium
 from gymnasium import spaces
+from gymnasium.envs.registration import load_env_creator
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from mesocosm.envs import text as text_envs
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.check import shown
 from mesocosm.serve.http_sessions import HttpSessions, UnknownSession, to_json
@@ -52,6 +57,10 @@ class TextObservation(Model):
     """The observation; in a world whose observations are not texts, its JSON"""
     task: dict[str, bool | int | float | str]
     """The reset options of the episode's task; empty where the world has none"""
+    commands: list[str] | None = None
+    """The commands that make sense now, where the world's environment is one of
+    `mesocosm.envs.text`, which derive them from the texts; else null
+    """
     metadata: dict[str, Any]
     """After a step: `disagreement` (1 is what a tenth of held-out transitions exceed), `diverged`,
     `terminated` and `truncated`
@@ -98,6 +107,21 @@ def encoded(kind: str, data: dict[str, Any]) -> str:
     return to_json({"type": kind, "data": data}).decode()
 
 
+def commands_of(environment: str) -> Callable[[str, str], list[str]] | None:
+    """The function of an episode's first and latest text that lists the sensible commands, of the
+    environment with this id; None where it does not come with Mesocosm: a server runs no program
+    that a world names.
+    """
+    module, _, name = environment.rpartition(":")
+    if module != text_envs.__name__ or name not in gymnasium.registry:
+        return None
+    entry_point = gymnasium.registry[name].entry_point
+    function: Callable[[str, str], list[str]] | None = None
+    if isinstance(entry_point, str):
+        function = getattr(load_env_creator(entry_point), "candidates", None)
+    return function
+
+
 class OpenEnvSession:
     """Answers the messages of one client, one at a time.
 
@@ -119,6 +143,8 @@ class OpenEnvSession:
         self._state = EpisodeState()
         self._over = True
         """True before the first reset and after an episode's end"""
+        self._commands = commands_of(sessions.codec.environment["id"])
+        self._first_text = ""
         horizon = sessions.codec.environment.get("max_episode_steps")
         self._name = sessions.open(horizon=horizon)
 
@@ -246,9 +272,12 @@ class OpenEnvSession:
     ) -> str:
         observation = reply["observation"][0]
         text = observation if isinstance(observation, str) else to_json(observation).decode()
+        if reward is None:
+            self._first_text = text
+        commands = None if self._commands is None else self._commands(self._first_text, text)
         task = reply["task"][0] if reply["task"] else {}
-        shown_to_client = {"text": text, "task": task, "metadata": infos}
-        return encoded("observation", dict(observation=shown_to_client, reward=reward, done=done))
+        seen = {"text": text, "task": task, "commands": commands, "metadata": infos}
+        return encoded("observation", dict(observation=seen, reward=reward, done=done))
 
 
 def _integer(data: dict[str, Any], key: str, largest: int) -> int | None:

@@ -231,6 +231,11 @@ class Sessions:
             kind = "usage" if isinstance(error, UsageError) else "failed"
             return {"error": str(error), "kind": kind}
 
+    def batches(self) -> dict[str, int]:
+        """The environments of text worlds that were stepped, and the batches of them."""
+        engines = list(self._engines.values())
+        return {name: sum(getattr(e, name) for e in engines) for name in ("steps", "batches")}
+
     def _describe(self, request: Message) -> Message:
         id, world = self.world(request["world"])
         memory = 0 if isinstance(world, TextWorld) else world.net.memory
