@@ -124,8 +124,6 @@ ABLATED = ("Reacher-v5", "cartpole-swingup")
 ABLATIONS: dict[str, list[str]] = {
     "base_steps=100": ["pretrain.model.base_steps=100"],
     "base_steps=1500": ["pretrain.model.base_steps=1500"],
-    "svg=0": ["agent.svg=0"],
-    "svg=4": ["agent.svg=4"],
     "real_share=0": ["agent.real_share=0"],
     "real_share=0.5": ["agent.real_share=0.5"],
     "branch=1": ["agent.branch=1"],

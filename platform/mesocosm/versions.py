@@ -14,9 +14,9 @@ VERSIONS = {
     "sweep": 4,
     "plan": 4,
     "clone": 1,
-    "train-agent": 4,
+    "train-agent": 5,
     "baseline": 1,
     "evaluate": 4,
     "propose": 5,
-    "loop": 6,
+    "loop": 7,
 }

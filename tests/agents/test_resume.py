@@ -162,7 +162,6 @@ def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: 
     ("case", "overrides", "actions", "family"),
     [
         ("sac", [*SAC, "iterations=10"], CONTINUOUS, "ensemble"),
-        ("svg", [*SAC, "svg=2", "iterations=10"], CONTINUOUS, "ensemble"),
         ("sac, discrete, two runners", [*SAC, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
         ("dqn", [*DQN, "iterations=14"], DISCRETE, "ensemble"),
         ("two runners", [*PPO, "runners=2", "iterations=10"], DISCRETE, "ensemble"),

@@ -20,7 +20,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.export import critic
 from mesocosm.agents.mbpo import BranchEnv, Schedule, WorldSAC, configure
 from mesocosm.agents.replay import Columns, Replay, mixed
-from mesocosm.agents.sac_learner import unnormalized
+from mesocosm.agents.sac_learner import Critics, unnormalized
 from mesocosm.policies.heads import ActionMap
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -247,11 +247,21 @@ def test_an_adversary_learns_no_logged_rewards(
     assert algorithm.schedule.real_share == share
 
 
+def test_values_do_not_grow_away_from_the_data() -> None:
+    """Those of plain MLPs are a thousand times as large for inputs a thousand times as far."""
+    far = torch.randn(50, 3) * 1e3
+    critics = Critics(3, [32, 32], 1, "relu")
+    assert torch.allclose(critics(far), critics(far * 1e3), atol=1e-2)
+
+
 @pytest.mark.parametrize("actions", [spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(3)])
 def test_an_exported_critic_is_that_of_the_learner(actions: Any) -> None:
     made = learner(actions)
     made.normalize_by(torch.randn(50, 2) * 3 + 5)
     module = made.module[DEFAULT_MODULE_ID]
+    with torch.no_grad():
+        for scale in (*module.critics.gains, *module.critics.shifts):
+            scale.normal_()
     observations = torch.randn(7, 2) * 3 + 5
     inputs, action = observations, None
     if isinstance(actions, spaces.Box):

@@ -110,15 +110,6 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
     [
         ("agent.algo=SAC; reality.env=preflight_envs:Several", "agent: algo=SAC needs Discrete or"),
         ("agent.algo=DQN; reality.env=Pendulum-v1", "agent: algo=DQN needs Discrete actions"),
-        (
-            "agent.algo=SAC; agent.svg=2; agent.backend=local; reality.env=Pendulum-v1;"
-            " pretrain.model.family=sequence",
-            "agent: svg=2 needs a world of model.family=ensemble",
-        ),
-        (
-            "agent.algo=SAC; agent.svg=2; agent.backend=local",
-            "agent: svg=2 needs numbers in the action space",
-        ),
         ("agent.params={lr: fast}", "agent: RLlib's PPO refuses its settings"),
         ("agent.model={fcnet_hiddens: 64}", "agent: RLlib's PPO refuses its settings"),
         ("agent.init=nope", "no artifact agents/nope"),

@@ -84,11 +84,6 @@ class AgentConfig(JobConfig):
     """SAC: updates of the whole training for each logged transition; with `init`, for each of the
     datasets that the earlier agent has not learned from (all, if there are none).
     """
-    svg: int = 0
-    """SAC: expected steps of the world that the actor's gradient passes through, before the critics
-    value what follows; 0 for the critics alone. It needs `backend=local`, continuous actions and a
-    world of `model.family=ensemble` that observes numbers only.
-    """
     objective: str = "return"
     """`return`, or `disagreement` for an adversary that seeks disagreement between the members, for
     evaluate's off-policy table.

@@ -14,6 +14,7 @@ from mesocosm.agents.candidate_module import CandidateModule
 from mesocosm.agents.learners import module_of
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
+from mesocosm.agents.sac_learner import NORM_EPS
 from mesocosm.policies.policy import describe, sequential
 from mesocosm.policies.value import ValueFunction
 
@@ -70,12 +71,18 @@ def critic(module: Any, index: int) -> nn.Sequential:
     layers: list[dict[str, Any]] = []
     for weight in weights:
         layers.append({"kind": "linear", "in": weight.shape[1], "out": weight.shape[0]})
+        layers.append({"kind": "norm", "size": weight.shape[0], "eps": NORM_EPS})
         layers.append({"kind": ACTIVATIONS.get(name, name)})
     with torch.random.fork_rng([]):
-        network = sequential(layers[:-1])
+        network = sequential(layers[:-2])
     linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+    norms = [layer for layer in network if isinstance(layer, nn.LayerNorm)]
+    gains, shifts = module.critics.gains, module.critics.shifts
     with torch.no_grad():
-        for layer, weight, bias in zip(linears, weights, biases, strict=True):
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+        for linear, weight, bias in zip(linears, weights, biases, strict=True):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        for norm, gain, shift in zip(norms, gains, shifts, strict=True):
+            norm.weight.copy_(gain[index, 0])
+            norm.bias.copy_(shift[index, 0])
     return network

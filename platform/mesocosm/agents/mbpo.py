@@ -29,10 +29,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentRunner, FlatEnv
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
-from mesocosm.agents.svg import Lookahead
-from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.model.world import World
 from mesocosm.policies.heads import ActionMap, flatten_batch, stack
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -238,13 +235,6 @@ def _transitions(data: Dataset) -> list[int]:
         data.part[episodes], data.table["length"][episodes], minlength=len(data.ids)
     )
     return [int(count) for count in counts]
-
-
-def look_ahead(algorithm: Algorithm, config: AgentConfig, world: World, codec: Codec) -> None:
-    """Let the actor's gradient of a prepared `WorldSAC` pass through `world` (`config.svg`)."""
-    assert isinstance(algorithm, WorldSAC)
-    learners: Any = algorithm.learner_group
-    learners._learner.lookahead = Lookahead(world, codec, config, algorithm.schedule.real)
 
 
 def logged(data: Dataset, gamma: float) -> Replay:

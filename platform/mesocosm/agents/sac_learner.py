@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.agents.replay import Columns
-from mesocosm.agents.svg import Lookahead
 from mesocosm.policies.policy import SQUASHED_LOG_STD
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,16 +32,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "silu": F.silu,
 }
+NORM_EPS = 1e-5
+"""Added to the variance of a normalization."""
 LEAST_SCALE = 0.1
 """Least deviation by which an observation is divided: a number that hardly varies stays small."""
 ACTOR_EVERY = 2
 """The actor and the temperature learn in every second update, as in TD3 (arXiv 1802.09477)."""
-MOST_GRADIENT = 10.0
-"""Norm to which the gradient of an actor through a world is clipped."""
 
 
 class Critics(nn.Module):
-    """Two MLPs, computed at once."""
+    """Two MLPs with layer normalization, computed at once.
+
+    Normalized hidden layers bound what a critic says of actions and states that no batch holds;
+    without them values of a small dataset can grow without end (Ball et al. 2023, arXiv 2302.02948,
+    section 4.2).
+    """
 
     def __init__(self, inputs: int, hidden: list[int], outputs: int, activation: str):
         super().__init__()
@@ -55,6 +59,11 @@ class Critics(nn.Module):
             bound = 1 / math.sqrt(fan_in)
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+        self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()
+        """Of the normalizations, one for each hidden layer."""
+        for width in hidden:
+            self.gains.append(torch.ones(2, 1, width))
+            self.shifts.append(torch.zeros(2, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs] -> [2, N, outputs]"""
@@ -62,7 +71,9 @@ class Critics(nn.Module):
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             y = torch.baddbmm(bias, y, weight)
-            y = y if layer == last else self.activation(y)
+            if layer < last:
+                y = F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
+                y = self.activation(torch.addcmul(self.shifts[layer], self.gains[layer], y))
         return y
 
 
@@ -171,10 +182,6 @@ class WorldSACLearner(SACTorchLearner):
         super().build()
         self.updates = 0
         """Updates so far, which decide whose turn it is."""
-        self.lookahead: Lookahead | None = None
-        """The steps of a world that the actor's gradient passes through, set after the learner is
-        built; None for the critics alone.
-        """
         self._sac: Any = self.module[DEFAULT_MODULE_ID]
         self._settings: Any = self.config.get_config_for_module(DEFAULT_MODULE_ID)
         self._log_alpha: Any = self.curr_log_alpha[DEFAULT_MODULE_ID]
@@ -205,7 +212,7 @@ class WorldSACLearner(SACTorchLearner):
             if self.updates % ACTOR_EVERY == 0:
                 loss, more = self._actor_loss(batch.observation)
                 parts = {name: groups[name] for name in ("policy", "alpha")}
-                _descend(loss, parts, optimizers, clip=self.lookahead is not None)
+                _descend(loss, parts, optimizers)
                 metrics |= more
             with torch.no_grad():  # or every update would extend the targets' autograd graph
                 torch._foreach_lerp_(target, groups["critics"], self._settings.tau)
@@ -236,43 +243,30 @@ class WorldSACLearner(SACTorchLearner):
     def _actor_loss(self, observation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the actor and the temperature together."""
         alpha = self._log_alpha.detach().exp()
-        if self.lookahead is not None:
-            starts, act = self.lookahead.starts(len(observation)), self._sac.act
-            returns, log_prob = self.lookahead.soft_return(starts, act, self._least_value, alpha)
-            loss = -returns.mean()
-        elif self._sac.discrete:
+        if self._sac.discrete:
             log_p = F.log_softmax(self._sac.logits(observation), -1)
             value = self._sac.values(observation, None, target=False).amin(0)
             p = log_p.exp()
             log_prob, loss = (p * log_p).sum(-1), (p * (alpha * log_p - value)).sum(-1).mean()
         else:
             action, log_prob = self._sac.act(observation)
-            loss = (alpha * log_prob - self._least_value(observation, action)).mean()
+            value = self._sac.values(observation, action, target=False).amin(0)
+            loss = (alpha * log_prob - value).mean()
         of_alpha = -(self._log_alpha * (log_prob.detach().mean() + self._target_entropy)).sum()
         return loss + of_alpha, {"policy_loss": loss.detach(), "alpha_value": alpha.mean()}
 
-    def _least_value(self, observation: Tensor, action: Tensor) -> Tensor:
-        """[N]: the lower of the two critics' values."""
-        return cast(Tensor, self._sac.values(observation, action, target=False).amin(0))
 
-
-def _descend(
-    loss: Tensor, groups: dict[str, list[Tensor]], optimizers: dict[str, Any], *, clip: bool = False
-) -> None:
+def _descend(loss: Tensor, groups: dict[str, list[Tensor]], optimizers: dict[str, Any]) -> None:
     """One optimizer step for the named groups of parameters; no gradient reaches any other.
 
     Args:
         loss: A scalar.
         groups: Parameters by the name of their optimizer.
         optimizers: Optimizers by name.
-        clip: Clip the gradient to a norm of `MOST_GRADIENT`, and leave the step out where it is not
-            finite: a world's steps can multiply it.
     """
     parameters = [p for group in groups.values() for p in group]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         parameter.grad = gradient
-    if clip and not nn.utils.clip_grad_norm_(parameters, MOST_GRADIENT).isfinite():
-        return
     for name in groups:
         optimizers[name].step()
 

@@ -38,7 +38,6 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
-from mesocosm.model.world import World
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig
@@ -90,7 +89,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         spaces = codec.observation_space, codec.action_space
-        validation.check_world(config, world, codec)
+        validation.check_world(config, world)
         datasets, data = validation.datasets_of(config, storage, world, spaces)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
@@ -110,8 +109,6 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         left_out = ["world", "backend", "app", "datasets", "init", "rival", "learners"]
         if not setup.branches:
             left_out += SAC_KEYS
-        elif not config.svg:
-            left_out.append("svg")
         facts = identity(config, without=left_out)
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
         facts |= settings.candidate_facts(config)
@@ -253,8 +250,6 @@ def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algo
     learned = [] if plan.initial is None else plan.initial.meta["inputs"]["datasets"]
     assert plan.data is not None
     mbpo.prepare(algorithm, config, plan.data, learned)
-    if config.svg:
-        mbpo.look_ahead(algorithm, config, World.load(plan.world.path), plan.codec)
     return algorithm
 
 

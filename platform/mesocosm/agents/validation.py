@@ -9,10 +9,9 @@ from typing import Any
 import gymnasium
 
 from mesocosm import checks
-from mesocosm.agents import rllib, settings, svg
+from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
-from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.policies.stored import load_policy
@@ -22,14 +21,14 @@ from mesocosm.store.artifacts import Artifact, Storage
 Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-SAC_KEYS = ("branch", "real_share", "updates_per_real_step", "svg")
+SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
 
 
 def check(config: AgentConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
     rllib.check(config)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
-    checks.at_least(config, 0, "snapshots", "runners", "learners", "svg")
+    checks.at_least(config, 0, "snapshots", "runners", "learners")
     if config.learners and config.algo == "SAC":
         fix = "leave it out, or use PPO, APPO, IMPALA or DQN"
         message = f"learners must be 0 with algo=SAC, got {config.learners}"
@@ -46,7 +45,6 @@ def check(config: AgentConfig) -> None:
         if isinstance(value, list):
             raise UsageError(f"params.{name} must be one value for SAC in a world, got {value}")
     checks.one_of(config, BACKENDS, "backend")
-    svg.check(config)
     checks.one_of(config, OBJECTIVES, "objective")
     checks.within(config, 0, math.inf, "penalty", open="]")
     checks.within(config, 0, 1, "gamma", open="[")
@@ -82,18 +80,13 @@ def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -
         check_init(module, former.path, former.name)
 
 
-def check_world(config: AgentConfig, world: Artifact, codec: Codec) -> None:
-    """Raise UsageError where an option needs another world: one whose members can disagree, or one
-    that `svg` can differentiate.
-    """
+def check_world(config: AgentConfig, world: Artifact) -> None:
+    """Raise UsageError where an option needs a world whose members can disagree."""
     options: dict[str, Any] = {
         "max_disagreement": config.max_disagreement,
         "objective": None if config.objective == "return" else config.objective,
     }
     model = json.loads((world.path / "world.json").read_text())["config"]
-    spaces = codec.observation_space, codec.action_space
-    svg.check_spaces(config, spaces, model["family"])
-    svg.check_codec(config, codec)
     if model["members"] == 1:
         for key, value in options.items():
             if value is not None:

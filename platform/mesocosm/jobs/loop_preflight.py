@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field, replace
 
-from mesocosm.agents import svg
 from mesocosm.agents import validation as agents
 from mesocosm.data.collecting.acts import build_act
 from mesocosm.datasets.dataset import Dataset
@@ -186,7 +185,6 @@ def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
     former = None if block.init is None else storage.artifact("agents", block.init)
     with stage("agent"):
         agents.check_spaces(block, facts.spaces, former)
-        svg.check_spaces(block, facts.spaces, cfg.pretrain.model.family)
         _check_spaces_of(block.datasets, storage, facts)
     needs = {
         "agent.max_disagreement": block.max_disagreement is not None,
