@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from mesocosm import checks
 from mesocosm.config import JobConfig
-from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec
+from mesocosm.data.loading.texts import TextCodec
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import EnvFacts, facts_of
@@ -99,11 +100,12 @@ class EvaluateConfig(JobConfig):
             raise UsageError(f"horizons must be >= 1, got {self.horizons}")
 
 
+HasEnvironment = AnyBatchCodec | TextCodec
 TRUSTED = ("", "mesocosm.envs.builtin", "mesocosm.envs.text")
 """Modules whose environments a world may name; "" is Gymnasium's registry."""
 
 
-def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
+def reality_of(reality: RealityConfig, codec: HasEnvironment) -> RealityConfig:
     """`reality`, completed by the environment of the world where it names none.
 
     Raises:
@@ -128,7 +130,7 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     )
 
 
-def facts_for(reality: RealityConfig, world: Artifact, codec: Codec) -> EnvFacts:
+def facts_for(reality: RealityConfig, world: Artifact, codec: AnyBatchCodec) -> EnvFacts:
     """The facts of `reality`. Raises UsageError where its spaces differ from the world's."""
     facts = facts_of(reality)
     spaces = (codec.observation_space, codec.action_space)

@@ -22,7 +22,7 @@ from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.ranking import Ranking, ranking
 from mesocosm.evaluate.policy_set import AGENT, ComparedPolicy
-from mesocosm.model.world import World
+from mesocosm.model.any_world import AnyWorld
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -108,7 +108,7 @@ def success_by_return(rule: str | None, returns: NDArray[np.float64]) -> float |
 
 
 def policy_value(
-    world: World,
+    world: AnyWorld,
     candidates: Sequence[ComparedPolicy],
     cfg: EvaluateConfig,
     ledger: Ledger,

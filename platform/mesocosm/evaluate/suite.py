@@ -12,7 +12,7 @@ from typing import Any
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data.analysis.evidence import Evidence, evidence
-from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.datasets.manifest import Manifest
@@ -30,6 +30,7 @@ from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.evaluate.metrics.starts import task_distribution
 from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
+from mesocosm.model.any_world import AnyWorld
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Acts
 from mesocosm.policies.stored import policy_of
@@ -88,7 +89,11 @@ def check_steps(cfg: EvaluateConfig, snapshots: int, limit: int) -> None:
 
 
 def prepare(
-    cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec, agent: Artifact | None
+    cfg: EvaluateConfig,
+    storage: Storage,
+    world: Artifact,
+    codec: AnyBatchCodec,
+    agent: Artifact | None,
 ) -> Prepared:
     """Check an evaluation whose `cfg.reality` is complete. Takes no real step.
 
@@ -230,7 +235,7 @@ def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None
 def agent_summary(
     measured: dict[str, Any],
     judged: JudgeResult,
-    world: World,
+    world: AnyWorld,
     policy: Acts,
     cfg: EvaluateConfig,
     limit: int,

@@ -4,7 +4,7 @@ the agent's real return.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,23 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.config import identity
 from mesocosm.data.analysis.evidence import Evidence
-from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import imagine, policy_set, suite
 from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sources_of
+from mesocosm.evaluate.figures import RANKED, log_figures
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
-from mesocosm.evaluate.metrics.log import check_dataset, codec_of
+from mesocosm.evaluate.metrics.log import check_dataset
+from mesocosm.evaluate.policy_value import policy_value
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
+from mesocosm.evaluate.text_world import NOT_MEASURED, check_text_config, measure
 from mesocosm.job import Job, Plan
+from mesocosm.model.any_world import AnyWorld, load_any
+from mesocosm.model.language.world import TextWorld
 from mesocosm.model.world import World
 from mesocosm.policies.stored import StoredPolicy, load_policy
 from mesocosm.runs.tracking import Run, console
@@ -43,8 +48,6 @@ NOT_IN_ID = [
     "reality.known",
 ]
 """Keys that do not change what is measured; inputs are hashed by their ids."""
-RANKED = ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")
-"""Figures of the ranking that are logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,10 @@ class Evaluation(Plan[EvaluateConfig]):
 
     artifact: Artifact
     """The world's"""
-    world: World
+    world: AnyWorld
     datasets: list[Artifact]
     dataset: Dataset
-    codec: Codec
+    codec: AnyBatchCodec
     agent: Artifact | None
     policy: StoredPolicy | None
     suite: suite.Prepared | None
@@ -83,8 +86,10 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
         agent = None if config.agent is None else storage.artifact("agents", config.agent)
         names = config.datasets or artifact.meta["inputs"]["datasets"]
         datasets = [storage.artifact("datasets", name) for name in names]
-        world, dataset = World.load(artifact.path), Dataset([d.path for d in datasets])
-        codec = codec_of(world)
+        world, dataset = load_any(artifact.path), Dataset([d.path for d in datasets])
+        codec = batch_codec(world.codec)
+        if isinstance(world, TextWorld):
+            check_text_config(config)
         check_dataset(dataset, codec)
         prepared, agents = None, list[str]()
         identities: list[Any] = []
@@ -126,7 +131,9 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
         }
 
     def make(self, plan: Evaluation, run: Run) -> Artifact:
-        return _evaluate(self, plan, run)
+        if isinstance(plan.world, TextWorld):
+            return _evaluate_text(self, plan, plan.world, run)
+        return _evaluate(self, plan, plan.world, run)
 
     def report(self, artifact: Artifact, plan: Evaluation, run: Run, *, made: bool) -> None:
         page = artifact.path / report.PAGE
@@ -138,8 +145,8 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
             run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
 
 
-def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
-    cfg, world, dataset = plan.config, plan.world, plan.dataset
+def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifact:
+    cfg, dataset = plan.config, plan.dataset
     policy, prepared, id = plan.policy, plan.suite, plan.id
     with run.progress("fidelity", None) as update:
         faithful = fidelity(
@@ -162,19 +169,7 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
 
             prepared = suite.with_adversary(prepared, run, plan.artifact, training.JOB.run)
         if policy is not None:
-            limit = prepared.limit
-            segments = store.segments(policy_set.AGENT, policy, seed=cfg.seed, limit=limit)
-            with run.progress("judge", cfg.episodes) as update:
-                result = judge(
-                    policy,
-                    cfg.reality,
-                    ledger,
-                    episodes=cfg.episodes,
-                    seed=cfg.seed,
-                    max_episode_steps=limit,
-                    progress=update,
-                    segments=segments,
-                )
+            result = _judged(cfg, run, policy, prepared, ledger, store)
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
     if policy is not None and result is not None and prepared is not None:
@@ -194,8 +189,8 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
     }
     drops = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
     spent = dataset.transitions + sum(int(drop["steps"]) for drop in drops)
-    about = replace(_report(plan, faithful, result, ledger, spent), suite=measured)
-    figures = _log(run, faithful, result, measured)
+    about = replace(_report(plan, world, faithful, result, ledger, spent), suite=measured)
+    figures = log_figures(run, faithful, result, measured)
 
     def fill(folder: Path) -> None:
         report.write(about, folder)
@@ -206,6 +201,97 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
         run.record(ledger=ledger.totals().to_json())
     if not run.quiet:
         console.print(_table(faithful, result))
+    return artifact
+
+
+def _judged(
+    cfg: EvaluateConfig,
+    run: Run,
+    policy: StoredPolicy,
+    prepared: suite.Prepared,
+    ledger: Ledger,
+    store: JudgeStore,
+) -> JudgeResult:
+    """Judge the agent in reality."""
+    limit = prepared.limit
+    segments = store.segments(policy_set.AGENT, policy, seed=cfg.seed, limit=limit)
+    with run.progress("judge", cfg.episodes) as update:
+        return judge(
+            policy,
+            cfg.reality,
+            ledger,
+            episodes=cfg.episodes,
+            seed=cfg.seed,
+            max_episode_steps=limit,
+            progress=update,
+            segments=segments,
+        )
+
+
+def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) -> Artifact:
+    """Evaluate a text world, its agent and its policy values."""
+    cfg, prepared, policy = plan.config, plan.suite, plan.policy
+    with run.progress("fidelity", None) as update:
+        texts = measure(world, plan.dataset, cfg, partial(update, 0))
+        update(1, f"{texts.bits_per_byte:.4f} bits a byte")
+    measured: dict[str, Any] = {"policy_value": None, "agent": None}
+    ledger, store = None, JudgeStore(run.storage, plan.id)
+    if prepared is not None:
+        ledger, result = _ledger(cfg, run, plan.id, prepared, store), None
+        if policy is not None:
+            result = _judged(cfg, run, policy, prepared, ledger, store)
+        if cfg.compares:
+            with run.progress("policy value", prepared.most_policies) as update:
+                measured["policy_value"] = policy_value(
+                    world,
+                    prepared.candidates,
+                    cfg,
+                    ledger,
+                    store=store,
+                    agent=result,
+                    more=lambda judged: None,
+                    horizon=prepared.limit,
+                    progress=update,
+                ).to_json()
+        if policy is not None and result is not None:
+            values = {k: v for k, v in measured.items() if v is not None}
+            figures = suite.agent_summary(values, result, world, policy, cfg, prepared.limit, run)
+            measured["agent"] = figures
+    figures = texts.figures()
+    if measured["policy_value"] is not None:
+        ranking = measured["policy_value"]["ranking"]
+        figures |= {f"policy_value/{k}": ranking[k] for k in RANKED if ranking[k] is not None}
+    if measured["agent"] is not None:
+        agent = measured["agent"]
+        figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}
+    run.log(figures)
+    summary = {
+        "schema": 1,
+        "title": f"Evaluation of worlds/{plan.inputs['worlds'][0]}",
+        "environment": plan.codec.environment["id"],
+        "texts": texts.to_json(),
+        "predicted": texts.predicted,
+        "rows": texts.rows(),
+        "not_measured": NOT_MEASURED,
+        "lineage": [(kind, f"{kind}/{id}") for kind, ids in plan.inputs.items() for id in ids]
+        + [("code", f"mesocosm {__version__}")],
+        **measured,
+    }
+
+    def fill(folder: Path) -> None:
+        (folder / report.SUMMARY).write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        (folder / report.PAGE).write_text(page.render_text(summary), encoding="utf-8")
+
+    artifact = job.commit(plan, run, fill, figures=figures)
+    store.remove()
+    if ledger is not None:
+        run.record(ledger=ledger.totals().to_json())
+    if not run.quiet:
+        table = Table("figure", "value", box=None, header_style="dim", pad_edge=False)
+        for row in texts.rows():
+            table.add_row(*row)
+        table.caption = NOT_MEASURED
+        console.print(table)
     return artifact
 
 
@@ -239,6 +325,7 @@ def _ledger(
 
 def _report(
     plan: Evaluation,
+    world: World,
     faithful: Fidelity,
     result: JudgeResult | None,
     ledger: Ledger | None,
@@ -266,54 +353,10 @@ def _report(
         about,
         agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
         trajectories=[
-            imagine.side_by_side(plan.world, policy, result.episodes, title=name, seed=cfg.seed)
+            imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)
         ],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
-
-
-def _log(
-    run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
-) -> dict[str, float]:
-    """Log and return the evaluation's defined figures."""
-    values: dict[str, float | None] = {}
-
-    def add(group: str, source: Mapping[str, Any], *names: str, **renamed: str) -> None:
-        values.update({f"{group}/{name}": source[name] for name in names})
-        values.update({f"{group}/{name}": source[key] for name, key in renamed.items()})
-
-    rows = faithful.open_loop.rows
-    add("valid", faithful.losses, *faithful.losses)
-    values |= {f"open_loop/{row.horizon}": row.ratio for row in rows}
-    values |= {f"coverage/{row.horizon}": row.coverage for row in rows}
-    one_step, ends = vars(faithful.one_step), vars(faithful.time_to_end)
-    add("termination", one_step, "precision", "recall", "auc")
-    add("termination", ends, late="bias", off="error", missed="missed")
-    add("reward", one_step, accuracy="reward_accuracy", r2="reward_r2")
-    add("starts", measured["starts"], "auc", "validity", "coverage")
-    parts = measured.get("known", {})
-    for part, names in (
-        ("reward", ("known", "learned")),
-        ("terminated", ("known_recall", "known_precision", "learned_recall", "learned_precision")),
-    ):
-        if parts.get(part) is not None:
-            add(f"known/{part}", parts[part], *names)
-    if "policy_value" in measured:
-        add("policy_value", measured["policy_value"]["ranking"], *RANKED)
-        add("policy_value", measured["policy_value"], "real_steps")
-        add("off_policy", measured["off_policy"], "auroc")
-    agent = measured["agent"]
-    if agent is not None:
-        add("return", agent, imagined="world")
-        if agent["success"] is not None:
-            add("success", agent["success"], "real", "world")
-    if result is not None:
-        values |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
-        if result.interval is not None:
-            values |= {"return/low": result.interval[0], "return/high": result.interval[1]}
-    figures = {name: value for name, value in values.items() if value is not None}
-    run.log(figures)
-    return figures
 
 
 def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:

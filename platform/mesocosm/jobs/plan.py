@@ -163,7 +163,7 @@ def pretrain_yaml(request: PlanRequest, answer: dict[str, Any]) -> str:
     loss = planning.value_text(plan["loss"], plan["interval"]["loss"])
     head = [
         f"# {plan['size']}: {plan['data']:.4g} transitions, {plan['unique']:.4g} different ones.",
-        f"# The law {request.source} predicts {loss} nats.",
+        f"# The law {request.source} predicts {loss} {request.law.unit}.",
     ]
     if answer["collect"]:
         head.append(f"# First collect {answer['collect']} of them: add their dataset to datasets.")

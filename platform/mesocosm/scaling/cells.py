@@ -53,9 +53,9 @@ class CellRecord:
     seed: int
     lr: float
     loss: float
-    """Nats a transition on the validation split, over all parts."""
+    """Nats a transition on the validation split, over all parts; of texts, bits per byte."""
     parts: dict[str, float]
-    """The loss by part. They sum to `loss`."""
+    """Nats a transition by part; they sum to `loss`, unless that is bits per byte."""
     seconds: float
     """Time to train and validate what it does not share with the cell before it on its trunk."""
     ran: int
@@ -77,14 +77,17 @@ class CellRecord:
         ran: int,
         world: str | None = None,
     ) -> CellRecord:
-        """A record of `metrics`, of which `valid/<part>` and `valid/loss` are read."""
+        """A record of `metrics`, of which `valid/<part>` and `valid/loss` are read; in place of
+        the latter `valid/bits_per_byte`, where texts have it: it compares tokenizers.
+        """
         prefix = "valid/"
         parts = {k.removeprefix(prefix): x for k, x in metrics.items() if k.startswith(prefix)}
+        nats = parts.pop("loss")
         facts = {name: getattr(cell, name) for name in COLUMNS if name not in ("loss", "family")}
         return CellRecord(
             cell=cell.id,
             family=cell.identity["family"],
-            loss=parts.pop("loss"),
+            loss=parts.pop("bits_per_byte", nats),
             parts=parts,
             seconds=seconds,
             ran=ran,

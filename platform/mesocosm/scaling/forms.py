@@ -143,3 +143,8 @@ def _effective(log_x: Array, log_unique: Array, log_r: Array) -> tuple[Array, Ar
     value = np.minimum(log_x, log_unique) + np.log1p(grown)
     by_unique = 1 - q * decay / (1 + grown)  # 0 where q = 1
     return value, by_unique, (grown - decay * (q - 1)) / (1 + grown)
+
+
+def loss_unit(family: str | None) -> str:
+    """The unit of the loss of a family's cells."""
+    return "bits a byte" if family == "language" else "nats"

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mesocosm.errors import UsageError
-from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells
+from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells, loss_unit
 from mesocosm.store.files import write_whole
 
 LEVEL = 0.9
@@ -200,6 +200,11 @@ class Law(_Part):
         if len({len(values) for values in draws.values()}) != 1 or not draws["E"]:
             raise ValueError("bootstrap.draws must have one length above 0")
         return self
+
+    @property
+    def unit(self) -> str:
+        """The unit of its loss."""
+        return loss_unit((self.provenance.swept or {}).get("model", {}).get("family"))
 
     def predict(self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None) -> Array:
         """Predict the loss.

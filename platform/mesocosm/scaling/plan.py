@@ -236,7 +236,7 @@ def lines(answer: dict[str, Any]) -> dict[str, str]:
         )
         for row in answer["next"]["rows"]:
             out[row["at"]] = (
-                f"loss {row['loss']:.4g}; the next {coin} takes off {row['compute']:.3g} nats as"
+                f"loss {row['loss']:.4g}; the next {coin} takes off {row['compute']:.3g} of loss as"
                 f" compute, {row['reality']:.3g} as reality"
             )
     warnings = enumerate(answer["warnings"], 1)

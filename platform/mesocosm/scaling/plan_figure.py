@@ -40,7 +40,7 @@ def _contours(axis: Any, law: Law, answer: dict[str, Any]) -> None:
         for (low, high), x in ((n_range, best["params"]), (d_range, best["data"]))
     )
     grid_n, grid_d = np.meshgrid(n, d, indexing="ij")
-    unique, title = None, "loss in nats"
+    unique, title = None, f"loss in {law.unit}"
     if law.form == "data_constrained":
         unique, title = np.minimum(grid_d, best["unique"]), f"{title}, U = {best['unique']:.3g}"
     loss = law.predict(grid_n, grid_d, unique)
@@ -74,7 +74,7 @@ def _shares(axis: Any, answer: dict[str, Any]) -> None:
         axis.legend(fontsize=8)
     money = f"{budget['money']:g} {budget['currency']}"
     xlabel = f"share of {money} for real transitions, the rest for compute"
-    axis.set(xscale="logit", xlabel=xlabel, ylabel="predicted loss, nats")
+    axis.set(xscale="logit", xlabel=xlabel, ylabel="predicted loss")
     axis.set_title("compute or reality?")
 
 
@@ -89,6 +89,6 @@ def _sizes(axis: Any, law: Law, problem: PlanProblem, answer: dict[str, Any]) ->
     axis.plot(n, law.predict(n, data, unique), color=BLUE, linewidth=1.4)
     axis.plot(best["params"], best["loss"], "o", color=RED)
     axis.plot(plan["params"], plan["loss"], **HOLLOW)
-    axis.set(xscale="log", xlabel="parameters N", ylabel="predicted loss, nats a transition")
+    axis.set(xscale="log", xlabel="parameters N", ylabel=f"predicted loss, {law.unit}")
     axis.set_title(f"{answer['budget']['flops']:.3g} FLOPs: larger models or longer training")
     axis.legend(fontsize=8)

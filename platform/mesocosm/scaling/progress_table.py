@@ -18,6 +18,7 @@ from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling.cells import CellRecord
+from mesocosm.scaling.forms import loss_unit
 from mesocosm.scaling.grid import Cell, Grid, worker_seconds
 from mesocosm.scaling.trunk import CellOutcome, error_line
 
@@ -105,7 +106,8 @@ class ProgressTable:
             parts.append(f"{len(self.failed)} failed")
         if self.records:
             cell = f"{self.best.size}, {short(self.best.data)} transitions"
-            parts.append(f"best loss {self.best.loss:.3f} nats ({cell})")
+            unit = loss_unit(self.best.family)
+            parts.append(f"best loss {self.best.loss:.3f} {unit} ({cell})")
         if self.seconds:
             parts.append(f"{short(self._flops / self.seconds)}FLOP/s a worker")
         if (left := self.hours_left) is not None:

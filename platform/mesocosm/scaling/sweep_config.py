@@ -91,6 +91,11 @@ class SweepConfig(JobConfig):
             if (value := getattr(self.data, key)) is not None:
                 fix = "leave it out, or pretrain the sizes one by one"
                 raise UsageError(f"data.{key}={value} is not read by a sweep; {fix}")
+        if self.model.pretrained is not None:
+            raise UsageError(
+                f"model.pretrained must be left out of a sweep, whose sizes are trained from"
+                f" scratch, got {self.model.pretrained!r}"
+            )
         if not grid.sizes:
             fix = "give rungs of the ladder, as in grid.sizes=[10k,30k,100k]"
             raise UsageError(f"grid.sizes must not be empty; {fix}")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from mesocosm.plotting import STYLE, document
 from mesocosm.scaling.cells import CellRecord
+from mesocosm.scaling.forms import loss_unit
 from mesocosm.scaling.progress_table import short
 
 
@@ -40,6 +41,8 @@ def figure(records: Iterable[CellRecord]) -> str:
             style: Any = {"marker": "o", "markersize": 4, "color": colours(i)}
             axes.plot(*zip(*sorted(means), strict=True), **style, label=label)
         axes.set(xscale="log", xlabel="transitions seen")
-        axes.set_ylabel("nats a transition, validation, mean of seeds")
+        family = next(iter(trunks.values()))[0].family
+        unit = loss_unit(family) if family == "language" else "nats a transition"
+        axes.set_ylabel(f"{unit}, validation, mean of seeds")
         axes.legend()
         return document(figure, "sweep")

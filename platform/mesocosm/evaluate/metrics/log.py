@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
@@ -81,7 +82,7 @@ class Log:
         return episode, chosen - (ends - room)[episode]
 
 
-def check_dataset(dataset: Dataset, codec: Codec) -> None:
+def check_dataset(dataset: Dataset, codec: AnyBatchCodec) -> None:
     """Raise UsageError where a dataset is of other spaces than the world's."""
     for key in ("observation_space", "action_space"):
         logged, expected = getattr(dataset, key), getattr(codec, key)

@@ -45,6 +45,13 @@ def render(summary: Mapping[str, Any]) -> str:
     )
 
 
+def render_text(summary: Mapping[str, Any]) -> str:
+    """The page of a text world's summary."""
+    value = summary["policy_value"]
+    plots = {"policy_values": figures.policy_values(value) if value else ""}
+    return PAGES.get_template("text.html").render(summary=summary, figures=plots)
+
+
 def at_horizon(table: Mapping[str, Any], horizon: str) -> Mapping[str, Any]:
     """The row of an open-loop table at one horizon."""
     rows = (row for row in table["rows"] if row["horizon"] == horizon)

@@ -350,6 +350,7 @@ class TextWorld:
         about = {
             "schema": SCHEMA,
             "spec": self.spec.to_json(),
+            "config": {"family": "language", "members": self.net.members},
             "llama": isinstance(network, Llama),
             "shape": self.net.model.shape.to_json(),
             "members": self.net.members,
