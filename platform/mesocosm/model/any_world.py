@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mesocosm.model.artifact import WORLD
+from mesocosm.model.artifact import TEXTS, WORLD
 from mesocosm.model.language.world import TextWorld
 from mesocosm.model.world import World
 
@@ -27,6 +27,6 @@ def load_any(folder: Path, device: torch.device | str = "cpu") -> AnyWorld:
 def is_text(folder: Path) -> bool:
     """True if a world is one of texts; False also where its world.json cannot be read."""
     try:
-        return "llama" in json.loads((folder / WORLD).read_text())
+        return TEXTS in json.loads((folder / WORLD).read_text())
     except (OSError, ValueError, TypeError):
         return False

@@ -10,24 +10,34 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mesocosm.errors import ArtifactError
+from mesocosm.errors import ArtifactError, UsageError
 
 WORLD = "world.json"
+TEXTS = "llama"
+"""The key of world.json that only worlds of texts have: whether the network is one of ours."""
 
 
 @contextmanager
-def described(folder: Path, schema: int) -> Iterator[dict[str, Any]]:
+def described(folder: Path, schema: int, *, texts: bool = False) -> Iterator[dict[str, Any]]:
     """Read a world's folder inside this context, which gives what world.json says.
 
     Args:
         folder: Of the world.
         schema: The schema that this version reads.
+        texts: The world must be one of texts; otherwise it must not.
 
     Raises:
         ArtifactError: The schema is another, or a file is missing or damaged.
+        UsageError: The world is of the other kind.
     """
     try:
         about = json.loads((folder / WORLD).read_text())
+        if (TEXTS in about) != texts:
+            raise UsageError(
+                f"world {folder.name!r} is {'no' if texts else 'a'} world of texts"
+                f" (model.family=language), and only {'such worlds' if texts else 'the others'} can"
+                " be used here"
+            )
         if about["schema"] != schema:
             raise ArtifactError(
                 f"world {str(folder)!r} must have schema {schema}, got {about['schema']};"

@@ -372,7 +372,7 @@ class TextWorld:
         """Load a world. Raises ArtifactError if a file is missing or damaged, or the schema is
         another.
         """
-        with described(folder, SCHEMA) as about:
+        with described(folder, SCHEMA, texts=True) as about:
             network: torch.nn.Module
             if about["llama"]:
                 shape = Shape(**about["shape"])
