@@ -51,7 +51,7 @@ class TextEvaluation:
     bits_per_byte: float
     steps: TextFidelity
     episodes: Consistency | None
-    """Of imagined episodes with random commands; None without a checker."""
+    """Figures of imagined episodes with random commands; None without a checker."""
     predicted: int
     """Episodes whose steps were predicted."""
 
