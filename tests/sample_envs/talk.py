@@ -43,3 +43,7 @@ def talker(observation: Any, rng: np.random.Generator) -> str:
 
 def shouter(observation: Any, rng: np.random.Generator) -> str:
     return "OPEN!"
+
+
+def candidates_in_a_room(first_text: str, text: str) -> list[str]:
+    return ["look", "take mug", "go to table"]

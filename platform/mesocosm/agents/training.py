@@ -28,16 +28,19 @@ from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import head_spaces, make_env
 from mesocosm.agents.export import save_agent
+from mesocosm.agents.gate import check_passed
 from mesocosm.agents.settings import Setup
 from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, start_texts
 from mesocosm.data.loading.windows import observation_parts, start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
+from mesocosm.model.any_world import is_text
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig
@@ -53,7 +56,7 @@ MAX_STARTS = 50_000
 @dataclass(frozen=True, kw_only=True)
 class TrainAgentPlan(Plan[AgentConfig]):
     world: Artifact
-    codec: Codec
+    codec: AnyBatchCodec
     data: Dataset | None
     """The data of logged starts and of SAC's real transitions."""
     former: Artifact | None
@@ -87,9 +90,11 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         if not config.world:
             raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
-        codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+        codec = batch_codec(json.loads((world.path / "codec.json").read_text()))
         spaces = codec.observation_space, codec.action_space
         validation.check_world(config, world)
+        if is_text(world.path) and config.objective == "return" and not config.force:
+            check_passed(storage, world)
         datasets, data = validation.datasets_of(config, storage, world, spaces)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
@@ -209,10 +214,14 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
 
 def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
-    config, starts = plan.config, None
+    config = plan.config
+    starts: Any = None
     if starts_of(config) == "logged":
         assert plan.data is not None
-        starts = observation_parts(plan.data, plan.codec, "train", MAX_STARTS, config.seed)
+        if isinstance(plan.codec, Codec):
+            starts = observation_parts(plan.data, plan.codec, "train", MAX_STARTS, config.seed)
+        else:  # a text depends on those before it, so that an episode begins with its first one
+            starts = start_texts(plan.data, plan.codec.codec, "train", MAX_STARTS)
     return {
         "world": plan.world.id,
         "root": run.storage.root,
@@ -236,6 +245,7 @@ def _of_whole_episodes(plan: TrainAgentPlan, arguments: Mapping[str, Any]) -> di
     if not plan.setup.branches or arguments["starts"] is None:
         return dict(arguments)
     assert plan.data is not None
+    assert isinstance(plan.codec, Codec), "SAC does not act in texts"
     starts = start_parts(plan.data, plan.codec, "train")
     return {**arguments, "starts": starts}
 

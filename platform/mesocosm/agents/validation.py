@@ -14,6 +14,8 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
+from mesocosm.model.any_world import is_text
+from mesocosm.policies.candidates import INFOS
 from mesocosm.policies.stored import load_policy
 from mesocosm.serve.client import BACKENDS
 from mesocosm.store.artifacts import Artifact, Storage
@@ -82,6 +84,9 @@ def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -
 
 def check_world(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where an option needs a world whose members can disagree."""
+    if is_text(world.path):
+        _check_text_world(config, world)
+        return
     options: dict[str, Any] = {
         "max_disagreement": config.max_disagreement,
         "objective": None if config.objective == "return" else config.objective,
@@ -94,6 +99,19 @@ def check_world(config: AgentConfig, world: Artifact) -> None:
                     f"{key}={value} needs members that can disagree, and {world.name} has one;"
                     f" pretrain with model.members=4, or leave {key} out"
                 )
+
+
+def _check_text_world(config: AgentConfig, world: Artifact) -> None:
+    """Its disagreement is defined with one member, too: the nats of the least likely token."""
+    if config.candidates == INFOS:
+        raise UsageError(
+            "candidates must be module:function in a world, which lists no commands, got 'infos'"
+        )
+    if config.algo == "SAC":
+        raise UsageError(
+            f"algo must be PPO, APPO, IMPALA or DQN in {world.name}, got SAC: its branches begin"
+            " within logged episodes, whose texts depend on those before; use PPO"
+        )
 
 
 def datasets_of(

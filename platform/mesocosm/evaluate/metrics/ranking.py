@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from mesocosm.agents.gate import POLICIES
 from mesocosm.evaluate.metrics import stats
 
 Array = NDArray[np.float64]
-LEAST, PER_FIFTH = 15, 3
+LEAST, PER_FIFTH = POLICIES, 3
 """Policies, and policies in each fifth of the range of real returns, that a firm ranking needs."""
 FEWEST = 3
 """Policies that a correlation needs: that of two points is always 1 or -1."""

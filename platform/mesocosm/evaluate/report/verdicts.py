@@ -8,16 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mesocosm.agents.gate import RANKS, REGRET
 from mesocosm.data.analysis.evidence import FEWEST, Evidence
 from mesocosm.evaluate.metrics.ranking import firm
 from mesocosm.evaluate.metrics.starts import POWER
 from mesocosm.evaluate.report import page
 
 Answer = Literal["yes", "partly", "no", "unknown"]
-RANKS, REGRET = 0.9, 0.05
-"""Least Pearson's r and greatest regret@1 of a world that ranks policies. WorldGym reports r = .78
-on robots (arXiv 2506.00613).
-"""
 RANKS_PARTLY = 0.7
 GAP = 0.1
 """Greatest gap between the world and reality in a world to train in, as a share of the range of the
