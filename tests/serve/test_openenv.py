@@ -108,6 +108,8 @@ def test_descriptions(client: Any) -> None:
     assert action["properties"]["text"]["type"] == "string"
     assert '"turn"' in action["properties"]["text"]["description"]
     assert set(schema) == {"action", "observation", "state"}
+    parts = {"text", "task", "commands", "metadata", "reward", "done"}
+    assert set(schema["observation"]["properties"]) == parts
     metadata = client("GET", "/metadata").json()
     assert metadata["name"] == "rich" and "Test-v0" in metadata["description"]
 

@@ -53,6 +53,10 @@ class TextAction(Model):
 
 
 class TextObservation(Model):
+    """The schema of an observation. Messages have `reward` and `done` beside it; OpenEnv's schemas
+    name them as its parts.
+    """
+
     text: str
     """The observation; in a world whose observations are not texts, its JSON"""
     task: dict[str, bool | int | float | str]
@@ -65,6 +69,10 @@ class TextObservation(Model):
     """After a step: `disagreement` (1 is what a tenth of held-out transitions exceed), `diverged`,
     `terminated` and `truncated`
     """
+    reward: float | None = None
+    """Null after a reset"""
+    done: bool = False
+    """The episode has ended: send reset"""
 
 
 class EpisodeState(BaseModel):
