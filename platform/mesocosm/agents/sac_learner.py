@@ -60,7 +60,7 @@ class Critics(nn.Module):
             self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
             self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
         self.gains, self.shifts = nn.ParameterList(), nn.ParameterList()
-        """Of the normalizations, one for each hidden layer."""
+        """Gains and shifts of the normalizations, one for each hidden layer."""
         for width in hidden:
             self.gains.append(torch.ones(2, 1, width))
             self.shifts.append(torch.zeros(2, 1, width))
