@@ -152,7 +152,13 @@ class PretrainConfig(JobConfig):
             raise UsageError(f"train.batch must be a multiple of {micro} {factors}, got {t.batch}")
 
     def _refuse_unread(self) -> None:
-        """Raise UsageError for a key that the family of texts does not read."""
+        """Raise UsageError for a key that the family of texts does not read, or a value that it
+        cannot train with.
+        """
+        if self.train.zero_stage == 3:  # its embedding is read outside a module's own call
+            raise UsageError(
+                f"train.zero_stage must be 0, 1 or 2 with model.family={LANGUAGE}, got 3"
+            )
         unread = {
             "data.weights": self.data.weights,
             "data.block": self.data.block,
