@@ -102,7 +102,8 @@ class Rollouts:
         mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
         options = {"do_sample": True, "max_new_tokens": self.words, "stop_strings": ["\n"]}
         with torch.no_grad():
-            drawn = model.generate(ids, attention_mask=mask, tokenizer=tokenizer, **options)
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            drawn = model.generate(ids, attention_mask=mask, tokenizer=tokenizer, **options).cpu()
         texts = tokenizer.batch_decode(drawn[:, longest:], skip_special_tokens=True)
         lines = [text.partition("\n")[0].strip() or "look" for text in texts]
         return [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]

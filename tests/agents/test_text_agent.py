@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_a_policy_plays_in_a_world_of_texts(user_module: None) -> None:
 def test_what_a_world_does_not_list_is_refused(root_with_world: str, user_module: None) -> None:
     with pytest.raises(UsageError, match=r"must be module:function in a world, .* got 'infos'"):
         run_agent(root_with_world, "candidates=infos")
-    with pytest.raises(UsageError, match=r"algo must be PPO, .* in worlds/w0, got SAC"):
+    with pytest.raises(UsageError, match=r"algo must be PPO in worlds/w0, got SAC"):
         run_agent(root_with_world, "algo=SAC")
     with pytest.raises(UsageError, match="got candidates=null; set candidates=infos or"):
         run_agent(root_with_world)
@@ -100,10 +101,11 @@ def test_what_a_world_does_not_list_is_refused(root_with_world: str, user_module
 @pytest.mark.parametrize(
     ("figures", "passes"),
     [
-        ({"pearson": 0.95, "regret": 0.01, "policies": 15}, True),
-        ({"pearson": 0.95, "regret": 0.01, "policies": 14}, False),
-        ({"pearson": 0.85, "regret": 0.01, "policies": 20}, False),
-        ({"pearson": 0.95, "regret": 0.06, "policies": 20}, False),
+        ({"pearson": 0.95, "regret": 0.01, "policies": 15, "firm": 1.0}, True),
+        ({"pearson": 0.95, "regret": 0.01, "policies": 15, "firm": 0.0}, False),
+        ({"pearson": 0.95, "regret": 0.01, "policies": 14, "firm": 1.0}, False),
+        ({"pearson": 0.85, "regret": 0.01, "policies": 20, "firm": 1.0}, False),
+        ({"pearson": 0.95, "regret": 0.06, "policies": 20, "firm": 1.0}, False),
         ({"policies": 20}, False),
     ],
 )
@@ -116,7 +118,7 @@ def test_agents_train_in_a_text_world_that_has_passed(
     )
     meta = {"figures": {f"policy_value/{name}": value for name, value in figures.items()}}
     for id, world in (("e0", "other"), ("e1", "w0")):
-        good = {"pearson": 1.0, "regret": 0.0, "policies": 20}
+        good = {"pearson": 1.0, "regret": 0.0, "policies": 20, "firm": 1.0}
         other = {"figures": {f"policy_value/{name}": value for name, value in good.items()}}
         about = {"inputs": {"worlds": [world]}} | (meta if world == "w0" else other)
         storage.make("evaluations", id, about, lambda folder: None)
@@ -125,8 +127,9 @@ def test_agents_train_in_a_text_world_that_has_passed(
     else:
         with pytest.raises(UsageError, match=r"worlds/w0 must have an evaluation .* --force"):
             train_agent.JOB.resolve(config, storage)
-        config.force = True
-        train_agent.JOB.resolve(config, storage)
+        forced = train_agent.JOB.resolve(replace(config, force=True), storage)
+        storage.make("agents", forced.id, {}, lambda folder: None)
+        assert train_agent.JOB.resolve(config, storage).id == forced.id, "it is found"
 
 
 @pytest.mark.integration

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import gymnasium
@@ -112,6 +114,18 @@ def test_many_sessions_step_together_and_each_alone_gives_the_same() -> None:
         thread.join()
     assert together == alone
     assert engine.steps == 40 and engine.batches < 40
+
+
+def test_a_world_that_no_session_uses_is_freed() -> None:
+    worlds = [text_world()]
+    sessions, freed = Sessions(lambda _: ("w", worlds[0])), weakref.ref(worlds[0])
+    env = WorldVectorEnv(1, worlds[0])
+    env._connection = sessions
+    env.reset(seed=0)
+    sessions.close({"op": "end", "session": env._session})
+    worlds[0], env = text_world(), WorldVectorEnv(1, text_world())
+    gc.collect()
+    assert freed() is None and not sessions._engines
 
 
 def test_an_action_too_long_costs_no_session() -> None:

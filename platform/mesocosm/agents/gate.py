@@ -33,16 +33,17 @@ def check_passed(storage: Storage, world: Artifact) -> None:
         if meta.get("inputs", {}).get("worlds") == [world.id] and _ranks(meta.get("figures", {})):
             return
     raise UsageError(
-        f"world={world.name} must have an evaluation of at least {POLICIES} policies with r >="
-        f" {RANKS:g} and regret@1 <= {REGRET:g}, since a poor text world flatters its agents; got"
-        " none: mesocosm evaluate it with policies, or train in it nevertheless with --force"
+        f"world={world.name} must have an evaluation of at least {POLICIES} policies, three in"
+        f" each fifth of their returns, with r >= {RANKS:g} and regret@1 <= {REGRET:g}, since a"
+        " poor text world flatters its agents; got none: mesocosm evaluate it with policies, or"
+        " train in it nevertheless with --force"
     )
 
 
 def _ranks(figures: Mapping[str, float]) -> bool:
-    names = ("policies", "pearson", "regret")
+    names = ("policies", "pearson", "regret", "firm")
     values = [figures.get(f"policy_value/{name}") for name in names]
     if None in values:
         return False
-    policies, pearson, regret = (float(value) for value in values if value is not None)
-    return policies >= POLICIES and pearson >= RANKS and regret <= REGRET
+    policies, pearson, regret, firm = (float(value) for value in values if value is not None)
+    return policies >= POLICIES and pearson >= RANKS and regret <= REGRET and firm == 1.0

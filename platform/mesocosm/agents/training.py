@@ -93,8 +93,6 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         codec = batch_codec(json.loads((world.path / "codec.json").read_text()))
         spaces = codec.observation_space, codec.action_space
         validation.check_world(config, world)
-        if is_text(world.path) and config.objective == "return" and not config.force:
-            check_passed(storage, world)
         datasets, data = validation.datasets_of(config, storage, world, spaces)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
@@ -122,11 +120,17 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             facts["rival"] = True
         if config.learners:
             facts["learners"] = config.learners
+        id = self.hash(facts, inputs)
+        if is_text(world.path) and config.objective == "return" and not config.force:
+            # What --force began is found, or goes on, without it.
+            begun = Checkpoints(storage, id).latest() or storage.find(self.kind, id)
+            if begun is None:
+                check_passed(storage, world)
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
             facts=facts,
-            id=self.hash(facts, inputs),
+            id=id,
             world=world,
             codec=codec,
             data=data,

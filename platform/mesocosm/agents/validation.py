@@ -109,7 +109,7 @@ def _check_text_world(config: AgentConfig, world: Artifact) -> None:
         )
     if config.algo == "SAC":
         raise UsageError(
-            f"algo must be PPO, APPO, IMPALA or DQN in {world.name}, got SAC: its branches begin"
+            f"algo must be PPO in {world.name}, got SAC: its branches begin"
             " within logged episodes, whose texts depend on those before; use PPO"
         )
 

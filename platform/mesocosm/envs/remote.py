@@ -172,8 +172,11 @@ class RemoteEnv(gymnasium.Env[str, str]):
         """The server's name and version: part of the id of what is measured in it."""
         try:
             metadata = self._get("/metadata")
-        except UsageError:
-            return "openenv"
+        except UsageError as error:
+            cause = error.__cause__
+            if isinstance(cause, urllib.error.HTTPError) and cause.code == 404:
+                return "openenv"
+            raise  # a server that is busy must not change what its steps belong to
         if not isinstance(metadata, dict):
             return "openenv"
         return f"openenv {metadata.get('name')} {metadata.get('version')}"

@@ -25,6 +25,7 @@ from mesocosm.evaluate.figures import RANKED, log_figures
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset
+from mesocosm.evaluate.metrics.ranking import firm
 from mesocosm.evaluate.policy_value import policy_value
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
@@ -261,6 +262,7 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
     if measured["policy_value"] is not None:
         ranking = measured["policy_value"]["ranking"]
         figures |= {f"policy_value/{k}": ranking[k] for k in RANKED if ranking[k] is not None}
+        figures["policy_value/firm"] = float(firm(ranking["fifths"]))
     if measured["agent"] is not None:
         agent = measured["agent"]
         figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}

@@ -298,12 +298,12 @@ def _of_infos(listed: Sequence[Any] | None, row: int, before: Sequence[str]) -> 
     return before
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _words(text: str) -> frozenset[str]:
     return frozenset(_WORD.findall(text.lower())) - _STOP
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _ids(text: str, buckets: int) -> list[int]:
     """Ids of the words of a text and of its pairs of neighbours, in the order of the text."""
     words = _WORD.findall(text.lower())
@@ -311,12 +311,12 @@ def _ids(text: str, buckets: int) -> list[int]:
     return [1 + zlib.crc32(gram.encode()) % buckets for gram in dict.fromkeys(grams)]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _sentences(text: str) -> list[str]:
     return [part for part in _SENTENCE.split(text) if part.strip()] or [""]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def _goal(first: str) -> str:
     tasks = [part for part in _sentences(first) if "task" in part.lower()]
     return (tasks or _sentences(first))[-1]

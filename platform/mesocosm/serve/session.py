@@ -332,7 +332,7 @@ class Sessions:
     def _text_session(self, world: TextWorld, request: Message, batch: int) -> TextSession:
         with self._lock:
             engine = self._engines.setdefault(world, TextEngine(world))
-        return TextSession(engine, request["seed"], request["first_env"], batch)
+        return TextSession(engine, world, request["seed"], request["first_env"], batch)
 
     def _end(self, request: Message) -> Message:
         with self._lock:

@@ -51,7 +51,8 @@ def _check_starts(request: Message, batch: int) -> None:
 
 
 def _is_step(step: Any) -> bool:
-    return isinstance(step, list) and len(step) == 2 and all(isinstance(t, str) for t in step)
+    strings = isinstance(step, list) and len(step) == 2 and all(isinstance(t, str) for t in step)
+    return strings and all(utf8_problem(text) is None for text in step)
 
 
 def _texts(request: Message, name: str, batch: int) -> None:

@@ -6,6 +6,7 @@ Bits do not depend on the batch, so equal action sequences in equal sessions giv
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -47,11 +48,19 @@ class TextEngine:
     """Steps of a text world for several threads: one thread steps all that wait, together."""
 
     def __init__(self, world: TextWorld):
-        self.world = world
+        """The world is referred to weakly: its sessions keep it, and engines are found by it."""
+        self._world = weakref.ref(world)
         self.steps = self.batches = 0
         """Environments that were stepped, and batches of them."""
         self._waiting: list[_Job] = []
         self._lock, self._running = threading.Lock(), threading.Lock()
+
+    @property
+    def world(self) -> TextWorld:
+        """The world, which a session keeps in memory."""
+        world = self._world()
+        assert world is not None, "a session keeps its world"
+        return world
 
     def alone(self, function: Callable[[], T]) -> T:
         """Call a function while nothing else uses the world."""
@@ -121,8 +130,8 @@ class TextSession:
     request_digest = b""
     """Digest of the request that `reply` answers; empty right after `begin` and `restore`"""
 
-    def __init__(self, engine: TextEngine, seed: int, first_env: int, batch: int):
-        self.engine, self.world, self.seed = engine, engine.world, seed
+    def __init__(self, engine: TextEngine, world: TextWorld, seed: int, first_env: int, batch: int):
+        self.engine, self.world, self.seed = engine, world, seed
         self.env = first_env + np.arange(batch)
         self._codec = TextCodec.from_json(self.world.codec) if self.world.codec else None
 

@@ -29,6 +29,8 @@ UTF_8 = [*range(0xC0), *range(0xC2, 0xF5)]
 """The bytes that valid UTF-8 may contain."""
 MEMORY = 200_000
 """Texts whose tokens a tokenizer remembers: observations and commands recur."""
+REMEMBERED = 4_000
+"""Characters of the longest text that is remembered: a client may send megabytes."""
 PROBES = (
     # Every byte of UTF-8: ASCII, each second byte, and each first byte of 2, 3 and 4.
     *("".join(map(chr, range(start, start + 32))) for start in range(0, 128, 32)),
@@ -159,7 +161,8 @@ class TextTokenizer:
             if len(self._memory) >= MEMORY:
                 self._memory.clear()
             ids = tuple(self._encoded(text))
-            self._memory[text] = ids
+            if len(text) <= REMEMBERED:
+                self._memory[text] = ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
