@@ -19,7 +19,8 @@ LENGTH = 5
 class EchoServer:
     """An observation is the action, a reward its length, and `done` comes after LENGTH steps.
 
-    The action "crash" ends the connection, "wrong" gets an error, and "cut" truncates the episode.
+    The action "crash" ends the connection, "evict" the session, "wrong" gets an error, and "cut"
+    truncates the episode.
 
     Args:
         schema: The reply of GET /schema.
@@ -94,8 +95,13 @@ class EchoServer:
             if text == "crash":
                 await client.close()
                 return
+            if text == "evict":
+                data: Any = {"message": "unused for long", "code": "SESSION_ERROR"}
+                await client.send_json({"type": "error", "data": data})
+                await client.close()
+                return
             if text == "wrong":
-                data: Any = {"message": "no such\ncommand", "code": "VALIDATION_ERROR"}
+                data = {"message": "no such\ncommand", "code": "VALIDATION_ERROR"}
                 await client.send_json({"type": "error", "data": data})
                 continue
             observation: Any = {"said": text, "steps": steps} if self.json else {"text": text}

@@ -94,6 +94,9 @@ def test_a_lost_connection(server: EchoServer) -> None:
     with pytest.raises(ConnectionError, match="the server ended the connection at step"):
         env.step("crash")
     assert env.reset(seed=2)[0] == "seed 2"
+    with pytest.raises(ConnectionError, match="ended the session at step: unused for long"):
+        env.step("evict")
+    assert env.reset(seed=3)[0] == "seed 3"
     env.unwrapped._connection.close()  # as a server does with a silent client
     assert env.reset(seed=3)[0] == "seed 3"
     env.close()

@@ -23,6 +23,7 @@ from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
 from mesocosm.evaluate.buying import Bought, Imagined, buy, weights
 from mesocosm.jobs import collect, propose
 from mesocosm.jobs.propose import ProposeConfig
+from mesocosm.model.artifact import TEXTS
 from mesocosm.model.config import ModelConfig
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
@@ -225,6 +226,14 @@ def test_wrong_use_is_refused(
 ) -> None:
     assert main(["propose", *words, f"storage.root={root}", "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_world_of_texts_is_refused(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    about = json.dumps({TEXTS: True})
+    meta = {"inputs": {"datasets": []}}
+    Storage(root).make("worlds", "t0", meta, lambda to: (to / "world.json").write_text(about))
+    assert main(["propose", "world=t0", f"storage.root={root}", "--dry-run"]) == 2
+    assert "world=worlds/t0 must be of model.family ensemble or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_only_the_share_with_the_highest_returns_is_read(logs: Artifact) -> None
     [
         ([], "candidates must be module:function, got None; logs hold no infos"),
         (["candidates=infos"], "got infos; logs hold no infos"),
-        (["candidates=ownenvs:candidates"], "no module 'ownenvs'"),
+        (["candidates=nowhere:candidates"], "no module 'nowhere'"),
         ([f"candidates={FUNCTION}", "share=0"], r"share must be in \(0, 1\], got 0"),
         ([f"candidates={FUNCTION}", "datasets=[]"], "datasets must name at least one dataset"),
         (

@@ -110,6 +110,11 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
     [
         ("agent.algo=SAC; reality.env=preflight_envs:Several", "agent: algo=SAC needs Discrete or"),
         ("agent.algo=DQN; reality.env=Pendulum-v1", "agent: algo=DQN needs Discrete actions"),
+        (
+            "reality.env=mesocosm.envs.text:ChoresEasy-v0; pretrain.model.family=language;"
+            " pretrain.model.size=10k; pretrain.model.members=1",
+            "pretrain.model.family must be ensemble or sequence in a loop, got language",
+        ),
         ("agent.params={lr: fast}", "agent: RLlib's PPO refuses its settings"),
         ("agent.model={fcnet_hiddens: 64}", "agent: RLlib's PPO refuses its settings"),
         ("agent.init=nope", "no artifact agents/nope"),

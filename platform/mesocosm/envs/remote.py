@@ -246,7 +246,7 @@ class RemoteEnv(gymnasium.Env[str, str]):
         """The data of the answer to a message.
 
         Raises:
-            ConnectionError: The server ended the connection.
+            ConnectionError: The server ended the connection or the session.
             RuntimeError: It answered with an error, or with something else than an observation.
         """
         from websockets.exceptions import ConnectionClosed
@@ -265,6 +265,9 @@ class RemoteEnv(gymnasium.Env[str, str]):
             raise RuntimeError(f"the server's answer to {kind} is not OpenEnv's")
         if reply.get("type") == "error":
             message = " ".join(str(answer.get("message")).split())
+            if answer.get("code") == "SESSION_ERROR":  # it is over, and another may begin
+                self._drop()
+                raise ConnectionError(f"the server ended the session at {kind}: {message:.500}")
             raise RuntimeError(f"the server refused {kind} ({answer.get('code')}): {message:.500}")
         if not isinstance(answer.get("observation"), dict):
             raise RuntimeError(f"the server's answer to {kind} has no observation")

@@ -20,6 +20,7 @@ from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.config import facts_for, reality_of
+from mesocosm.model.any_world import is_text
 from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Acts
@@ -119,6 +120,11 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     """Check the config, open the world and its data, and list the candidates."""
     check(cfg)
     world = storage.artifact("worlds", cfg.world)
+    if is_text(world.path):
+        raise UsageError(
+            f"world={world.name} must be of model.family ensemble or sequence, got language, whose"
+            " next steps propose cannot weigh yet"
+        )
     datasets = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     reality = _reality(cfg.reality, codec, datasets)

@@ -69,6 +69,12 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     facts = _check_collection(cfg, storage)
     _check_datasets(cfg, datasets, facts)
     _check_task(cfg, facts)
+    if cfg.pretrain.model.family == "language":
+        raise UsageError(
+            "pretrain.model.family must be ensemble or sequence in a loop, got language: its agent"
+            " would train in a world that no evaluation has passed; run pretrain, evaluate and"
+            " train-agent one by one"
+        )
     prepare.check_texts(*facts.spaces, cfg.pretrain.model.family)
     horizon = None
     if facts.max_episode_steps is not None:
