@@ -25,7 +25,7 @@ class EchoServer:
     Args:
         schema: The reply of GET /schema.
         token: Required as a bearer token, where there is one.
-        json: Observations are {"said": TEXT, "steps": N} instead of texts.
+        json: Observations are {"echo": TEXT, "steps": N} instead of texts.
     """
 
     def __init__(self, schema: Any = None, token: str = "", json: bool = False):
@@ -104,7 +104,7 @@ class EchoServer:
                 data = {"message": "no such\ncommand", "code": "VALIDATION_ERROR"}
                 await client.send_json({"type": "error", "data": data})
                 continue
-            observation: Any = {"said": text, "steps": steps} if self.json else {"text": text}
+            observation: Any = {"echo": text, "steps": steps} if self.json else {"text": text}
             observation |= {"commands": ["a", "b"], "metadata": {"success": text == "good"}}
             data = {"observation": observation, "reward": reward}
             data |= {"done": steps >= LENGTH or text == "cut"}

@@ -64,21 +64,21 @@ def test_other_schemas() -> None:
     """
     with EchoServer({"action": NUMBER, "observation": {}}, json=True) as server:
         env = remote(server.url)
-        assert env.reset(seed=1)[0] == '{"said": "seed 1", "steps": 0, "commands": ["a", "b"]}'
+        assert env.reset(seed=1)[0] == '{"echo": "seed 1", "steps": 0, "commands": ["a", "b"]}'
         env.step("7")
         assert server.messages[-1]["data"] == {"n": 7}
         with pytest.raises(ValueError, match="the action 'seven' must be JSON"):
             env.step("seven")
         env.close()
     several = {"type": "object", "properties": {}, "required": []}
-    said = {"properties": {"said": {"type": "string"}}}
-    with EchoServer({"action": several, "observation": said}, json=True) as server:
-        env = remote(server.url, kwargs={"field": "said"})
+    schema = {"properties": {"echo": {"type": "string"}}}
+    with EchoServer({"action": several, "observation": schema}, json=True) as server:
+        env = remote(server.url, kwargs={"field": "echo"})
         assert env.reset(seed=1)[0] == "seed 1" and env.step('{"text": "hi"}')[0] == "hi"
         with pytest.raises(ValueError, match="the action '7' must be the JSON of an object"):
             env.step("7")
         env.close()
-        with pytest.raises(UsageError, match=r"field must be a field .* \(said\), got 'text'"):
+        with pytest.raises(UsageError, match=r"field must be a field .* \(echo\), got 'text'"):
             remote(server.url, kwargs={"field": "text"})
 
 

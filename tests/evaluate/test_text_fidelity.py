@@ -57,8 +57,8 @@ def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:
     small = world(2, 1)
     model = TextWorld(small.net, small.tokenizer, window=2048, longest=200, longest_start=300)
     episodes = [episode(played(seed), seed) for seed in range(3)]
-    found = predict_steps(model, episodes, EASY.check_episode)
-    assert len(found) == sum(len(e.actions) for e in episodes)
+    predictions = predict_steps(model, episodes, EASY.check_episode)
+    assert len(predictions) == sum(len(e.actions) for e in episodes)
     assert model.temperature == 1.0
     model.temperature = 0.0
     for row in range(3):
@@ -71,7 +71,7 @@ def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:
         lengths = [len(e.actions) for e in episodes]
         order = [(s, r) for s in range(max(lengths)) for r in range(3) if s < lengths[r]]
         theirs = [
-            (found[i].generated_reward, found[i].generated_p)
+            (predictions[i].generated_reward, predictions[i].generated_p)
             for i, (_, r) in enumerate(order)
             if r == row
         ]
