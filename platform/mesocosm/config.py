@@ -23,6 +23,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from mesocosm.errors import UsageError, nearest
 
 T = TypeVar("T")
+ADDED: Any = {"added": True}
+"""Metadata of keys that ids leave out at their defaults (`identity`)."""
 
 
 @dataclass
@@ -270,7 +272,7 @@ def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any
 
 
 def _drop_added(config: Any, plain: dict[str, Any]) -> None:
-    """Drop the keys with the metadata `added` that are at their defaults: ids are older."""
+    """Drop the keys with the metadata ADDED that are at their defaults: ids are older."""
     for each in dataclasses.fields(config):
         value, default = getattr(config, each.name), each.default
         if each.default_factory is not dataclasses.MISSING:

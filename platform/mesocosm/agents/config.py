@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesocosm.config import JobConfig
+from mesocosm.config import ADDED, JobConfig
 from mesocosm.envs.config import RealityConfig
-
-ADDED: Any = {"added": True}
-"""Metadata of keys that ids leave out at their defaults (`config.identity`)."""
 
 
 @dataclass

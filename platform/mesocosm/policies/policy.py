@@ -125,6 +125,31 @@ class Network(nn.Module):
         return (logits.softmax(-1) * support).sum(-1)
 
 
+def save_weights(network: nn.Module, file: Path) -> None:
+    """Write the weights of a network as safetensors."""
+    state = network.state_dict()
+    save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, file)
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """policy.json and the weights beside it. Raises ArtifactError where one is missing or has
+    another schema.
+    """
+    try:
+        data = json.loads((folder / POLICY_JSON).read_text())
+        weights = load_file(folder / WEIGHTS)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} holds no policy ({error}); train one with mesocosm train-agent"
+        ) from error
+    if data.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{folder / POLICY_JSON}: schema must be {SCHEMA}, got {data.get('schema')!r}; train"
+            " the agent again"
+        )
+    return data, weights
+
+
 def sequential(layers: list[dict[str, Any]]) -> nn.Sequential:
     """The network of these layers (`Layout`), with new weights."""
     modules: list[nn.Module] = []
@@ -229,25 +254,12 @@ class Policy:
             "epsilon": self.epsilon,
         }
         (folder / POLICY_JSON).write_text(json.dumps(description, indent=1))
-        state = self.network.state_dict()
-        weights = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_file(weights, folder / WEIGHTS)
+        save_weights(self.network, folder / WEIGHTS)
 
     @staticmethod
     def load(folder: Path) -> Policy:
         """Read a policy. Raises ArtifactError where it is missing or has another schema."""
-        try:
-            data = json.loads((folder / POLICY_JSON).read_text())
-            weights = load_file(folder / WEIGHTS)
-        except OSError as error:
-            raise ArtifactError(
-                f"{folder} holds no policy ({error}); train one with mesocosm train-agent"
-            ) from error
-        if data.get("schema") != SCHEMA:
-            raise ArtifactError(
-                f"{folder / POLICY_JSON}: schema must be {SCHEMA}, got {data.get('schema')!r};"
-                " train the agent again"
-            )
+        data, weights = read_files(folder)
         spaces = (space_from_json(data["observation_space"]), space_from_json(data["action_space"]))
         policy = Policy(data["algo"], *spaces, Layout(**data["network"]), data["epsilon"])
         policy.network.load_state_dict(weights)

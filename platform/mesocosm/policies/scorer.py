@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mesocosm.datasets.space_json import space_from_json, space_to_json
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import UsageError
 from mesocosm.policies.candidates import (
     COMMANDS,
     FEATURES,
@@ -26,7 +25,7 @@ from mesocosm.policies.candidates import (
     CandidateSource,
     load_source,
 )
-from mesocosm.policies.policy import POLICY_JSON, SCHEMA, WEIGHTS
+from mesocosm.policies.policy import POLICY_JSON, SCHEMA, WEIGHTS, read_files, save_weights
 
 EMBEDDING, HIDDEN = 48, 96
 """Widths of the network: about a million parameters, most of them in the embeddings."""
@@ -204,27 +203,22 @@ class CandidatePolicy:
             "shape": self.shape.to_json(),
         }
         (folder / POLICY_JSON).write_text(json.dumps(description, indent=1))
-        state = self.network.state_dict()
-        save_file({name: x.detach().contiguous() for name, x in state.items()}, folder / WEIGHTS)
+        save_weights(self.network, folder / WEIGHTS)
 
     @staticmethod
-    def load(folder: Path, data: Mapping[str, Any]) -> CandidatePolicy:
-        """Read the policy of a folder whose policy.json is `data`.
+    def load(folder: Path) -> CandidatePolicy:
+        """Read a policy.
 
         Raises:
-            ArtifactError: The weights are missing.
+            ArtifactError: It is missing or has another schema.
             UsageError: Its function of candidates is not here.
         """
+        data, weights = read_files(folder)
         spaces_ = [space_from_json(data[f"{name}_space"]) for name in ("observation", "action")]
         source = load_source(data["candidates"], f"{folder / POLICY_JSON}: candidates")
         if not isinstance(spaces_[1], spaces.Text):
             raise UsageError(f"{folder / POLICY_JSON}: candidates need text actions")
         shape = CandidateShape(**data["shape"])
         policy = CandidatePolicy(data["algo"], spaces_[0], spaces_[1], source, shape)
-        try:
-            policy.network.load_state_dict(load_file(folder / WEIGHTS))
-        except OSError as error:
-            raise ArtifactError(
-                f"{folder} holds no policy ({error}); train one with mesocosm train-agent"
-            ) from error
+        policy.network.load_state_dict(weights)
         return policy

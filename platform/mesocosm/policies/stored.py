@@ -17,7 +17,7 @@ def load_policy(folder: Path) -> StoredPolicy:
     """Read a policy of either kind. Raises ArtifactError where it is missing or damaged."""
     file = folder / POLICY_JSON
     data = json.loads(file.read_text()) if file.is_file() else {}
-    return CandidatePolicy.load(folder, data) if "candidates" in data else Policy.load(folder)
+    return CandidatePolicy.load(folder) if "candidates" in data else Policy.load(folder)
 
 
 def policy_of(storage: Storage, ref: str) -> StoredPolicy:

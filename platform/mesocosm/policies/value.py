@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mesocosm.errors import ArtifactError
-from mesocosm.policies.policy import Policy, describe, sequential
+from mesocosm.policies.policy import Policy, describe, save_weights, sequential
 
 VALUE_JSON, VALUE_WEIGHTS = "value.json", "value.safetensors"
 SCHEMA = 1
@@ -60,9 +60,7 @@ class ValueFunction:
         layers = [describe(cast(nn.Sequential, network)) for network in self.networks]
         about = {"schema": SCHEMA, "kind": self.kind, "gamma": self.gamma, "networks": layers}
         (folder / VALUE_JSON).write_text(json.dumps(about, indent=1))
-        state = self.networks.state_dict()
-        weights = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        save_file(weights, folder / VALUE_WEIGHTS)
+        save_weights(self.networks, folder / VALUE_WEIGHTS)
 
     @staticmethod
     def load(folder: Path) -> ValueFunction:

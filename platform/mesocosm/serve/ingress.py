@@ -56,7 +56,7 @@ PING_S = 20.0
 Token = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="as POST /v1/reset returns it")]
 Seed: Any = integer(0, (1 << 63) - 1)
 NumEnvs: Any = integer(1, MAX_ENVS)
-Tasks = list[dict[str, bool | int | float | str]]
+TaskOptions = list[dict[str, bool | int | float | str]]
 Numbers = list[float | None]
 Flags = list[bool]
 
@@ -92,7 +92,7 @@ class ResetRequest(Model):
 class ResetReply(Model):
     session: str
     world: str
-    task: Tasks
+    task: TaskOptions
     """Reset options of each environment's task"""
 
 
@@ -107,7 +107,7 @@ class StepReply(Model):
     action and has no reward or disagreement.
     """
 
-    task: Tasks
+    task: TaskOptions
     reward: Numbers
     terminated: Flags
     truncated: Flags

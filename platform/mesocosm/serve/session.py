@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
@@ -27,6 +26,7 @@ from mesocosm.model.language.world import TextWorld
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
+from mesocosm.serve.episodes import EpisodeSession
 from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import CONTEXT, START, Message, get, put
 from mesocosm.serve.text_check import check_text_begin, check_text_restore, check_text_step
@@ -99,8 +99,8 @@ class Worlds:
         return id, world
 
 
-class Session:
-    """One client's B environments.
+class Session(EpisodeSession):
+    """One client's B environments in a world of parts.
 
     The world draws starts in blocks of consecutive episodes: at 256 environments some episode ends
     at nearly every step, and a draw for it alone costs as much as half a step (2 ms). A block is a
@@ -109,31 +109,16 @@ class Session:
     """
 
     carry: Carry
-    clock = 0
-    """Steps since `begin`"""
-    reply: Message
-    """Reply to the step before `clock`"""
-    request_digest = b""
-    """Digest of the request that `reply` answers; empty right after `begin` and `restore`"""
+    world: World
 
     def __init__(self, world: World, seed: int, first_env: int, batch: int):
-        self.world, self.seed = world, seed
-        self.env = first_env + np.arange(batch)
+        super().__init__(world, world.config.members, seed, first_env, batch)
         self.block_size = max(4, 256 // batch)
         self._blocks: OrderedDict[int, tuple[Parts, Parts]] = OrderedDict()
-
-    def member(self, episode: NDArray[np.int64]) -> Tensor:
-        """[B] the member that imagines each `episode` [B]."""
-        member = rng.member_of(self.seed, self.env, episode, self.world.config.members)
-        return torch.from_numpy(member).to(self.world.device)
 
     def starts(
         self, request: Message, episode: NDArray[np.int64], mask: NDArray[np.bool_]
     ) -> tuple[Parts, Parts]:
-        """(task, observation) [B] that begin `episode` [B], as the client chose them or drawn.
-
-        Drawn rows outside `mask` [B] are zeros.
-        """
         batch, spec, device = len(self.env), self.world.spec, self.world.device
         if "start.numbers" in request:
             return get(request, "start_task").to(device), get(request, "start").to(device)
@@ -170,27 +155,9 @@ class Session:
         keys_on_device = torch.from_numpy(keys).to(world.device)
         requested = request["disagreement"]
         self.carry, out = world.step(self.carry, action, keys_on_device, disagreement=requested)
-        observation = out.observation
         names = (*STEP_FIELDS, "disagreement") if requested else STEP_FIELDS
         reply: Message = {name: getattr(out, name).numpy(force=True) for name in names}
-        same_step, mask = request["mode"] == "SameStep", request["cut"]
-        if same_step:
-            mask = mask | reply["terminated"] | reply["diverged"]
-            if requested:
-                mask = mask | (reply["disagreement"] > request["max_disagreement"])
-        if mask.any():
-            if same_step:
-                put(reply, "final", observation)
-            else:
-                for name in names:
-                    reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
-            task, start = self.starts(request, episode + 1, mask)
-            chosen = torch.from_numpy(mask).to(world.device)
-            self.carry = world.reset(self.carry, chosen, task, start, self.member(episode + 1))
-            observation = start.where(chosen, observation)
-            put(reply, "task", task)
-        put(reply, "observation", observation)
-        return reply
+        return self.stepped(request, reply, out.observation)
 
 
 class Sessions:

@@ -21,6 +21,7 @@ from mesocosm.model import rng
 from mesocosm.model.language.cache import KeyCache
 from mesocosm.model.language.session import TextCarry, TextContext, Texts, TextStep
 from mesocosm.model.language.world import TextWorld
+from mesocosm.serve.episodes import EpisodeSession
 from mesocosm.serve.protocol import START, Message, get, put
 
 MOST = 256
@@ -119,34 +120,20 @@ class TextEngine:
                 job.error = error
 
 
-class TextSession:
-    """One client's B environments in a text world, see `session.Session`."""
+class TextSession(EpisodeSession):
+    """One client's B environments in a text world."""
 
     carry: TextCarry
-    clock = 0
-    """Steps since `begin`"""
-    reply: Message
-    """Reply to the step before `clock`"""
-    request_digest = b""
-    """Digest of the request that `reply` answers; empty right after `begin` and `restore`"""
+    world: TextWorld
 
     def __init__(self, engine: TextEngine, world: TextWorld, seed: int, first_env: int, batch: int):
-        self.engine, self.world, self.seed = engine, world, seed
-        self.env = first_env + np.arange(batch)
+        super().__init__(world, world.net.members, seed, first_env, batch)
+        self.engine = engine
         self._codec = TextCodec.from_json(self.world.codec) if self.world.codec else None
-
-    def member(self, episode: NDArray[np.int64]) -> Tensor:
-        """[B] the member that imagines each `episode` [B]."""
-        member = rng.member_of(self.seed, self.env, episode, self.world.net.members)
-        return torch.from_numpy(member).to(self.world.device)
 
     def starts(
         self, request: Message, episode: NDArray[np.int64], mask: NDArray[np.bool_]
     ) -> tuple[Texts, Texts]:
-        """(task, observation) [B] that begin `episode` [B], as the client chose them or drawn.
-
-        Drawn rows outside `mask` [B] are empty.
-        """
         if "start.texts" in request:
             return get(request, "start_task"), get(request, "start")
         rows = np.flatnonzero(mask)
@@ -207,26 +194,7 @@ class TextSession:
         if requested:
             assert out.disagreement is not None
             reply["disagreement"] = out.disagreement.numpy(force=True)
-        names = list(reply)
-        same_step, mask = request["mode"] == "SameStep", request["cut"]
-        if same_step:
-            mask = mask | reply["terminated"] | diverged
-            if requested:
-                mask = mask | (reply["disagreement"] > request["max_disagreement"])
-        if mask.any():
-            if same_step:
-                put(reply, "final", observation)
-            else:
-                for name in names:
-                    reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
-            task, start = self.starts(request, episode + 1, mask)
-            chosen = torch.from_numpy(mask)
-            member = self.member(episode + 1)
-            self.carry = world.reset(self.carry, chosen, task, start, member)
-            observation = start.where(chosen, observation)
-            put(reply, "task", task)
-        put(reply, "observation", observation)
-        return reply
+        return self.stepped(request, reply, observation)
 
     def _readable(self, text: str) -> bool:
         """True if a generated text is an observation of the space."""

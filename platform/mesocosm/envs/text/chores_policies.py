@@ -6,12 +6,13 @@ As behaviours: `{kind: scripted, function: mesocosm.envs.text.chores_policies:Ch
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from mesocosm.datasets.texts import text_problem
+from mesocosm.envs.text.chores import Chores
 from mesocosm.envs.text.household import TREATMENTS, VERBS, preposition
 from mesocosm.envs.text.household_text import (
     StartFields,
@@ -24,8 +25,6 @@ from mesocosm.envs.text.household_text import (
 Choice = TypeVar("Choice")
 FAILING = 0.1
 """The share of random commands that are likely impossible."""
-_COMMAND = re.compile(r"[A-Za-z .,:()']{1,60}")
-"""The texts of the action space. Words of an imagined text may make a command that is none."""
 
 
 class ChoresExpert:
@@ -156,8 +155,10 @@ def drawn(values: Sequence[Choice], rng: np.random.Generator) -> Choice:
 
 
 def _possible_text(command: str) -> str:
-    """The command, or "look" where it is no text of the action space."""
-    return command if _COMMAND.fullmatch(command) else "look"
+    """The command, or "look" where it is no text of the action space: words of an imagined text may
+    make one that is none.
+    """
+    return command if text_problem(Chores.action_space, command) is None else "look"
 
 
 def _put(view: ViewFields) -> str:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 
+from mesocosm.datasets.texts import text_problem
 from mesocosm.envs.text import company_text as words
 from mesocosm.envs.text.chores_policies import FAILING, drawn
+from mesocosm.envs.text.company_shell import CompanyShell
 from mesocosm.envs.text.company_tasks import parse_assignment
 from mesocosm.envs.text.company_text import FOLDERS, ShellView, candidates, parse_view
 
@@ -73,8 +75,7 @@ class CompanyExpert:
 
 def _possible_text(command: str) -> str:
     """The command, or "help" where it is no text of the action space (after imagined texts)."""
-    text = len(command) <= words.LONGEST_COMMAND and command.isascii() and command.isprintable()
-    return command if text and command else "help"
+    return command if text_problem(CompanyShell.action_space, command) is None else "help"
 
 
 def script(first_text: str) -> Script:
