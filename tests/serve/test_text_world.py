@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -27,7 +28,7 @@ from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions
-from mesocosm.serve.text_session import TextEngine
+from mesocosm.serve.text_session import MOST, TextEngine
 
 TEXT = spaces.Text(400, min_length=0, charset="abcdefghijklmnopqrstuvwxyz .")
 REST = {"reward_values": [0.0, 0.2, 1.0], "terminal_rate": 0.05}
@@ -114,6 +115,32 @@ def test_many_sessions_step_together_and_each_alone_gives_the_same() -> None:
         thread.join()
     assert together == alone
     assert engine.steps == 40 and engine.batches < 40
+
+
+def test_all_that_wait_step_in_one_batch() -> None:
+    """Of `MOST` environments at most: of 72 sessions of 4, 64 step first and 8 after them."""
+    world = text_world()
+    engine, sessions = TextEngine(world), 72
+    start, rows = Texts(["look"] * 4), torch.zeros(4, dtype=torch.int64)
+    carries = [world.begin(start, start, rows) for _ in range(sessions)]
+    steps: list[Any] = []
+
+    def step(carry: Any) -> None:
+        steps.append(engine.step(carry, ["look"] * 4, rows, disagreement=False))
+
+    threads = [threading.Thread(target=step, args=(carry,)) for carry in carries]
+
+    def begin() -> None:
+        for thread in threads:
+            thread.start()
+        while len(engine._waiting) < sessions:
+            time.sleep(0.01)
+
+    engine.alone(begin)
+    for thread in threads:
+        thread.join()
+    assert len(steps) == sessions and engine.steps == 4 * sessions
+    assert engine.batches == -(-4 * sessions // MOST) == 2
 
 
 def test_a_world_that_no_session_uses_is_freed() -> None:
