@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mesocosm import checks
-from mesocosm.config import JobConfig
+from mesocosm.config import ADDED, JobConfig
 from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.data.loading.texts import TextCodec
 from mesocosm.datasets.manifest import current_id
@@ -61,6 +61,10 @@ class EvaluateConfig(JobConfig):
     """Imagined episodes of each policy."""
     adversary: int = 0
     """Training iterations, in the world, of one more policy that seeks disagreement. 0 for none."""
+    gain: bool = field(default=False, metadata=ADDED)
+    """Judge the policy that the agent's training began with in the same `episodes` too (its `init`,
+    or else snapshot 0). The report shows the gain over it, in the world and in reality.
+    """
     judge_steps: int | None = None
     """Most real steps of all judging together. An evaluation that might take more is refused before
     it starts.
@@ -86,6 +90,8 @@ class EvaluateConfig(JobConfig):
             value = getattr(self, key)
             if value and self.agent is None:
                 raise UsageError(f"{key} must be 0 without an agent, got {value}; set agent")
+        if self.gain and self.agent is None:
+            raise UsageError("gain must be false without an agent, got true; set agent")
         if self.policies:
             behaviours.check(self.policies, "policies")
         for i, policy in enumerate(self.policies):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mesocosm.evaluate import gain
 from mesocosm.evaluate.judge import JudgeResult
 from mesocosm.evaluate.metrics.fidelity import Fidelity
+from mesocosm.evaluate.metrics.ranking import firm
 from mesocosm.runs.tracking import Run
 
 RANKED = ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")
@@ -42,10 +44,12 @@ def log_figures(
     if "policy_value" in measured:
         add("policy_value", measured["policy_value"]["ranking"], *RANKED)
         add("policy_value", measured["policy_value"], "real_steps")
+        values["policy_value/firm"] = float(firm(measured["policy_value"]["ranking"]["fifths"]))
         add("off_policy", measured["off_policy"], "auroc")
     agent = measured["agent"]
     if agent is not None:
         add("return", agent, imagined="world")
+        values |= gain.figures(agent["gain"])
         if agent["success"] is not None:
             add("success", agent["success"], "real", "world")
     if result is not None:

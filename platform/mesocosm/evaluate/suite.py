@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data.analysis.evidence import Evidence, evidence
@@ -19,10 +22,10 @@ from mesocosm.datasets.manifest import Manifest
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
-from mesocosm.evaluate import policy_set
+from mesocosm.evaluate import gain, policy_set
 from mesocosm.evaluate.config import EvaluateConfig, facts_for, members_of
 from mesocosm.evaluate.imagine import starts_of
-from mesocosm.evaluate.judge import JudgeResult, JudgeStore, check_spaces
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, check_spaces, judge
 from mesocosm.evaluate.metrics.known import known_parts
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import off_policy
@@ -59,6 +62,8 @@ class Prepared:
     horizon: Horizon
     """Steps of an episode at most, real or imagined."""
     agent: Artifact | None
+    start: ComparedPolicy | None
+    """The policy that the agent's training began with; None without `gain`."""
     candidates: list[ComparedPolicy]
     most_policies: int
     most_episodes: int
@@ -74,7 +79,8 @@ def most_episodes(cfg: EvaluateConfig, snapshots: int) -> tuple[int, int]:
     policies = 0
     if cfg.compares:
         policies = len(cfg.policies) + snapshots + cfg.graded + bool(cfg.adversary)
-    return policies, (cfg.episodes if snapshots else 0) + policies * cfg.policy_episodes
+    judged = cfg.episodes * (1 + cfg.gain) if snapshots else 0
+    return policies, judged + policies * cfg.policy_episodes
 
 
 def check_steps(cfg: EvaluateConfig, snapshots: int, limit: int) -> None:
@@ -125,7 +131,8 @@ def prepare(
     named = [policy_set.named(config, storage, *facts.spaces) for config in cfg.policies]
     candidates = [replace(policy, held_out=policy.name not in logged) for policy in named]
     snapshots = [] if agent is None else policy_set.snapshots(agent, storage)
-    for candidate in [*candidates, *snapshots]:
+    start = None if agent is None or not cfg.gain else gain.start_of(agent, storage)
+    for candidate in [*candidates, *snapshots, *([] if start is None else [start])]:
         check_spaces(candidate.policy, facts, cfg.reality)
     check_steps(cfg, len(snapshots), horizon.steps)
     refs = [config.policy for config in cfg.policies if config.policy is not None]
@@ -139,7 +146,7 @@ def prepare(
                 f" takes {FEWEST}; add policies, or graded"
             )
     most_judged = most_episodes(cfg, len(snapshots))
-    return Prepared(cfg, facts, horizon, agent, candidates, *most_judged)
+    return Prepared(cfg, facts, horizon, agent, start, candidates, *most_judged)
 
 
 def run(
@@ -237,8 +244,9 @@ def agent_summary(
     judged: JudgeResult,
     world: AnyWorld,
     policy: Acts,
-    cfg: EvaluateConfig,
-    limit: int,
+    plan: Prepared,
+    ledger: Ledger,
+    store: JudgeStore,
     run: Run,
 ) -> dict[str, Any]:
     """The judged agent in reality and in the world.
@@ -249,15 +257,21 @@ def agent_summary(
     Returns:
         {"real", "world": mean returns, "success": {"real", "world"} shares of episodes or None
         where `reality.success` is not set, "unexplained": a sentence where the logs cannot explain
-        its return in the world, or None}.
+        its return in the world, or None, "gain": a `Gain` as JSON, or None}.
     """
-    env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
-    with run.progress("imagine the agent", limit) as update:
+    cfg, limit = plan.cfg, plan.limit
 
-        def report(steps: int) -> None:
-            update(steps, f"step {steps} of at most {limit}")
+    def imagine(name: str, policy: Acts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
+        with run.progress(f"imagine the {name}", limit) as update:
 
-        (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
+            def report(steps: int) -> None:
+                update(steps, f"step {steps} of at most {limit}")
+
+            returns, lengths = imagined_episodes([policy], env, imagining(cfg.seed), report)
+            return returns[0], lengths[0]
+
+    returns, lengths = imagine("agent", policy)
     mean = float(returns.mean())
     imagined, success = mean, success_by_return(cfg.reality.success, returns)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
@@ -271,7 +285,29 @@ def agent_summary(
     if "evidence" in measured:
         logs = Evidence(**measured["evidence"])
         unexplained = logs.unexplained(mean, float(lengths.mean()))
-    return {"real": judged.mean, "world": imagined, "success": shares, "unexplained": unexplained}
+    gained = None
+    if (start := plan.start) is not None:
+        segments = store.segments("start", start.policy, seed=cfg.seed, limit=limit)
+        with run.progress("judge its start", cfg.episodes) as update:
+            before = judge(
+                start.policy,
+                cfg.reality,
+                ledger,
+                episodes=cfg.episodes,
+                seed=cfg.seed,
+                max_episode_steps=limit,
+                progress=update,
+                segments=segments,
+            )
+        pair = returns, imagine("start", start.policy)[0]
+        gained = gain.gain(start.name, (judged, before), pair).to_json()
+    return {
+        "real": judged.mean,
+        "world": imagined,
+        "success": shares,
+        "unexplained": unexplained,
+        "gain": gained,
+    }
 
 
 def with_adversary(

@@ -19,7 +19,7 @@ from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
-from mesocosm.evaluate import imagine, policy_set, suite
+from mesocosm.evaluate import gain, imagine, policy_set, suite
 from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sources_of
 from mesocosm.evaluate.figures import RANKED, log_figures
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
@@ -173,8 +173,8 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
             result = _judged(cfg, run, policy, prepared, ledger, store)
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
-    if policy is not None and result is not None and prepared is not None:
-        agent = suite.agent_summary(measured, result, world, policy, cfg, prepared.limit, run)
+    if policy is not None and result is not None and prepared is not None and ledger is not None:
+        agent = suite.agent_summary(measured, result, world, policy, prepared, ledger, store, run)
     logs = measured.get("evidence")
     unidentified = None if logs is None else Evidence(**logs).unidentified()
     if unidentified is not None:
@@ -256,8 +256,8 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
                 ).to_json()
         if policy is not None and result is not None:
             values = {k: v for k, v in measured.items() if v is not None}
-            figures = suite.agent_summary(values, result, world, policy, cfg, prepared.limit, run)
-            measured["agent"] = figures
+            about = (prepared, ledger, store, run)
+            measured["agent"] = suite.agent_summary(values, result, world, policy, *about)
     figures = texts.figures()
     if measured["policy_value"] is not None:
         ranking = measured["policy_value"]["ranking"]
@@ -266,6 +266,7 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
     if measured["agent"] is not None:
         agent = measured["agent"]
         figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}
+        figures |= gain.figures(agent["gain"])
     run.log(figures)
     summary = {
         "schema": 1,
@@ -293,6 +294,8 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
         for row in texts.rows():
             table.add_row(*row)
         table.caption = NOT_MEASURED
+        if measured["agent"] is not None and measured["agent"]["gain"] is not None:
+            table.add_row("the agent", gain.sentence(measured["agent"]["gain"]))
         console.print(table)
     return artifact
 

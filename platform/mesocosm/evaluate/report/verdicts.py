@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mesocosm.agents.gate import RANKS, REGRET
 from mesocosm.data.analysis.evidence import FEWEST, Evidence
+from mesocosm.evaluate import gain
 from mesocosm.evaluate.metrics.ranking import firm
 from mesocosm.evaluate.metrics.starts import POWER
 from mesocosm.evaluate.report import page
@@ -57,7 +58,7 @@ def verdicts(
     Args:
         suite: As `suite.run` returns it.
         open_loop: an `OpenLoop` as a dict.
-        agent: {"real", "world"} mean returns of the judged agent, or None.
+        agent: {"real", "world"} mean returns of the judged agent and its "gain", or None.
     """
     value = suite.get("policy_value")
     answers = {
@@ -109,7 +110,12 @@ def _trains(value: Mapping[str, Any] | None, agent: Mapping[str, Any] | None) ->
         text += f": it {'flatters what is trained in it' if gap > 0 else 'is harder than reality'}"
     if agent.get("unexplained"):
         text += f". The logs do not explain that: {agent['unexplained']}"
+    gained = agent.get("gain")
+    if gained is not None:
+        text += f"; {gain.sentence(gained)}"
     answer: Answer = "yes" if share <= GAP else "partly"
+    if gained is not None and gained["unconfirmed"]:
+        answer = "partly"
     return "no" if share > 3 * GAP else answer, f"{text}."
 
 
