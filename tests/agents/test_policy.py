@@ -52,7 +52,8 @@ def batch_of(space: gym.Space[Any], count: int) -> Any:
 def built(env: gym.Env[Any, Any], algo: str, folder: Path, **model: Any) -> Iterator[Any]:
     """An algorithm on one environment. `model` may have "params"."""
     params, model = model.pop("params", {}), {"fcnet_hiddens": [16, 16], **model}
-    setup = Setup(algo, params, model, 1, 128, 0, runners=0, gamma=0.99, seed=0)
+    spaces = env.observation_space, env.action_space
+    setup = Setup(algo, params, model, 1, 128, 0, runners=0, gamma=0.99, seed=0, spaces=spaces)
     algorithm = rllib.build(
         setup, lambda count: AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count)), folder
     )

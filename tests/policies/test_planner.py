@@ -14,7 +14,8 @@ from serve.worlds import BOX, DICT, TWO, bits, untrained
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.model.world import World
-from mesocosm.policies.planner import Planner, PlanSize, PlanState, _basis
+from mesocosm.policies.plan_state import PlanSize, PlanState
+from mesocosm.policies.planner import Planner, _basis
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import RandomPolicy
 

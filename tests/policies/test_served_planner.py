@@ -16,7 +16,7 @@ from serve.worlds import BOX, TWO, bits, untrained
 
 from mesocosm.errors import UsageError
 from mesocosm.policies import planner
-from mesocosm.policies.planner import PlanSize
+from mesocosm.policies.plan_state import PlanSize
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve import plan_route
 from mesocosm.serve.ingress import handle_errors

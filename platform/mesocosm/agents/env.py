@@ -19,6 +19,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from mesocosm.agents.candidate_module import row_space
 from mesocosm.agents.durations import Durations
+from mesocosm.datasets.masks import has_mask, mask_size
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.policies.candidates import COMMANDS, CandidateEpisodes, Candidates, check_spaces
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
@@ -59,7 +60,7 @@ class FlatEnv(VectorEnv[Any, Any, Any]):
         spaces = env.single_observation_space, env.single_action_space
         self.single_observation_space, self.single_action_space = head_spaces(spaces, candidates)
         if candidates is None:
-            self.map = ActionMap(env.single_action_space)
+            self.map = ActionMap(env.single_action_space, has_mask(env.single_observation_space))
         else:
             shape, actions = candidates.shape, env.single_action_space
             assert isinstance(actions, Text)
@@ -190,7 +191,8 @@ def head_spaces(
                 "an agent acts in texts by choosing among candidates, got candidates=null; set"
                 " candidates=infos or candidates=module:function"
             )
-        return flat_space(spaces[0]), ActionMap(spaces[1]).head
+        masked = mask_size(*spaces) is not None
+        return flat_space(spaces[0]), ActionMap(spaces[1], masked).head
     check_spaces(*spaces, "candidates")
     return row_space(candidates.shape), Discrete(candidates.shape.candidates)
 

@@ -30,6 +30,7 @@ from mesocosm.agents.env import AgentRunner, FlatEnv
 from mesocosm.agents.replay import Columns, Replay, mixed
 from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.masks import has_mask
 from mesocosm.policies.heads import ActionMap, flatten_batch, stack
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -239,7 +240,8 @@ def _transitions(data: Dataset) -> list[int]:
 
 def logged(data: Dataset, gamma: float) -> Replay:
     """All transitions of the training split, in a buffer that holds just these."""
-    space, actions = data.observation_space, ActionMap(data.action_space)
+    space = data.observation_space
+    actions = ActionMap(data.action_space, has_mask(space))
     parts: list[Columns] = []
     for episode in data.iter_episodes("train"):
         flat = torch.from_numpy(_flatten(space, episode.observations))

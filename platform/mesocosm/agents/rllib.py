@@ -21,6 +21,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.tune.registry import get_trainable_cls
 from safetensors import safe_open
@@ -38,8 +39,10 @@ from mesocosm.agents.candidate_module import (
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, head_spaces, root_error
 from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
+from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
+from mesocosm.datasets.masks import MASK, has_mask
 from mesocosm.errors import UsageError, nearest
 from mesocosm.policies.candidates import load_source
 from mesocosm.policies.heads import ActionMap
@@ -110,10 +113,15 @@ def _configure(config: AlgorithmConfig, setup: Setup, gpus: int = 0) -> None:
     )
     # RLlib would go on without the samples of a lost runner, and end with another policy.
     config.fault_tolerance(restart_failed_env_runners=False)
-    if setup.candidates is None:
-        config.rl_module(model_config=DefaultModelConfig(**setup.model))
-    else:
+    model = DefaultModelConfig(**setup.model)
+    if setup.candidates is not None:
         config.rl_module(rl_module_spec=module_spec(setup.candidates))
+    elif setup.mask is not None:
+        config.rl_module(model_config=dataclasses.asdict(model) | {MASK: setup.mask})
+        if not setup.branches:
+            config.rl_module(rl_module_spec=RLModuleSpec(module_class=MaskedPPOModule))
+    else:
+        config.rl_module(model_config=model)
     batch: dict[str, Any] = {}
     if setup.algo in ON_POLICY:
         steps = setup.num_envs * setup.rollout * max(setup.runners, 1)
@@ -131,6 +139,12 @@ def check_agent(setup: Setup, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> 
         UsageError: An agent cannot use the spaces, or RLlib rejects a setting.
     """
     observations, head = head_spaces(spaces, setup.candidates)
+    setup = dataclasses.replace(setup, spaces=spaces)
+    if setup.mask is not None and not (setup.algo == "PPO" or setup.branches):
+        raise UsageError(
+            f"algo must be PPO, or SAC in a world, where observations have an {MASK}, got"
+            f" {setup.algo!r}"
+        )
     supported = ACTIONS.get(setup.algo)
     if supported is not None and not isinstance(head, supported):
         names = " or ".join(kind.__name__ for kind in supported)
@@ -287,7 +301,7 @@ def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) 
         log_std = getattr(pi, "log_std", None)
         network = {"trunk": nn.Sequential(*encoder.net.mlp, *pi.net.mlp)}
         head: Head = "squashed_gaussian" if algo == "SAC" else "gaussian"
-        if not isinstance(ActionMap(spaces[1]).head, gym.spaces.Box):
+        if not isinstance(ActionMap(spaces[1], has_mask(spaces[0])).head, gym.spaces.Box):
             head = "categorical"
         layout = Layout(
             head,

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.agents.replay import Columns
-from mesocosm.policies.policy import SQUASHED_LOG_STD
+from mesocosm.datasets.masks import MASK
+from mesocosm.policies.policy import SQUASHED_LOG_STD, masked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -129,7 +130,21 @@ class WorldSACModule(DefaultSACTorchRLModule):
     def logits(self, observation: Tensor) -> Tensor:
         """The policy's outputs for observations [N, n]."""
         encoded = self.pi_encoder({RLlibColumns.OBS: self._normalized(observation)})[ENCODER_OUT]
-        return cast(Tensor, self.pi(encoded))
+        logits, mask = cast(Tensor, self.pi(encoded)), self._mask(observation)
+        return logits if mask is None else masked(logits, mask)
+
+    def _mask(self, observation: Tensor) -> Tensor | None:
+        """The action mask [N, A] of observations; None without one."""
+        config: Any = self.model_config
+        return observation[:, slice(*config[MASK])] if MASK in config else None
+
+    def entropy_share(self, observation: Tensor) -> Tensor | float:
+        """The factor of the target entropy: the mean log number of possible actions, as a share."""
+        mask = self._mask(observation)
+        if mask is None:
+            return 1.0
+        possible = (mask > 0.5).sum(-1).clamp(min=1)
+        return possible.log().mean() / math.log(max(mask.shape[-1], 2))
 
     def act(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """(actions in [-1, 1] [N, a], their log-probabilities [N]), reparametrized; for continuous
@@ -252,7 +267,8 @@ class WorldSACLearner(SACTorchLearner):
             action, log_prob = self._sac.act(observation)
             value = self._sac.values(observation, action, target=False).amin(0)
             loss = (alpha * log_prob - value).mean()
-        of_alpha = -(self._log_alpha * (log_prob.detach().mean() + self._target_entropy)).sum()
+        target = self._target_entropy * self._sac.entropy_share(observation)
+        of_alpha = -(self._log_alpha * (log_prob.detach().mean() + target)).sum()
         return loss + of_alpha, {"policy_loss": loss.detach(), "alpha_value": alpha.mean()}
 
 

@@ -10,6 +10,7 @@ import gymnasium as gym
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
+from mesocosm.policies.heads import mask_columns
 
 Settings = dict[str, dict[str, Any]]
 ON_POLICY = ("PPO", "APPO", "IMPALA")
@@ -96,6 +97,13 @@ class Setup:
     """Learners in Ray actors; 0 for one in this process."""
     candidates: Candidates | None = None
     """How it lists and sees commands, where its actions are texts."""
+    spaces: tuple[gym.Space[Any], gym.Space[Any]] | None = None
+    """The environment's (observation, action) spaces. A mask of actions in them is used."""
+
+    @property
+    def mask(self) -> tuple[int, int] | None:
+        """The columns of the action mask in flat observations (`heads.mask_columns`)."""
+        return None if self.spaces is None else mask_columns(self.spaces[0])
 
     @property
     def branches(self) -> bool:

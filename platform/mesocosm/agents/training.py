@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         }
         head = head_spaces(spaces, settings.candidates_of(config))[1]
         setup = settings.imagined(config, codec.spec.reward_size, head)
+        setup = replace(setup, spaces=spaces)
         left_out = ["world", "backend", "app", "datasets", "init", "rival", "learners"]
         if not setup.branches:
             left_out += SAC_KEYS

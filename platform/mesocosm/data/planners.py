@@ -9,7 +9,8 @@ import gymnasium
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.model.world import World
-from mesocosm.policies.planner import Planner, PlanSize
+from mesocosm.policies.plan_state import PlanSize
+from mesocosm.policies.planner import Planner
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Policy
 from mesocosm.policies.stored import policy_folder

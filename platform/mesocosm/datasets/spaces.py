@@ -22,6 +22,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.masks import mask_size
 from mesocosm.datasets.slots import LONGEST, MOST, decode_texts, encode_texts, has_slots
 from mesocosm.datasets.texts import SHOWN, check_text
 from mesocosm.errors import MesocosmError, UsageError
@@ -289,6 +290,7 @@ def check_spaces(observation: Space, action: Space) -> None:
     """Raise UsageError where a world cannot hold one of them."""
     SpaceCodec(observation, "observation")
     SpaceCodec(action, "action")
+    mask_size(observation, action)
 
 
 def first_beyond_float32(values: Array) -> tuple[int, int] | None:

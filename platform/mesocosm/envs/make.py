@@ -12,8 +12,10 @@ import numpy as np
 
 from mesocosm.datasets.bounds import Clipped
 from mesocosm.datasets.manifest import current_id
+from mesocosm.datasets.masks import has_mask
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
+from mesocosm.envs.masked import MaskedEnv
 from mesocosm.envs.remote import PREFIX, RemoteEnv
 from mesocosm.errors import UsageError, nearest
 from mesocosm.user_code import import_module, one_line, source_hash
@@ -69,6 +71,8 @@ def make_env(config: RealityConfig) -> Env:
             f" ({type(error).__name__}: {one_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
+    if has_mask(env.observation_space):
+        env = MaskedEnv(env)
     return Clipped(env) if config.bounds == "clip" else env
 
 

@@ -20,6 +20,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, iterate
 
 from mesocosm.data.planners import planner_policy
+from mesocosm.datasets.masks import mask_of
 from mesocosm.envs.episode import EpisodeAct, stream
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
@@ -70,7 +71,11 @@ class Noisy:
             return behaviours.perturbed(actions, space, self.noise, rng).astype(actions.dtype)
         space.seed(int(rng.integers(2**31)))
         rows = iterate(batch_space(space, batch_size(actions)), actions)
-        return stack(space, [behaviours.perturbed(row, space, self.noise, rng) for row in rows])
+        possible = mask_of(observations)
+        masks = itertools.repeat(None) if possible is None else possible
+        pairs = zip(rows, masks, strict=False)
+        noisy = [behaviours.perturbed(row, space, self.noise, rng, mask) for row, mask in pairs]
+        return stack(space, noisy)
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map one observation to one action."""
@@ -78,7 +83,7 @@ class Noisy:
         space = self.action_space
         space.seed(int(rng.integers(2**31)))
         action = self.policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
-        noisy = behaviours.perturbed(action, space, self.noise, rng)
+        noisy = behaviours.perturbed(action, space, self.noise, rng, mask_of(observation))
         return noisy.astype(space.dtype) if isinstance(space, Box) else noisy
 
 

@@ -144,7 +144,7 @@ class _RealTraining:
         self.selected_at, self.judged_at = -config.select_every, 0
         # `reality.budget.steps` bounds the data of a world, not this job.
         reality = dataclasses.replace(config.reality, budget=BudgetConfig())
-        setup = settings.real(config)
+        setup = dataclasses.replace(settings.real(config), spaces=spaces)
         about = reality, run.storage.root, ledger.id, config.steps, setup.candidates
         self.algorithm = rllib.build(setup, partial(_make_env, *about), run.folder / "rllib")
         runner: Any = self.algorithm.env_runner

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MEMBER, TASK, REWARD, REWARD_VALUE, TERMINATION, SAMPLED = range(6)
+MEMBER, TASK, REWARD, REWARD_VALUE, TERMINATION, SAMPLED, POSSIBLE = range(7)
 """Slots of uniforms that belong to no observation; those of observations start at OBSERVATION."""
 OBSERVATION = 16
 KEEP = 0.8

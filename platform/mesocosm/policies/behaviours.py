@@ -11,8 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Text
+from numpy.typing import NDArray
 
 from mesocosm import checks, user_code
+from mesocosm.datasets.masks import draw, mask_of
 from mesocosm.datasets.permutation import GOLDEN
 from mesocosm.datasets.spaces import shown_space
 from mesocosm.datasets.texts import text_problem
@@ -194,7 +196,7 @@ def build(
 
 
 class RandomActions:
-    """Uniform actions, seeded by the episode."""
+    """Uniform actions, seeded by the episode. Masked ones are never drawn."""
 
     def __init__(self, action_space: gymnasium.Space[Any]):
         self._space = copy.deepcopy(action_space)
@@ -203,7 +205,8 @@ class RandomActions:
         self._space.seed(int(rng.integers(2**31)))
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
-        return self._space.sample()
+        mask = mask_of(observation)
+        return self._space.sample() if mask is None else draw(self._space, mask, rng)
 
 
 def policy_actions(
@@ -259,18 +262,26 @@ class NoisyActions(RandomActions):
             noisy = rng.random() < self._noise
             act = self._source.random_action if noisy else self._source
             return act(observation, rng)
-        return perturbed(self._source(observation, rng), self._space, self._noise, rng)
+        mask = mask_of(observation)
+        return perturbed(self._source(observation, rng), self._space, self._noise, rng, mask)
 
 
 def perturbed(
-    action: Any, space: gymnasium.Space[Any], noise: float, rng: np.random.Generator
+    action: Any,
+    space: gymnasium.Space[Any],
+    noise: float,
+    rng: np.random.Generator,
+    mask: NDArray[np.bool_] | None = None,
 ) -> Any:
     """Add `BehaviourConfig.noise` to one action, or to [B, ...] of a real-valued Box.
 
-    Other spaces draw from their own generator: seed `space`.
+    Other spaces draw from their own generator: seed `space`. With a mask (`masks.mask_of`) the
+    possible actions are drawn by `rng`.
     """
     if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
-        return space.sample() if rng.random() < noise else action
+        if rng.random() >= noise:
+            return action
+        return space.sample() if mask is None else draw(space, mask, rng)
     bounded = np.isfinite(space.low) & np.isfinite(space.high)
     low, high = (np.where(bounded, edge, 0.0) for edge in (space.low, space.high))
     reach = np.where(bounded, (high - low) / 2, 1.0)

@@ -2,7 +2,7 @@
 
 A network observes `gymnasium.spaces.utils.flatten` of an observation, batched. It acts in a *head
 space*: a Discrete or MultiDiscrete from 0, or a one-dimensional float32 Box, [-1, 1] where the
-action is bounded.
+action is bounded. With an action mask, one Discrete numbers all actions as the mask does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
+from mesocosm.datasets.masks import MASK, has_mask
 from mesocosm.errors import UsageError
 
 MAX_VALUES = 1024
@@ -106,6 +107,18 @@ def flatten_batch(space: gym.Space[Any], batch: Any) -> NDArray[np.float32]:
     return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
+def mask_columns(space: gym.Space[Any]) -> tuple[int, int] | None:
+    """The first column of the action mask in flattened observations and the one after its last;
+    None without a mask.
+    """
+    start = 0
+    for name, leaf, _ in _leaves(space, "") if has_mask(space) else ():
+        if name == f".{MASK}":
+            return start, start + flat_size(leaf)
+        start += flat_size(leaf)
+    return None
+
+
 class ActionMap:
     """Conversion of head actions to actions of a space, batched in vector layout.
 
@@ -117,12 +130,21 @@ class ActionMap:
     """Number of values of each discrete component; None for a continuous head."""
     head: gym.Space[Any]
 
-    def __init__(self, space: gym.Space[Any]):
+    def __init__(self, space: gym.Space[Any], masked: bool = False):
+        """`masked`: the observations have a mask of the actions, which are numbered by one
+        Discrete.
+        """
         self.space = space
         leaves = list(_leaves(space, "action"))
         self._leaves: list[Any] = [leaf for _, leaf, _ in leaves]
         counts = [_value_counts(leaf) for leaf in self._leaves]
-        if None not in counts:
+        self._joint: list[int] | None = None
+        if masked:
+            assert None not in counts, space
+            self._joint = [n for leaf_counts in counts for n in leaf_counts or ()]
+            self.counts = [int(np.prod(self._joint))]
+            self.head = spaces.Discrete(self.counts[0])
+        elif None not in counts:
             self.counts = [n for leaf_counts in counts for n in leaf_counts or ()]
             single = isinstance(space, spaces.Discrete)
             self.head = (
@@ -146,6 +168,8 @@ class ActionMap:
         A bounded component is clipped to [-1, 1] and rescaled to its bounds. Others are clipped to
         the bounds that they have.
         """
+        if self._joint is not None:
+            actions = np.stack(np.unravel_index(actions.reshape(-1), self._joint), 1)
         sizes = [int(np.prod(leaf.shape)) for leaf in self._leaves]
         columns = np.split(actions.reshape(len(actions), -1), np.cumsum(sizes)[:-1], axis=1)
         raw = []
@@ -184,6 +208,8 @@ class ActionMap:
         if isinstance(self.head, spaces.Box):
             return joined.astype(np.float32)
         head = joined.astype(np.int64)
+        if self._joint is not None:
+            return np.ravel_multi_index(tuple(head.T), self._joint).astype(np.int64)
         return head[:, 0] if isinstance(self.head, spaces.Discrete) else head
 
 

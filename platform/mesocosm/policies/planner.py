@@ -9,12 +9,10 @@ by one action, are among the candidates of the next step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +23,9 @@ from mesocosm.model.groups import MemberGroups
 from mesocosm.model.spec import Parts, PartSpec, Spec
 from mesocosm.model.world import World
 from mesocosm.policies.heads import flatten_batch
+from mesocosm.policies.plan_state import PlanSize, PlanState
 from mesocosm.policies.policy import Policy
+from mesocosm.policies.possible import PossibleActions
 from mesocosm.policies.value import ValueFunction
 
 BETA = 2.0
@@ -42,24 +42,6 @@ GAMMA = 0.99
 """Discount of a step without an agent."""
 
 
-@dataclass(frozen=True)
-class PlanSize:
-    """How many plans are imagined for one action."""
-
-    horizon: int
-    """Steps of a plan"""
-    plans: int
-    """Plans drawn in each iteration"""
-    iterations: int
-    proposals: int = 0
-    """Plans of the agent in the first iteration: one of its greedy actions, the others drawn"""
-
-    @property
-    def elites(self) -> int:
-        """The best plans, to which the next iteration's distribution is fitted."""
-        return max(2, self.plans // 4)
-
-
 WITH_AGENT, ALONE = PlanSize(5, 24, 2, 8), PlanSize(10, 48, 3)
 
 
@@ -68,6 +50,7 @@ class PlannerCodec(Protocol):
 
     spec: Spec
     options: list[Any]
+    mask: slice | None
 
     @property
     def observation_space(self) -> Any: ...
@@ -86,49 +69,6 @@ class PlannerCodec(Protocol):
     def decode_observation(self, parts: Parts, task: Parts | None = None) -> Any: ...
 
     def decode_action(self, parts: Parts) -> Any: ...
-
-
-@dataclass(frozen=True)
-class PlanState:
-    """The part of a planner that a client keeps between the steps of B environments."""
-
-    seed: int
-    step: int
-    """Actions planned so far. The random numbers are a function of (seed, step)."""
-    elites: Parts
-    """[B, E, H, ...]: the best plans of the last step, moved on by one action"""
-    planned: Tensor
-    """[B] bool: false where the environment's episode begins, which has no earlier plans"""
-
-    @staticmethod
-    def begin(action: PartSpec, size: PlanSize, batch: int, seed: int) -> PlanState:
-        """The state of `batch` environments before their first step."""
-        elites = Parts.empty(action, batch, size.elites, size.horizon)
-        return PlanState(seed, 0, elites, torch.zeros(batch, dtype=torch.bool))
-
-    def restarted(self, mask: Tensor) -> PlanState:
-        """The state with new episodes where `mask` [B] bool is true."""
-        return replace(self, planned=self.planned & ~mask)
-
-    def to_numpy(self) -> dict[str, NDArray[Any]]:
-        """Flat arrays for a wire without pickle."""
-        return {
-            "seed": np.asarray(self.seed, np.int64),
-            "step": np.asarray(self.step, np.int64),
-            "elites.numbers": self.elites.numbers.numpy(),
-            "elites.categories": self.elites.categories.numpy(),
-            "planned": self.planned.numpy(),
-        }
-
-    @staticmethod
-    def from_numpy(arrays: Mapping[str, NDArray[Any]]) -> PlanState:
-        """The inverse of `to_numpy`. The arrays are those of a state."""
-        numbers, categories, planned = (
-            torch.from_numpy(np.array(arrays[name]))
-            for name in ("elites.numbers", "elites.categories", "planned")
-        )
-        elites = Parts(numbers, categories)
-        return PlanState(int(arrays["seed"]), int(arrays["step"]), elites, planned)
 
 
 def check_actions(action: PartSpec) -> None:
@@ -193,6 +133,7 @@ class Planner:
         valid = torch.arange(self._most) < cards.unsqueeze(-1)
         self._uniform = (valid / cards.unsqueeze(-1)).to(world.device)
         self._cards = cards.to(world.device)
+        self.possible = PossibleActions(codec.mask, cards.to(world.device))
         self._basis = _basis(self.size.horizon).to(world.device)
         spec = codec.spec
         self._smooth = not (self.memory or spec.observation.categories)
@@ -229,6 +170,7 @@ class Planner:
                 if self.agent is not None:
                     some += [self._proposals(origin, key, generator)]
             plans = _cat(some)
+            plans = self.possible.first(plans, origin.observation, chances[:, 0], generator)
             returns = self._returns(origin, plans, key)
             if iteration == 0:
                 former = slice(size.plans, size.plans + size.elites)
@@ -347,6 +289,7 @@ class _Imagined:
 
     def __init__(self, planner: Planner, origin: Carry, rows: Tensor, member: Tensor, key: int):
         """`rows` [N] are the environments of `origin` that start, `member` [N] imagines each."""
+        self._possible = planner.possible
         self._world, self._gamma, self._key = planner.world, planner.gamma, key
         self._rows, self._member, self._steps = rows, member, 0
         self._carry: Carry | None = None
@@ -359,13 +302,18 @@ class _Imagined:
         """Discount times the probability that the episode goes on"""
 
     def step(self, action: Parts) -> None:
-        """Take actions [N, ...]."""
+        """Take actions [N, ...]. One that is not possible is drawn again: the first of a plan is
+        possible, later ones may not be in the observation that a member imagines.
+        """
         out: Prediction | StepOut
+        keys = rng.keys(self._key, self._rows, self._member, self._steps)
+        if self._steps:
+            u = rng.uniform(keys, rng.POSSIBLE)
+            action = self._possible.anywhere(action, self.observation, u)
         if self._carry is None:
             out = self._world.predict(self.observation, action, self.task, self._groups)
             self.observation = Parts(out.numbers, self.observation.categories)
         else:
-            keys = rng.keys(self._key, self._rows, self._member, self._steps)
             self._carry, out = self._world.step(self._carry, action, keys, disagreement=False)
             self.observation = out.observation
         # With durations gamma is per unit of time.

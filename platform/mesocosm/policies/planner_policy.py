@@ -16,7 +16,8 @@ from mesocosm.model.carry import Context, grouped, prefixed
 from mesocosm.model.history import History
 from mesocosm.model.spec import Parts
 from mesocosm.policies.heads import batch_size, map_batch, stack
-from mesocosm.policies.planner import PlannerCodec, PlanState
+from mesocosm.policies.plan_state import PlanState
+from mesocosm.policies.planner import PlannerCodec
 
 SEEDS = 1 << 62
 

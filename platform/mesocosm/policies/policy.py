@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mesocosm.datasets import masks
+from mesocosm.datasets.masks import MASK, has_mask, mask_of
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError
 from mesocosm.policies.heads import (
@@ -22,6 +24,7 @@ from mesocosm.policies.heads import (
     flat_size,
     flatten_batch,
     map_batch,
+    mask_columns,
     stack,
 )
 
@@ -35,6 +38,8 @@ Head = Literal["categorical", "gaussian", "squashed_gaussian", "values"]
 """Network outputs: logits; mean and log std; the same before a tanh; action values."""
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
+MASKED = -1e9
+"""The logit, or the value, of an action that is not possible"""
 SQUASHED_LOG_STD = (-5.0, 2.0)
 """RLlib's bounds of a squashed Gaussian's log std (ray.rllib.utils.numpy)."""
 Rng = np.random.Generator
@@ -92,9 +97,10 @@ class Layout:
 class Network(nn.Module):
     """Flat observations [B, n] float32 to outputs [B, m], in the form of the layout's head."""
 
-    def __init__(self, layout: Layout, actions: int):
+    def __init__(self, layout: Layout, actions: int, mask: tuple[int, int] | None = None):
+        """`mask`: the columns of the observations' action mask (`heads.mask_columns`)."""
         super().__init__()
-        self.layout, self.actions = layout, actions
+        self.layout, self.actions, self.mask = layout, actions, mask
         self.trunk = sequential(layout.trunk)
         self.advantage = sequential(layout.advantage)
         self.value = sequential(layout.value)
@@ -106,7 +112,9 @@ class Network(nn.Module):
         value = self.value(out) if self.layout.value else None
         out = self.advantage(out)
         if self.layout.head == "values":
-            return self._values(out, value)
+            out = self._values(out, value)
+        if self.mask is not None:  # its actions are discrete
+            return masked(out, observations[:, slice(*self.mask)])
         if self.log_std is not None:
             out = torch.cat([out, self.log_std.expand(len(out), -1)], dim=-1)
         clip = self.layout.log_std_clip
@@ -123,6 +131,15 @@ class Network(nn.Module):
             logits = logits - logits.mean(-1, keepdim=True) + value.reshape(-1, 1, 1)
         support = torch.linspace(self.layout.v_min, self.layout.v_max, self.layout.atoms)
         return (logits.softmax(-1) * support).sum(-1)
+
+
+def masked(outputs: Tensor, mask: Tensor) -> Tensor:
+    """Logits or values [..., n] with MASKED where the mask [..., n] is 0; as they are where it is 0
+    everywhere.
+    """
+    possible = mask > 0.5
+    possible = possible | ~possible.any(-1, keepdim=True)
+    return torch.where(possible, outputs, MASKED)
 
 
 def save_weights(network: nn.Module, file: Path) -> None:
@@ -194,11 +211,12 @@ class Policy:
     ):
         self.algo, self.observation_space, self.action_space = algo, observation_space, action_space
         self.layout, self.epsilon = layout, epsilon
-        self.map = ActionMap(action_space)
+        self.map = ActionMap(action_space, has_mask(observation_space))
         # The initial weights are replaced. Without the fork an export would change the random
         # state of the training that it interrupts.
         with torch.random.fork_rng([]):
-            self.network = Network(layout, self.map.counts[0] if self.map.counts else 0)
+            actions = self.map.counts[0] if self.map.counts else 0
+            self.network = Network(layout, actions, mask_columns(observation_space))
 
     @torch.no_grad()
     def outputs(self, observations: Any) -> Tensor:
@@ -221,6 +239,7 @@ class Policy:
         if self.layout.head == "values":
             head = out.argmax(-1)
             if draw is not None:
+                assert self.network.mask is None, "DQN does not train with masks"
                 randomly = draw.random(len(head)) < self.epsilon
                 head = np.where(randomly, draw.integers(out.shape[-1], size=len(head)), head)
         elif self.layout.head == "categorical":
@@ -274,19 +293,25 @@ class Policy:
 
 
 class RandomPolicy:
-    """Uniform draws from the action space by `rng`, whatever `explore` is."""
+    """Uniform draws from the action space by `rng`, whatever `explore` is, among the possible
+    actions where observations have a mask.
+    """
 
     def __init__(self, action_space: gym.Space[Any]):
         self.action_space = action_space
 
     def act(self, observations: Any, explore: bool = True, rng: Rng | None = None) -> Any:
         """Return one action per observation, in vector layout."""
-        count = batch_size(observations)
-        draws = [self.act_one(None, explore, rng) for _ in range(count)]
-        return stack(self.action_space, draws)
+        rows: list[Any] = [None] * batch_size(observations)
+        if (possible := mask_of(observations)) is not None:
+            rows = [{MASK: mask} for mask in possible]
+        return stack(self.action_space, [self.act_one(row, explore, rng) for row in rows])
 
     def act_one(self, observation: Any, explore: bool = True, rng: Rng | None = None) -> Any:
         """Return one action."""
         assert rng is not None, "a random policy needs rng"
+        mask = mask_of(observation)
+        if mask is not None:
+            return masks.draw(self.action_space, mask, rng)
         self.action_space.seed(int(rng.integers(2**31)))
         return self.action_space.sample()

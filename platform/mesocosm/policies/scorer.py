@@ -25,7 +25,7 @@ from mesocosm.policies.candidates import (
     CandidateSource,
     load_source,
 )
-from mesocosm.policies.policy import POLICY_JSON, SCHEMA, WEIGHTS, read_files, save_weights
+from mesocosm.policies.policy import MASKED, POLICY_JSON, SCHEMA, WEIGHTS, read_files, save_weights
 
 EMBEDDING, HIDDEN = 48, 96
 """Widths of the network: about a million parameters, most of them in the embeddings."""
@@ -33,8 +33,6 @@ INITIAL_STD = 0.3
 """Initial standard deviation of the embeddings, whose means are the inputs."""
 SCORER = "scorer"
 """The scorer's name in RLlib's module, and so in its training state."""
-NOT_A_CANDIDATE = -1e9
-"""The logit of a place without a candidate"""
 Rng = np.random.Generator
 
 
@@ -81,7 +79,7 @@ class CandidateScorer(nn.Module):
         features = features.reshape(-1, most, FEATURES)[row, place]
         context = state[row]
         joined = torch.cat([context, command, context * command, features], -1)
-        logits = rows.new_full((len(rows), most), NOT_A_CANDIDATE)
+        logits = rows.new_full((len(rows), most), MASKED)
         logits = logits.index_put((row, place), self.score(joined).squeeze(-1))
         return logits, self.value(state).squeeze(-1)
 

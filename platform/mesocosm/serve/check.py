@@ -14,7 +14,7 @@ import numpy as np
 
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import PartSpec, Spec
-from mesocosm.policies.planner import PlanSize
+from mesocosm.policies.plan_state import PlanSize
 
 Message = Mapping[str, Any]
 MODES = ("NextStep", "SameStep")

@@ -13,7 +13,8 @@ from mesocosm.errors import UsageError
 from mesocosm.model.carry import Context, grouped, prefixed
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.policies.planner import Planner, PlanSize, PlanState
+from mesocosm.policies.plan_state import PlanSize, PlanState
+from mesocosm.policies.planner import Planner
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve.check import check_plan
 from mesocosm.serve.connection import Connection, Served, reply_of

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
+from mesocosm.data.loading.groups import mask_span
 from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
 from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
@@ -93,6 +94,9 @@ class Codec:
         self._task = _Columns([leaf for leaf in observation.leaves if leaf.path in task])
         self._body = _Columns([leaf for leaf in observation.leaves if leaf.path not in task])
         """The columns that are predicted."""
+        self.mask = mask_span(observation, action, self._body.categories)
+        """The categories of an observation that are the mask of the actions (`datasets.masks`);
+        None without one."""
         if not len(self._body):
             raise UsageError(
                 f"reality.task must leave at least one key of the observation to predict, got"
