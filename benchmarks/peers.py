@@ -22,7 +22,8 @@ from stable_baselines3 import SAC
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import Meter, MeteredEnv
+from mesocosm.envs.meter import Meter
+from mesocosm.envs.metered import MeteredEnv
 from mesocosm.store.artifacts import Storage
 
 EPISODES = 10

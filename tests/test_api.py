@@ -14,8 +14,8 @@ import torch
 
 import mesocosm
 from mesocosm.data.loading.codec import Codec
+from mesocosm.envs.amounts import Usage
 from mesocosm.envs.config import BudgetConfig
-from mesocosm.envs.ledger import Usage
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build

@@ -10,7 +10,8 @@ import pytest
 
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.config import load
-from mesocosm.envs.ledger import Ledger, LedgerTotals
+from mesocosm.envs.amounts import LedgerTotals
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs import baseline

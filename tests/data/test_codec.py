@@ -15,7 +15,7 @@ from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
-from mesocosm.model.spec import Parts
+from mesocosm.model.spec import Parts, Spec
 
 Write = Callable[..., Path]
 GOAL = spaces.Dict(
@@ -284,6 +284,22 @@ def test_durations(write: Write) -> None:
     assert codec.duration(durations).std(correction=0).item() == pytest.approx(1)
     without, _ = fitted(write, goal_episodes(), id="without")
     assert not without.spec.durations and without.duration(durations).tolist() == [0.0] * 20
+
+
+def test_durations_that_span_factors_of_a_hundred_are_learned_by_their_logarithm(
+    write: Write,
+) -> None:
+    durations = np.geomspace(1e-3, 3.0, 20)
+    codec, _ = fitted(write, goal_episodes(durations=durations))
+    spec = codec.spec
+    assert spec.duration_log and spec.duration_mean == pytest.approx(np.log(durations).mean())
+    back = spec.seconds(codec.duration(durations))
+    assert back.numpy() == pytest.approx(durations, rel=1e-5)
+    assert codec.duration(np.zeros(1)).isfinite().all()
+    assert Spec.from_json(spec.to_json()) == spec
+    for linear in (np.linspace(0.5, 40.0, 20), np.append(0.0, durations[1:])):
+        plain, _ = fitted(write, goal_episodes(durations=linear), id=f"{linear[0]}")
+        assert not plain.spec.duration_log and "duration_log" not in plain.spec.to_json()
 
 
 def test_a_task_of_observation_keys_round_trips(write: Write) -> None:

@@ -15,7 +15,7 @@ from mesocosm.config import StorageConfig, load
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import Manifest
-from mesocosm.envs.config import BudgetConfig, DrawnOption
+from mesocosm.envs.config import BudgetConfig, DrawnOption, PriceConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.policies.behaviours import BehaviourConfig
@@ -198,6 +198,29 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
     with pytest.raises(BudgetSpent, match=r"reality.budget.steps=600 is spent"):
         collect(cfg(1, 600))
     assert Storage(root).list("datasets") == [result.id]
+
+
+def test_a_budget_of_money_ends_a_collection_before_it_is_exceeded(
+    root: str, user_module: None, collect: Collect
+) -> None:
+    """Steps of 0.25 to 1 s at 2 USD a second, of which 20 USD pay for ten seconds."""
+    price = PriceConfig(per_second=2.0, longest_s=1.0)
+    reality = {"horizon": 4, "kwargs": {"stretch": 0.0}, "price": price}
+    cfg = config(root, "ownenvs:Reach", reality=reality | {"budget": BudgetConfig(money=20.0)})
+    result = collect(cfg)
+    episodes = list(Dataset([result.path]).iter_episodes())
+    seconds = sum(float(e.durations.sum()) for e in episodes if e.durations is not None)
+    totals = Ledger(Storage(root), result.id, cfg.reality.budget, price).totals()
+    assert 18 < totals.spent_money <= 20 and totals.spent_money == pytest.approx(2 * seconds)
+    assert totals.unconfirmed == () and totals.steps == result.meta["counts"]["steps"] < cfg.steps
+    assert "reality.budget.money=20 USD is spent" in result.meta["short"]
+    assert result.meta["ledger"]["purposes"]["collect"]["duration"] == pytest.approx(seconds)
+    assert result.meta["ledger"]["remaining_money"] == pytest.approx(20 - 2 * seconds)
+
+    steps = PriceConfig(per_step=1.0, per_reset=5.0)
+    priced = reality | {"budget": BudgetConfig(money=204.0), "price": steps}
+    with pytest.raises(UsageError, match=r"reality.budget.money=204 leaves 204 USD .* \(205"):
+        collect(config(root, "ownenvs:Reach", reality=priced, seed=1))
 
 
 def test_returns_and_successes_are_of_ended_episodes(

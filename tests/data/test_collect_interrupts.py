@@ -14,8 +14,9 @@ from mesocosm.data.collecting import workers
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.workers import CollectTask, Lane, Report, run_here, split
 from mesocosm.datasets.writer import DatasetWriter
+from mesocosm.envs.amounts import LedgerTotals
 from mesocosm.envs.config import BudgetConfig, RealityConfig
-from mesocosm.envs.ledger import Ledger, LedgerTotals
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import StorageError
 from mesocosm.jobs import collect as collecting

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mesocosm.envs.ledger import Ledger, LedgerTotals
+from mesocosm.envs.amounts import LedgerTotals
+from mesocosm.envs.ledger import Ledger
 from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.integration

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.meter import MeteredVectorEnv, make_metered_vector
+from mesocosm.envs.metered import MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import MesocosmError
 
 STILL = np.zeros((2, 1), np.float32)

@@ -13,8 +13,9 @@ from factories import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mesocosm.envs.amounts import PURPOSES, Amount, Usage
 from mesocosm.envs.config import BudgetConfig, PriceConfig
-from mesocosm.envs.ledger import PURPOSES, Ledger, Usage
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.store.artifacts import Storage
 
@@ -308,11 +309,11 @@ def test_a_record_deleted_while_a_ledger_is_open_is_not_appended_anew(root: str)
 def test_the_rest_of_a_confirmed_reservation_stays_spent(root: str) -> None:
     ledger = opened(root, 100)
     held = ledger.reserve("collect", 64, resets=8, holder="h")
-    rest = ledger.confirm(Usage(held, 30, 3, 1.5), keep=(12, 1))
+    rest = ledger.confirm(Usage(held, 30, 3, 1.5), keep=Amount(12, 1))
     assert rest is not None and (rest.steps, rest.resets, rest.holder) == (12, 1, "h")
     totals = ledger.totals()
     assert totals.spent == 42 and totals.unconfirmed == (rest,) and totals.remaining == 58
-    assert ledger.confirm(Usage(held, 30), keep=(5, 0)) is None and ledger.totals().spent == 42
+    assert ledger.confirm(Usage(held, 30), keep=Amount(5)) is None and ledger.totals().spent == 42
 
 
 def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:

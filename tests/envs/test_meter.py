@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from factories import wait_until
 
+from mesocosm.envs.amounts import Reservation
 from mesocosm.envs.config import BudgetConfig, DrawnOption, PriceConfig, RealityConfig
 from mesocosm.envs.episode import EpisodeError, episode_seed
-from mesocosm.envs.ledger import Ledger, Reservation
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import Meter, MeteredEnv, make_metered_vector
+from mesocosm.envs.meter import Meter
+from mesocosm.envs.metered import MeteredEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, MesocosmError
 from mesocosm.store.artifacts import Storage
 

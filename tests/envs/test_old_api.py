@@ -10,7 +10,7 @@ import pytest
 
 from mesocosm.cli.main import main
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.meter import make_metered_vector
+from mesocosm.envs.metered import make_metered_vector
 from mesocosm.errors import MesocosmError
 
 MODULE = """

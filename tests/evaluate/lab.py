@@ -13,8 +13,9 @@ import gymnasium as gym
 import torch
 
 from mesocosm.config import StorageConfig
+from mesocosm.envs.amounts import PurposeTotals
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.ledger import Ledger, PurposeTotals
+from mesocosm.envs.ledger import Ledger
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.jobs.evaluate import JOB
 from mesocosm.model.world import World

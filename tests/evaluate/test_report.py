@@ -21,6 +21,7 @@ from mesocosm.evaluate.report.report import (
     ReportInput,
     SideBySide,
     Stage,
+    imagined_row,
     trajectories,
     write,
 )
@@ -53,7 +54,7 @@ def table(scale: float) -> dict[str, Any]:
 
 
 def purpose(name: str, *values: float) -> dict[str, Any]:
-    keys = ("steps", "resets", "seconds", "price", "unconfirmed")
+    keys = ("steps", "resets", "seconds", "duration", "text_bytes", "price", "unconfirmed")
     return {"purpose": name, **dict(zip(keys, values, strict=True))}
 
 
@@ -91,12 +92,18 @@ def example() -> ReportInput:
             Curve("DQN", stopped, censored=True, wall_seconds=44.0),
         ],
         purposes=[
-            purpose("collect", 1500, 70, 1.5, 15.0, 0),
-            purpose("baseline", 15000, 300, 9.0, 150.0, 0),
-            purpose("judge", 1578, 6, 1.0, 15.78, 7),
+            purpose("collect", 1500, 70, 1.5, 3600.0, 2048, 15.0, 0),
+            purpose("baseline", 15000, 300, 9.0, 0.0, 0, 150.0, 0),
+            purpose("judge", 1578, 6, 1.0, 0.0, 0, 15.78, 7),
         ],
         currency="EUR",
         budget=2000,
+        money_budget=20.0,
+        money_remaining=0.004,
+        imagined=[
+            imagined_row("train-agent", {"imagined_steps": 65536, "imagined_seconds": 90.0}),
+            imagined_row("again", {"imagined_steps": 9, "imagined_tokens": 777}),
+        ],
         remaining=500,
         losses=[{"round": r, "parts": {"dynamics": 7.25 - r, **parts}} for r in range(2)],
         open_loop=[{"round": r, "table": table(1 / (1 + r))} for r in range(2)],
@@ -177,6 +184,8 @@ def test_the_page_shows_the_summarys_figures_and_nothing_else(tmp_path: Path) ->
     assert stored["open_loop"][1]["table"]["rows"][2]["ratio"] == 2.0
     for figure in ("18,078", "180.78 EUR", "6.2500"):
         assert figure in text
+    for figure in ("60.0 min", "2,048", "20.00 EUR; 0.004 EUR remain", "65,536", "90 s", "777"):
+        assert figure in text, "durations, texts, money and imagination are part of the bill"
     changed = json.loads(json.dumps(stored))
     changed["real_steps"]["purposes"][0]["steps"] = 4321
     assert "4,321" in page.render(changed)

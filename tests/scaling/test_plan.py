@@ -23,7 +23,7 @@ from mesocosm.jobs import pretrain as pretraining
 from mesocosm.scaling.law import Bootstrap, Flops, Law, Optimal, Provenance, optimal_of, theta_of
 from mesocosm.scaling.optimum import PlanBudget, PlanProblem, beyond
 from mesocosm.scaling.plan import answer, rates
-from mesocosm.scaling.plan_config import LARGEST, PlanConfig
+from mesocosm.scaling.plan_config import LARGEST, PlanConfig, PlanPrice
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.config import PretrainConfig
 
@@ -266,3 +266,15 @@ def test_the_price_of_a_cluster(
     keys = ("money=5e6", "cluster=expensive", "price.per_step=0.01")
     prices = planned(law_of(REPEATS), *keys)["prices"]
     assert prices == approx({"per_exaflop": 2 * 3.6 / 3600 / (2 * 1e9) * 1e18, "per_step": 0.01})
+
+
+def test_time_has_a_price_by_the_mean_duration_of_the_data() -> None:
+    config = PlanConfig(law="law.json", money=5.0, price=PlanPrice(0.01, per_second=2.0))
+    assert config.step_price(0.5) == approx(1.01)
+    assert PlanConfig(price=PlanPrice(per_second=2.0)).step_price(0.5) == 1.0
+    with pytest.raises(UsageError, match=r"price.per_second=2 needs datasets with durations"):
+        config.step_price(None)
+    with pytest.raises(UsageError, match=r"price.per_second must be above 0 and finite, got -1"):
+        PlanConfig(law="x", money=5.0, price=PlanPrice(0.01, 1.0, per_second=-1.0)).validate()
+    with pytest.raises(UsageError, match=r"price.per_second=2.0 has no meaning with a budget"):
+        PlanConfig(law="x", flops=1e9, price=PlanPrice(per_second=2.0)).validate()

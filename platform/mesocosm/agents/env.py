@@ -41,6 +41,10 @@ class Statistics:
     returns: list[float] = field(default_factory=list)
     """Undiscounted returns of the episodes that ended, without penalty."""
     lengths: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    """Seconds in the steps and resets of worlds"""
+    tokens: int = 0
+    """Tokens that text worlds generated"""
 
     def mean_disagreement(self) -> dict[str, float]:
         """{"disagreement": mean over the measured steps}; {} where none did."""
@@ -88,6 +92,8 @@ class FlatEnv(VectorEnv[Any, Any, Any]):
     def statistics(self) -> Statistics:
         """The statistics since the last call."""
         statistics, self._statistics = self._statistics, Statistics()
+        if isinstance(self.env, WorldVectorEnv):
+            statistics.seconds, statistics.tokens = self.env.take_usage()
         return statistics
 
     def close_extras(self, **kwargs: Any) -> None:

@@ -344,6 +344,7 @@ def _iterate(
     began_at = 0 if progress is None else progress.iteration
     metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
     total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
+    seconds, tokens = metrics.get("imagined_seconds", 0.0), metrics.get("imagined_tokens", 0)
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
         for iteration in range(began_at, config.iterations):
             began = time.monotonic()
@@ -351,11 +352,14 @@ def _iterate(
             result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
+            seconds, tokens = seconds + seen.seconds, tokens + seen.tokens
             # In an iteration of few steps none may be measured: the last known value remains.
             disagreement = {n: v for n, v in metrics.items() if n == "disagreement"}
             disagreement |= seen.mean_disagreement()
             metrics = {
                 "imagined_steps": total,
+                "imagined_seconds": round(seconds, 3),
+                **({"imagined_tokens": tokens} if tokens else {}),
                 "steps_per_s": seen.steps / (time.monotonic() - began),
                 "diverged": diverged,
                 **disagreement,

@@ -48,6 +48,17 @@ def check_text(space: spaces.Text, text: str, name: str) -> None:
         raise MesocosmError(f"{name}: {problem}")
 
 
+def utf8_bytes(value: Any) -> int:
+    """The UTF-8 bytes of all texts of an observation or action, or of a batch of them."""
+    if isinstance(value, str):
+        return len(value.encode(errors="surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(map(utf8_bytes, value.values()))
+    if isinstance(value, tuple | list):
+        return sum(map(utf8_bytes, value))
+    return 0
+
+
 def utf8_problem(text: str) -> str | None:
     """Why UTF-8 cannot hold a text, and the fix; None where it can."""
     try:

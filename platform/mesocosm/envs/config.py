@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesocosm import checks
+from mesocosm.config import ADDED
 from mesocosm.errors import UsageError
 
 BOUNDS = ("drop", "clip", "ignore")
 """Values of `reality.bounds`."""
-PAID = ("reality.budget", "reality.price", "reality.step_timeout_s", "reality.known")
+PAID = (
+    "reality.budget",
+    "reality.price",
+    "reality.step_timeout_s",
+    "reality.first_timeout_s",
+    "reality.known",
+)
 """Keys that change costs, waiting times and worlds, but no transition."""
 
 
@@ -25,12 +32,28 @@ class PriceConfig:
     per_step: float = 0.0
     per_reset: float = 0.0
     currency: str = "USD"
+    per_second: float = field(default=0.0, metadata=ADDED)
+    """Price of a second of `info["duration"]`, which every step must then report. 2 USD an hour are
+    2 / 3600.
+    """
+    longest_s: float | None = field(default=None, metadata=ADDED)
+    """The longest duration of a step or reset. `reality.budget.money` reserves it for each, and
+    charges it for one that fails without a duration. None takes the longest seen in the ledger.
+    """
+
+    def of(self, steps: int, resets: int, duration: float) -> float:
+        """The price of real steps and resets that take `duration` seconds in all."""
+        return steps * self.per_step + resets * self.per_reset + duration * self.per_second
 
 
 @dataclass
 class BudgetConfig:
     steps: int | None = None
     """Real steps that the purposes collect and select may spend together; None for no bound."""
+    money: float | None = field(default=None, metadata=ADDED)
+    """The money that these steps and their resets may cost together, by `reality.price`; None for
+    no bound. It is not passed while no step takes longer than `reality.price.longest_s`.
+    """
 
 
 @dataclass
@@ -83,19 +106,54 @@ class RealityConfig:
     """A step or reset that takes longer has hung: its worker is killed and the episode dropped.
     The behaviour's own time is not bounded.
     """
+    first_timeout_s: float | None = field(default=None, metadata=ADDED)
+    """As `step_timeout_s`, until a new environment has taken its first step: a simulator may start
+    or compile in it. Defaults to `step_timeout_s`.
+    """
     known: KnownConfig = field(default_factory=KnownConfig)
     """Known parts of the worlds of a loop, as `known` of pretrain. Other jobs do not use them."""
+
+
+def timeout(config: RealityConfig, first: bool) -> tuple[str, float]:
+    """(key, seconds) of the time limit of a step or reset.
+
+    Args:
+        config: Reality's.
+        first: The environment has not taken a step yet.
+    """
+    if first and config.first_timeout_s is not None:
+        return "reality.first_timeout_s", config.first_timeout_s
+    return "reality.step_timeout_s", config.step_timeout_s
 
 
 def check(config: RealityConfig) -> None:
     """Raise UsageError on the first invalid value. Makes no environment."""
     rule = "a Gymnasium id such as 'InvertedPendulum-v5', or module:Id of your own"
     _require(bool(config.env), "reality.env", rule, config.env)
-    keys = ("price.per_step", "price.per_reset")
+    keys = ("price.per_step", "price.per_reset", "price.per_second")
     checks.within(config, 0, math.inf, *keys, open="]", prefix="reality.")
+    for key, value in (
+        ("first_timeout_s", config.first_timeout_s),
+        ("price.longest_s", config.price.longest_s),
+        ("budget.money", config.budget.money),
+    ):
+        rule = "above 0 and finite"
+        _require(value is None or 0 < value < math.inf, f"reality.{key}", rule, value)
     currency = config.price.currency
     _require(bool(currency), "reality.price.currency", "a currency such as 'USD'", currency)
     checks.at_least(config, 0, "budget.steps", prefix="reality.")
+    price = config.price
+    free = not (price.per_step or price.per_reset or price.per_second)
+    if config.budget.money is not None and free:
+        raise UsageError(
+            f"reality.budget.money={config.budget.money:g} bounds nothing where reality is free;"
+            " set reality.price.per_step, per_reset or per_second"
+        )
+    if price.longest_s is not None and not price.per_second:
+        raise UsageError(
+            f"reality.price.longest_s={price.longest_s:g} bounds what reality.price.per_second"
+            " prices, which is 0; set it, or leave longest_s out"
+        )
     checks.at_least(config, 1, "horizon", prefix="reality.")
     check_bounds(config)
     checks.within(config, 0, math.inf, "step_timeout_s", open="[]", prefix="reality.")

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from mesocosm.envs.api import Env, close, take_reset, take_step
-from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.config import RealityConfig, timeout
 from mesocosm.envs.episode import all_finite
 from mesocosm.envs.make import draw_options, make_env
 from mesocosm.errors import MesocosmError
@@ -30,19 +30,21 @@ class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
     is not ended.
     """
 
-    def __init__(self, env: Env, timeout_s: float):
+    def __init__(self, env: Env, config: RealityConfig):
         super().__init__(env)
-        self._timeout_s = timeout_s
+        self._config, self._first = config, True
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        with _time_limit(self._timeout_s):
+        with _time_limit(*timeout(self._config, self._first)):
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        with _time_limit(self._timeout_s):
-            return self.env.step(action)
+        with _time_limit(*timeout(self._config, self._first)):
+            result = self.env.step(action)
+        self._first = False
+        return result
 
 
 class GuardedEnv(gymnasium.Env[Any, Any]):
@@ -64,7 +66,7 @@ class GuardedEnv(gymnasium.Env[Any, Any]):
         self.metadata = self.env.metadata
 
     def _make(self) -> None:
-        self.env = Timed(make_env(self._config), self._config.step_timeout_s)
+        self.env = Timed(make_env(self._config), self._config)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -116,13 +118,13 @@ class GuardedEnv(gymnasium.Env[Any, Any]):
 
 
 @contextmanager
-def _time_limit(timeout_s: float) -> Iterator[None]:
+def _time_limit(key: str, timeout_s: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took longer than reality.step_timeout_s={timeout_s:g}")
+        raise TimeoutError(f"took longer than {key}={timeout_s:g}")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, timeout_s)

@@ -7,6 +7,11 @@ records are one agreed sequence and the budget holds without a lock or a server.
 was never confirmed (its process died, or is still at work) counts as spent in full and is listed
 apart: never over budget, never under-counted, exact without a crash.
 
+How long a step takes, and so its price by the second, is known only afterwards. A reservation holds
+the longest duration for each of its steps and resets: `reality.price.longest_s`, or else the
+longest that the ledger has seen. A budget of money is never passed while no step takes longer than
+that; a longer one counts in full. Before anything was seen, one step is granted at a time.
+
 Each record names its predecessor's nonce, so a record that was deleted or replaced is detected.
 Every SNAPSHOT_EVERY records `snapshots/NNNNNNNN.json` holds the state before record N: opening a
 ledger reads the newest snapshot and the records after it.
@@ -15,92 +20,36 @@ ledger reads the newest snapshot and the records after it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from mesocosm.envs.amounts import (
+    BUDGETED,
+    NOTHING,
+    PURPOSES,
+    Amount,
+    LedgerTotals,
+    Reservation,
+    Usage,
+    held_by,
+    price_of,
+)
 from mesocosm.envs.config import BudgetConfig, PriceConfig
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.store.artifacts import Storage
 
-PURPOSES = ("collect", "baseline", "select", "judge")
 SNAPSHOT_EVERY = 64
 """Records between two snapshots: opening a ledger reads one snapshot and at most this many."""
 RECORD = re.compile(r"(\d{8})\.json")
-BUDGETED = ("collect", "select")
-"""The purposes that `reality.budget.steps` bounds together."""
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """Permission for `steps` real steps and `resets` resets. `number` is that of its record."""
-
-    number: int
-    purpose: str
-    steps: int
-    resets: int
-    holder: str = ""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The used part of a reservation. `seconds` are those inside step and reset."""
-
-    reservation: Reservation
-    steps: int
-    resets: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class PurposeTotals:
-    """The total of one purpose. Steps, resets and price *include* the unconfirmed part."""
-
-    steps: int = 0
-    resets: int = 0
-    seconds: float = 0.0
-    price: float = 0.0
-    unconfirmed_steps: int = 0
-    unconfirmed_resets: int = 0
-    unconfirmed_price: float = 0.0
-
-
-@dataclass(frozen=True)
-class LedgerTotals:
-    ledger: str
-    currency: str
-    purposes: dict[str, PurposeTotals]
-    """For each of PURPOSES."""
-    unconfirmed: tuple[Reservation, ...]
-    """Open reservations, of crashed processes or of live ones."""
-    spent: int
-    """Steps of collect and select, the unconfirmed included."""
-    remaining: int | None
-    """Steps that the budget leaves to collect and select; None without a budget."""
-
-    @property
-    def steps(self) -> int:
-        """Real steps of all purposes."""
-        return sum(p.steps for p in self.purposes.values())
-
-    @property
-    def price(self) -> float:
-        return sum(p.price for p in self.purposes.values())
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "steps": self.steps, "price": self.price}
-
-
-@dataclass
-class _Sum:
-    steps: int = 0
-    resets: int = 0
-    seconds: float = 0.0
+ROUNDING = 1e-9
+"""Relative error of a sum of prices, which must not cost a step."""
 
 
 class Ledger:
@@ -135,7 +84,7 @@ class Ledger:
         """Nonce of record `_next - 1`."""
         self._opened = False
         self._open: dict[int, Reservation] = {}
-        self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
+        self._confirmed = dict.fromkeys(PURPOSES, Amount())
 
     def reserve(
         self,
@@ -144,39 +93,79 @@ class Ledger:
         resets: int = 0,
         *,
         least: int = 1,
+        least_resets: int = 0,
+        used: Amount = NOTHING,
         holder: str = "",
         confirming: Usage | None = None,
     ) -> Reservation:
         """Reserve up to `steps` (at least 1) real steps, durably, before they are taken.
 
-        Grants what the budget leaves when that is less than `steps` but at least `least`.
-        `confirming` confirms an earlier reservation in the same record.
+        Grants what the budget leaves when that is less than `steps` but at least `least`, and then
+        only `least_resets` of the resets.
+
+        Args:
+            used: An amount that was used before and stays reserved, in addition.
+            confirming: Confirms an earlier reservation in the same record.
 
         Raises:
             BudgetSpent: Fewer than `least` steps are left. Nothing is reserved or confirmed.
         """
-        assert purpose in PURPOSES and steps >= least >= 1 and resets >= 0, (purpose, steps, resets)
+        assert purpose in PURPOSES and steps >= least >= 1, (purpose, steps, least)
+        assert resets >= least_resets >= 0, (resets, least_resets)
         with self._lock:
             while True:
                 self._catch_up()
                 # Judge by the records before this one: a re-entrant call may read more meanwhile.
                 number = self._next
                 left = self._remaining(purpose, confirming)
-                granted = steps if left is None else min(steps, left)
+                granted = steps if left is None else min(steps, left - used.steps)
                 if granted < least:
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
-                reserved = Reservation(number, purpose, granted, resets, holder)
+                more, longest = resets, self.longest(used.longest)
+                if purpose in BUDGETED and self.budget.money is not None:
+                    money = self.budget.money - self._money_spent(confirming)
+                    money -= price_of(self.price, used)
+                    least_amount = Amount(least, least_resets)
+                    granted, more = self._affordable(money, longest, granted, resets, least_amount)
+                    if granted < least:
+                        raise BudgetSpent(self._money_refusal(purpose, money))
+                total = used + Amount(granted, more, duration=longest * (granted + more))
+                reserved = Reservation(
+                    number, purpose, total.steps, total.resets, holder, total.duration
+                )
                 if self._append(number, reserved, confirming):
                     return self._open[number]
 
-    def confirm(self, usage: Usage, *, keep: tuple[int, int] = (0, 0)) -> Reservation | None:
+    def longest(self, seen: float = 0.0) -> float:
+        """Seconds to reserve for a step or reset: `reality.price.longest_s`, or else the longest
+        that the ledger or the caller has `seen`. 0 where time has no price.
+        """
+        if not self.price.per_second:
+            return 0.0
+        confirmed = max(amount.longest for amount in self._confirmed.values())
+        return self.price.longest_s or max(confirmed, seen)
+
+    def _affordable(
+        self, money: float, longest: float, steps: int, resets: int, least: Amount
+    ) -> tuple[int, int]:
+        """The (steps, resets) that `money` pays for: all, or fewer steps and the least resets."""
+        price, slack = self.price, ROUNDING * (self.budget.money or 0.0)
+        if price.per_second and not longest:
+            steps, resets = least.steps, least.resets  # no duration was seen yet
+        if price.of(steps, resets, longest * (steps + resets)) <= money + slack:
+            return steps, resets
+        rest = money + slack - price.of(0, least.resets, longest * least.resets)
+        each = price.of(1, 0, longest)
+        return min(steps, math.floor(rest / each) if each else 0), least.resets
+
+    def confirm(self, usage: Usage, *, keep: Amount = NOTHING) -> Reservation | None:
         """Confirm what was used of a reservation; the rest returns to the budget.
 
         Of two confirmations of one reservation the first counts.
 
         Args:
-            keep: (steps, resets) of the rest that stay reserved: they were used, and their
-                transitions are not recorded yet.
+            keep: A part of the rest that stays reserved: it was used, and its transitions are not
+                recorded yet.
 
         Returns:
             The new reservation of `keep`; None without one.
@@ -186,8 +175,9 @@ class Ledger:
             self._catch_up()
             while held.number in self._open:
                 number, rest = self._next, None
-                if any(keep):
-                    rest = Reservation(number, held.purpose, *keep, held.holder)
+                if keep.steps or keep.resets:
+                    amount = keep.steps, keep.resets, held.holder, keep.duration
+                    rest = Reservation(number, held.purpose, *amount)
                 if self._append(number, rest, usage):
                     return self._open.get(number)
                 self._catch_up()
@@ -197,24 +187,8 @@ class Ledger:
         """Everything spent so far, by everyone."""
         with self._lock:
             self._catch_up()
-            purposes = {}
-            for purpose, confirmed in self._confirmed.items():
-                waiting = [r for r in self._open.values() if r.purpose == purpose]
-                steps, resets = sum(r.steps for r in waiting), sum(r.resets for r in waiting)
-                price = self._cost(steps, resets)
-                purposes[purpose] = PurposeTotals(
-                    confirmed.steps + steps,
-                    confirmed.resets + resets,
-                    confirmed.seconds,
-                    self._cost(confirmed.steps, confirmed.resets) + price,
-                    unconfirmed_steps=steps,
-                    unconfirmed_resets=resets,
-                    unconfirmed_price=price,
-                )
-            spent = sum(purposes[p].steps for p in BUDGETED)
-            left = None if self.budget.steps is None else max(0, self.budget.steps - spent)
-            waiting_all = tuple(self._open.values())
-            return LedgerTotals(self.id, self.price.currency, purposes, waiting_all, spent, left)
+            held = tuple(self._open.values())
+            return LedgerTotals.of(self.id, self.price, self.budget, self._confirmed, held)
 
     def remaining(self, purpose: str) -> int | None:
         """Steps left to a purpose under every bound that applies to it; None if none does."""
@@ -265,7 +239,7 @@ class Ledger:
         path = self._path(number, "snapshots/")
         try:
             state = json.loads(self.storage.read(path) or b"")
-            self._confirmed = {p: _Sum(**state["confirmed"][p]) for p in PURPOSES}
+            self._confirmed = {p: Amount(**state["confirmed"][p]) for p in PURPOSES}
             self._open = {r["number"]: Reservation(**r) for r in state["open"]}
             self._next, self._nonce = number, state["nonce"]
         except (ValueError, TypeError, KeyError) as error:
@@ -307,12 +281,7 @@ class Ledger:
         if confirm is not None:
             held = confirm.reservation
             assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
-            record["confirm"] = {
-                "of": held.number,
-                "steps": confirm.steps,
-                "resets": confirm.resets,
-                "seconds": round(confirm.seconds, 6),
-            }
+            record["confirm"] = {"of": held.number, **asdict(confirm.amount.rounded())}
         if not self.storage.create(self._path(number), json.dumps(record).encode()):
             # A remote store may refuse its client's own repetition of this request.
             raw = self.storage.read(self._path(number))
@@ -330,10 +299,8 @@ class Ledger:
         self._next, self._nonce = number + 1, record["nonce"]
         confirm, reserve = record["confirm"], record["reserve"]
         if confirm is not None and (held := self._open.pop(confirm["of"], None)) is not None:
-            done = self._confirmed[held.purpose]
-            done.steps += confirm["steps"]
-            done.resets += confirm["resets"]
-            done.seconds += confirm["seconds"]
+            amount = Amount(**{key: value for key, value in confirm.items() if key != "of"})
+            self._confirmed[held.purpose] += amount
         if reserve is not None:
             self._open[number] = Reservation(number, **reserve)
 
@@ -346,33 +313,47 @@ class Ledger:
             limits.append((f"the bound of {purpose}", (purpose,), self.bounds[purpose]))
         return limits
 
-    def _spent(self, purposes: tuple[str, ...], confirming: Usage | None = None) -> int:
-        """Steps spent, the unconfirmed included, as if `confirming` were confirmed."""
-        waiting = [r for r in self._open.values() if r.purpose in purposes]
-        total = sum(self._confirmed[p].steps for p in purposes) + sum(r.steps for r in waiting)
-        if confirming is not None and any(
-            r.number == confirming.reservation.number for r in waiting
-        ):
-            total -= confirming.reservation.steps - confirming.steps
+    def _spent(self, purposes: tuple[str, ...], confirming: Usage | None = None) -> Amount:
+        """All that was spent, the unconfirmed included, as if `confirming` were confirmed."""
+        total = held_by(self._open.values(), *purposes)
+        for purpose in purposes:
+            total += self._confirmed[purpose]
+        if confirming is not None:
+            held = self._open.get(confirming.reservation.number)
+            if held is not None and held.purpose in purposes:
+                returned = Amount(-held.steps, -held.resets, duration=-held.duration)
+                total += returned + confirming.amount
         return total
+
+    def _money_spent(self, confirming: Usage | None) -> float:
+        return price_of(self.price, self._spent(BUDGETED, confirming))
 
     def _remaining(self, purpose: str, confirming: Usage | None) -> int | None:
         limits = self._limits(purpose)
-        left = (bound - self._spent(purposes, confirming) for _, purposes, bound in limits)
+        left = (bound - self._spent(purposes, confirming).steps for _, purposes, bound in limits)
         return min(left, default=None)
 
     def _refusal(self, purpose: str, steps: int, left: int) -> str:
         limits = self._limits(purpose)
-        name, purposes, bound = min(limits, key=lambda limit: limit[2] - self._spent(limit[1]))
-        unconfirmed = sum(r.steps for r in self._open.values() if r.purpose in purposes)
+        name, purposes, bound = min(
+            limits, key=lambda limit: limit[2] - self._spent(limit[1]).steps
+        )
+        spent = self._spent(purposes).steps
+        unconfirmed = held_by(self._open.values(), *purposes).steps
         return (
-            f"ledger {self.id!r}: {name}={bound} is spent ({self._spent(purposes)} real steps by"
+            f"ledger {self.id!r}: {name}={bound} is spent ({spent} real steps by"
             f" {' and '.join(purposes)}, {unconfirmed} of them unconfirmed; {steps} more requested"
             f" for {purpose}, {left} left); raise it or use another ledger"
         )
 
-    def _cost(self, steps: int, resets: int) -> float:
-        return steps * self.price.per_step + resets * self.price.per_reset
+    def _money_refusal(self, purpose: str, left: float) -> str:
+        spent, held = self._money_spent(None), held_by(self._open.values(), *BUDGETED)
+        return (
+            f"ledger {self.id!r}: reality.budget.money={self.budget.money:g} {self.price.currency}"
+            f" is spent ({spent:.6g} by {' and '.join(BUDGETED)}, {price_of(self.price, held):.6g}"
+            f" of them unconfirmed; {max(left, 0.0):.6g} left for {purpose}, less than the next"
+            " step may cost); raise it or use another ledger"
+        )
 
 
 def _numbers(names: list[str]) -> list[int]:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from mesocosm.config import fingerprint
 from mesocosm.datasets.bounds import Clipped
 from mesocosm.datasets.manifest import current_id
 from mesocosm.datasets.masks import has_mask
+from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.envs.masked import MaskedEnv
 from mesocosm.envs.remote import PREFIX, RemoteEnv
-from mesocosm.errors import UsageError, nearest
+from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.store.files import cache_folder, make_folder, write_whole
 from mesocosm.user_code import import_module, one_line, source_hash
+
+SLOW_S = 2.0
+"""Seconds from which an environment counts as slow to make."""
 
 
 def make_env(config: RealityConfig) -> Env:
@@ -92,17 +103,87 @@ class EnvFacts:
         """(observation space, action space)"""
         return self.observation_space, self.action_space
 
+    def to_json(self) -> dict[str, Any]:
+        """Raises UsageError where a space has no JSON."""
+        return {
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "version": self.version,
+            "max_episode_steps": self.max_episode_steps,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> EnvFacts:
+        """The inverse of `to_json`."""
+        observation, action = (
+            space_from_json(data[f"{name}_space"]) for name in ("observation", "action")
+        )
+        return EnvFacts(observation, action, data["version"], data["max_episode_steps"])
+
 
 def facts_of(config: RealityConfig) -> EnvFacts:
-    """Make the environment, inspect it and close it. Raises UsageError as `make_env` does."""
+    """Make the environment, inspect it and close it. Raises UsageError as `make_env` does.
+
+    One that takes SLOW_S or longer (it starts a simulator or a browser) is made once on this
+    machine: its facts stay in the user's cache folder, for its version and arguments.
+    """
+    check(config)
+    path = _cached_facts(config)
+    if path is not None and (facts := _read_facts(path)) is not None:
+        task_keys(config, facts.observation_space)
+        return facts
+    began = time.monotonic()
     env = make_env(config)
     try:
         limit = config.horizon
         if limit is None and env.spec is not None:
             limit = env.spec.max_episode_steps
-        return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
+        facts = EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
         close(env)
+    if path is not None and time.monotonic() - began >= SLOW_S:
+        with suppress(OSError, UsageError):  # the facts are known; the next job makes it again
+            make_folder(path.parent)
+            write_whole(path, json.dumps(facts.to_json()).encode())
+    return facts
+
+
+def _cached_facts(config: RealityConfig) -> Path | None:
+    """The file with the facts of an environment; None where its class, and so its version, is only
+    known once it is made.
+    """
+    module_name, _, name = current_id(config.env).rpartition(":")
+    if config.env.startswith(PREFIX):
+        return None
+    module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
+    kind: Any = getattr(module, name, None)
+    if name in gymnasium.registry:
+        kind = gymnasium.registry[name].entry_point
+        if isinstance(kind, str):
+            module_name, _, attribute = kind.partition(":")
+            try:
+                kind = getattr(importlib.import_module(module_name), attribute, None)
+            except Exception:
+                return None  # `make_env` reports it
+    if not inspect.isclass(kind) or issubclass(kind, gymnasium.Wrapper):
+        return None
+    try:
+        facts = config.env, dict(config.kwargs), config.horizon, config.bounds, _version(kind)
+        return cache_folder() / "spaces" / f"{fingerprint('spaces', *map(_plain, facts))}.json"
+    except TypeError:
+        return None  # an argument without a stable identity
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _read_facts(path: Path) -> EnvFacts | None:
+    """The facts in a file; None where there are none that this version reads."""
+    try:
+        return EnvFacts.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, MesocosmError):
+        return None
 
 
 def _unknown(env: str, name: str, module: Any) -> UsageError:
@@ -127,7 +208,10 @@ def environment_version(env: Env) -> str:
     """
     if isinstance(env.unwrapped, RemoteEnv):
         return env.unwrapped.environment_version
-    kind = type(env.unwrapped)
+    return _version(type(env.unwrapped))
+
+
+def _version(kind: type) -> str:
     names = [kind.__module__.partition(".")[0]]
     if "mujoco" in kind.__module__ and names != ["mujoco"]:
         names.append("mujoco")

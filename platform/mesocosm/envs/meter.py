@@ -1,30 +1,22 @@
-"""Metered environments: every real step and reset passes a `Meter`, which has reserved it in the
-ledger before.
+"""The meter: it reserves real steps and resets in the ledger before they happen, and confirms them
+afterwards. The environments of `metered` pass it.
 """
 
 from __future__ import annotations
 
-import atexit
+import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium
-import numpy as np
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
-
 from mesocosm import signals
-from mesocosm.envs.api import close
-from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.amounts import NOTHING, Amount, Reservation, Usage
 from mesocosm.envs.episode import EpisodeError
-from mesocosm.envs.guard import GuardedEnv
-from mesocosm.envs.ledger import Ledger, Reservation, Usage
-from mesocosm.errors import BudgetSpent, StorageError
-from mesocosm.store.artifacts import Storage
+from mesocosm.envs.ledger import Ledger
+from mesocosm.errors import BudgetSpent, UsageError
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound; a crash over-counts at most these."""
@@ -32,8 +24,45 @@ BLOCK_S, OVERHEAD = 0.1, 0.1
 """A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts; more
 where storage is so slow that reserving would take more than OVERHEAD of the time.
 """
+ROUNDING = 1e-6
+"""Relative slack of a reservation's duration, which the journal rounds."""
 FIRST_BLOCK, GROWTH = 4, 4
 """A deferred meter's first block, and the largest ratio of a block to the one before it."""
+
+
+@dataclass
+class Report:
+    """The report of a step or reset, of one or several environments."""
+
+    missing: int
+    """Steps and resets without a duration."""
+    lacks: bool = False
+    """A step that did not fail had no duration."""
+    duration: float = 0.0
+    longest: float = 0.0
+    text_bytes: int = 0
+
+    def step(self, info: Mapping[str, Any]) -> None:
+        """Read the info of one step."""
+        self.lacks = "duration" not in info
+        self._read(info.get("duration", math.nan))
+
+    def reset(self, info: Mapping[str, Any]) -> None:
+        """Read the info of one reset. Without a duration it takes no time."""
+        self._read(info.get("duration", 0.0))
+
+    def _read(self, duration: Any) -> None:
+        """Read a duration. One that is no finite number of at least 0 is missing: whoever runs the
+        episode drops it.
+        """
+        try:
+            value = float(duration)
+        except (TypeError, ValueError):
+            return
+        if 0 <= value < math.inf:
+            self.missing -= 1
+            self.duration += value
+            self.longest = max(self.longest, value)
 
 
 class Meter:
@@ -73,37 +102,64 @@ class Meter:
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
-        self._used = (0, 0, 0.0)
-        """(steps, resets, seconds) used of the reservation."""
+        self._used = NOTHING
+        """The used part of the reservation."""
         self._busy_since: float | None = None
+        self._calls = 0
+        """Steps and resets under way."""
+        self.first = True
+        """No step has returned yet."""
         self.stopped = False
         """Set by another thread: a call under way fails when it returns, and none begins."""
         self._lock = threading.Lock()
 
     @contextmanager
-    def use(self, *, steps: int = 0, resets: int = 0) -> Iterator[None]:
+    def use(self, *, steps: int = 0, resets: int = 0) -> Iterator[Report]:
         """Meter a real step or reset in the block. It counts even if it raises: it may have
         happened.
+
+        Yields:
+            The report of the call, which the block fills.
 
         Raises:
             BudgetSpent: It is not paid for. The block does not run.
             EpisodeError: The meter was stopped, before or meanwhile.
+            UsageError: A step has no duration where time has a price.
         """
+        report = Report(missing=steps + resets)
         with self._lock:
             self._check_running()
             self._ensure(steps, resets)
-            used = self._used
-            self._used = (used[0] + steps, used[1] + resets, used[2])
+            self._used += Amount(steps, resets)
             self.steps += steps
+            self._calls = steps + resets
             self._busy_since = began = time.monotonic()
         try:
-            yield
+            yield report
+            self.first = self.first and not steps
         finally:
             with self._lock:
                 self._busy_since = None
                 if not self.stopped:
-                    self._used = (*self._used[:2], self._used[2] + time.monotonic() - began)
+                    self._used += self._taken(time.monotonic() - began, report)
         self._check_running()
+        if report.lacks and self.ledger.price.per_second:
+            raise UsageError(
+                "reality.price.per_second needs info['duration'], in seconds, at every step; the"
+                " environment gave none: report it, or price by reality.price.per_step"
+            )
+
+    def _taken(self, seconds: float, report: Report) -> Amount:
+        """The time of a call. A step without a duration (it failed, or hangs) is charged the
+        longest duration, or where that is unknown the time it took, if time has a price.
+        """
+        duration, longest = report.duration, report.longest
+        if report.missing and self.ledger.price.per_second:
+            each = self.ledger.longest(max(self._used.longest, longest))
+            duration += report.missing * each if each else seconds
+        return Amount(
+            seconds=seconds, duration=duration, longest=longest, text_bytes=report.text_bytes
+        )
 
     def _check_running(self) -> None:
         if self.stopped:
@@ -116,8 +172,11 @@ class Meter:
         stays reserved. Otherwise the same record confirms the used part.
         """
         held, used = self._held, self._used
-        if held is not None and used[0] + steps <= held.steps and used[1] + resets <= held.resets:
-            return
+        if held is not None:
+            longest = self.ledger.longest(used.longest) * (1 - ROUNDING)
+            timely = used.duration + longest * (steps + resets) <= held.duration or not longest
+            if timely and used.steps + steps <= held.steps and used.resets + resets <= held.resets:
+                return
         need = max(steps, 1)
         left = None if self.limit is None else self.limit - self.steps
         if left is not None and left < need:
@@ -126,22 +185,23 @@ class Meter:
             )
         block = max(need, self._ahead() if self.deferred else self.block)
         block = block if left is None else min(block, left)
-        used_steps, used_resets = used[:2] if self.deferred else (0, 0)
         usage = Usage(held, 0) if held is not None and self.deferred else self._usage()
         began = time.monotonic()
         try:
             with signals.delayed():
                 self._held = self.ledger.reserve(
                     self.purpose,
-                    used_steps + block,
-                    used_resets + max(RESETS_A_BLOCK, resets),
-                    least=used_steps + need,
+                    block,
+                    max(RESETS_A_BLOCK, resets),
+                    least=need,
+                    least_resets=resets,
+                    used=used if self.deferred else Amount(longest=used.longest),
                     holder=self.holder,
                     confirming=usage,
                 )
                 # Before a signal: `close` would confirm what was used once more.
                 if not self.deferred:
-                    self._used = (0, 0, 0.0)
+                    self._used = NOTHING
         except BudgetSpent:
             if not self.deferred:
                 self._release()
@@ -158,44 +218,45 @@ class Meter:
         pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
         return min(self.block, GROWTH * last, round(pace * max(BLOCK_S, self._cost_s / OVERHEAD)))
 
-    def settle(
-        self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]
-    ) -> bool:
+    def settle(self, steps: int, resets: int, record: Callable[[Usage, Amount], bool]) -> bool:
         """Confirm `steps` and `resets` of those used, after `record` has stored their transitions.
+
+        All seconds, durations and texts are confirmed with them.
 
         For the thread that steps, or another one once the meter is stopped.
 
         Args:
-            record: Called with the usage to confirm and the (steps, resets) used beyond it, which
-                stay reserved. If it returns False or raises, nothing is confirmed and everything
-                used stays reserved.
+            record: Called with the usage to confirm and the amount used beyond it, which stays
+                reserved. If it returns False or raises, nothing is confirmed and everything used
+                stays reserved.
         """
         assert self.deferred
         with self._lock:
             if self._held is None:
                 return True
             held, used = self._held, self._used
-        usage, beyond = Usage(held, steps, resets, used[2]), (used[0] - steps, used[1] - resets)
-        assert min(beyond) >= 0, (used, steps, resets)
+        beyond = Amount(used.steps - steps, used.resets - resets)
+        assert beyond.steps >= 0 and beyond.resets >= 0, (used, steps, resets)
+        usage = Usage.of(held, replace(used, steps=steps, resets=resets))
         recorded = record(usage, beyond)
         if not recorded:
-            usage, beyond = Usage(held, 0), used[:2]
+            usage, beyond = Usage(held, 0), used
         self._unconfirmed = recorded
         rest = self.ledger.confirm(usage, keep=beyond)
         with self._lock:
             self._held = rest
-            self._used = (0, 0, 0.0) if rest is None else (*beyond, 0.0)
+            self._used = NOTHING if rest is None else beyond
             self._unconfirmed = False
         return recorded
 
     def _usage(self) -> Usage | None:
-        return None if self._held is None else Usage(self._held, *self._used)
+        return None if self._held is None else Usage.of(self._held, self._used)
 
     def _release(self) -> None:
         """Confirm what was used; the rest of the reservation returns to the budget."""
         if (usage := self._usage()) is not None:
             self.ledger.confirm(usage)
-        self._held, self._used = None, (0, 0, 0.0)
+        self._held, self._used = None, NOTHING
 
     def close(self) -> None:
         """Confirm what was used and return the rest. The meter may be used again afterwards.
@@ -231,132 +292,7 @@ class Meter:
             if hung_s is not None and self.busy_s() <= hung_s:
                 return None
             if not self.stopped:
-                self._used = (*self._used[:2], self._used[2] + self.busy_s())
+                calls = 0 if self._busy_since is None else self._calls
+                self._used += self._taken(self.busy_s(), Report(missing=calls))
                 self.stopped = True
             return self._usage()
-
-
-_closing: set[threading.Thread] = set()
-_exiting = False
-
-
-def _close_at_last(meter: Meter) -> None:
-    """Close the meter of an environment that was garbage-collected, or at exit.
-
-    The garbage collector runs this in any thread: in that of s3fs's event loop, which cannot wait
-    for itself, or in one that holds the ledger's lock. A thread of its own can wait for both.
-    """
-    if _exiting:
-        _close(meter)
-        return
-    thread = threading.Thread(target=_close, args=(meter,), name="close-meter", daemon=True)
-    _closing.add(thread)
-    thread.start()
-
-
-def _close(meter: Meter) -> None:
-    """Close a meter. Where storage fails, its error was reported, and the usage counts as spent."""
-    try:
-        with suppress(StorageError):
-            meter.close()
-    finally:
-        _closing.discard(threading.current_thread())
-
-
-@atexit.register
-def _wait_for_meters() -> None:
-    global _exiting
-    _exiting = True
-    for thread in list(_closing):
-        thread.join()
-
-
-class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """An environment of reality. Raises BudgetSpent before a step or reset that is not paid for."""
-
-    def __init__(self, env: gymnasium.Env[Any, Any], meter: Meter):
-        super().__init__(env)
-        self.meter = meter
-        self._finalizer = weakref.finalize(self, _close_at_last, meter)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        with self.meter.use(resets=1):
-            return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        with self.meter.use(steps=1):
-            return self.env.step(action)
-
-    def close(self) -> None:
-        self.meter.close()
-        close(self.env)
-
-
-class MeteredVectorEnv(VectorWrapper):
-    """A vector of environments of reality in NEXT_STEP autoreset mode, under one meter.
-
-    A vector step counts one real step for each environment that steps, and one reset for each that
-    had ended and is only reset. Either all step or none: BudgetSpent is raised when fewer steps are
-    left than would step.
-    """
-
-    def __init__(self, env: VectorEnv[Any, Any, Any], meter: Meter):
-        super().__init__(env)
-        assert env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, env.metadata
-        self.meter = meter
-        self._ended = np.zeros(env.num_envs, dtype=np.bool_)
-        self._finalizer = weakref.finalize(self, _close_at_last, meter)
-
-    def reset(
-        self, *, seed: Any = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=np.bool_))
-        with self.meter.use(resets=int(mask.sum())):
-            result = self.env.reset(seed=seed, options=options)
-        self._ended = self._ended & ~mask
-        return result
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        resets = int(self._ended.sum())
-        with self.meter.use(steps=self.num_envs - resets, resets=resets):
-            observation, reward, terminated, truncated, info = self.env.step(actions)
-        self._ended = np.logical_or(terminated, truncated)
-        return observation, reward, terminated, truncated, info
-
-    @property
-    def dropped(self) -> list[str]:
-        """Why episodes were truncated: a member crashed, hung or gave NaN."""
-        members: Any = self.env.unwrapped
-        return [reason for member in members.envs for reason in member.unwrapped.dropped]
-
-    def close(self, **kwargs: Any) -> None:
-        self.meter.close()
-        self.env.close(**kwargs)
-
-
-def make_metered_vector(
-    config: RealityConfig,
-    root: str,
-    ledger_id: str,
-    purpose: str,
-    num_envs: int,
-    bounds: Mapping[str, int] | None = None,
-    *,
-    limit: int | None = None,
-) -> MeteredVectorEnv:
-    """`num_envs` environments of reality behind one meter, from plain picklable values, as an RLlib
-    env runner needs. Call `close()` to confirm the last block.
-
-    Args:
-        bounds: Bounds of the ledger, as is `config.budget`.
-        limit: Bounds this vector alone.
-
-    Raises UsageError as `make_env` does.
-    """
-
-    makers = [partial(GuardedEnv, config)] * num_envs
-    vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-    ledger = Ledger(Storage(root), ledger_id, config.budget, config.price, bounds)
-    return MeteredVectorEnv(vector, Meter(ledger, purpose, block=16 * num_envs, limit=limit))

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.datasets.manifest import ARRAYS
 from mesocosm.datasets.texts import TEXTS, pack, unpack
-from mesocosm.envs.ledger import Ledger, Reservation, Usage
+from mesocosm.envs.amounts import NOTHING, Amount, Reservation, Usage
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import Storage
 
@@ -93,7 +94,7 @@ class _Segment:
     attempts: list[Attempt]
     ledger: str
     usage: Usage | None
-    beyond: tuple[int, int]
+    beyond: Amount
     arrays: Rows
     """The rows of all episodes, concatenated."""
 
@@ -127,14 +128,14 @@ class Segments:
         rows: Sequence[Rows],
         ledger: str,
         usage: Usage | None,
-        beyond: tuple[int, int] = (0, 0),
+        beyond: Amount = NOTHING,
     ) -> bool:
         """Store the attempts of a lane from its `first`-th on.
 
         Args:
             rows: Of each attempt that has an episode, in order.
             ledger: The id of the ledger of `usage`, the attempts' part of their reservation.
-            beyond: (steps, resets) used of the reservation besides, which stay reserved.
+            beyond: Used of the reservation besides, which stays reserved.
 
         Returns:
             False where another writer has stored them.
@@ -144,7 +145,7 @@ class Segments:
             "attempts": [asdict(attempt) for attempt in attempts],
             "ledger": ledger,
             "usage": None if usage is None else asdict(usage),
-            "beyond": beyond,
+            "beyond": asdict(beyond),
         }
         arrays: Rows = {}
         if rows:
@@ -172,7 +173,7 @@ class Segments:
                 if (usage := about["usage"]) is not None:
                     reservation = Reservation(**usage["reservation"])
                     about["usage"] = Usage(**{**usage, "reservation": reservation})
-                about["beyond"] = tuple(about["beyond"])
+                about["beyond"] = Amount(**about["beyond"])
                 arrays = {name: file[name] for name in ARRAYS if name in file}
                 for name in TEXTS:
                     if name in file:

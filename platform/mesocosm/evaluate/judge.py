@@ -22,13 +22,15 @@ from mesocosm.datasets.horizon import MAX_EPISODE_STEPS
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.texts import stored
 from mesocosm.datasets.writer import encode_episode
+from mesocosm.envs.amounts import Amount, Usage, time_price
 from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import Act, EpisodeAct, EpisodeError, run_episode
 from mesocosm.envs.guard import Timed
-from mesocosm.envs.ledger import Ledger, Usage
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, make_env
-from mesocosm.envs.meter import Meter, MeteredEnv
+from mesocosm.envs.meter import Meter
+from mesocosm.envs.metered import MeteredEnv
 from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.metrics import stats
@@ -135,7 +137,7 @@ def judge(
     def metered(env: Env) -> MeteredEnv:
         holder, deferred = f"{purpose}-{seed}", stored is not None
         meter = Meter(ledger, purpose, block=BLOCK, holder=holder, deferred=deferred)
-        return MeteredEnv(Timed(env, reality.step_timeout_s), meter)
+        return MeteredEnv(Timed(env, reality), meter)
 
     episode_seed = int(fingerprint(purpose, seed)[:8], 16)
     judged: list[_Judged] = []
@@ -180,11 +182,11 @@ def judging(reality: RealityConfig, episodes: int, limit: int | None = None) -> 
     """
     longest = limit or facts_of(reality).max_episode_steps or MAX_EPISODE_STEPS
     steps, price = episodes * longest, reality.price
-    cost = steps * price.per_step + episodes * price.per_reset
+    cost = f"{price.of(steps, episodes, 0.0):g} {price.currency}"
     return {
         "judged episodes": episodes,
         "judged real steps": f"at most {steps}",
-        "price of judging": f"at most {cost:g} {price.currency}",
+        "price of judging": f"at most {cost}{time_price(price, steps + episodes)}",
     }
 
 
@@ -264,7 +266,7 @@ class _StoredEpisodes:
             except MesocosmError as error:
                 attempt = replace(attempt, reason=str(error))
 
-        def record(usage: Usage, beyond: tuple[int, int]) -> bool:
+        def record(usage: Usage, beyond: Amount) -> bool:
             some = [] if rows is None else [rows]
             return self._segments.write(LANE, k, [attempt], some, self._ledger.id, usage, beyond)
 

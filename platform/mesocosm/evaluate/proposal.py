@@ -17,6 +17,7 @@ from mesocosm.data.analysis.neighbours import Features
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.config import check as check_collection
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.normalize import mean_duration
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import DrawnOption
@@ -95,13 +96,14 @@ def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:
     job = q.collection([replace(behaviours[i], weight=weight) for i, weight in pairs])
     check_collection(job)
     price = cfg.reality.price
+    seconds = (mean_duration(dataset) or 0.0) if price.per_second else 0.0
     answers: list[dict[str, Any]] = [
         {
             "behaviour": acting.label(behaviour),
             "steps": steps,
             "share": steps / cfg.steps,
             "episodes": steps / length,
-            "price": steps * (price.per_step + price.per_reset / length),
+            "price": price.of(1, 0, seconds) * steps + price.per_reset * steps / length,
             "length": length,
             **asdict(score),
         }

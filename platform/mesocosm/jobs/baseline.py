@@ -22,10 +22,11 @@ from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.rllib import check_agent
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
+from mesocosm.envs.amounts import time_price
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
-from mesocosm.envs.meter import MeteredVectorEnv, make_metered_vector
+from mesocosm.envs.metered import MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.job import Job, Plan
@@ -108,7 +109,8 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
             "algo": config.algo,
             "params": settings.real(config).params,
             "real steps": f"at most {config.steps}",
-            "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets",
+            "price": f"at most {config.steps * price.per_step:g} {price.currency}"
+            f"{time_price(price, config.steps)} and the resets",
             **judging(config.reality, judged(config)),
             "target": config.target,
         }

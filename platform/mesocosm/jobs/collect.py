@@ -27,8 +27,9 @@ from mesocosm.data.collecting.workers import CollectTask, Lane, Report, run_here
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter
+from mesocosm.envs.amounts import time_price
 from mesocosm.envs.config import PAID
-from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.ledger import ROUNDING, Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
@@ -89,7 +90,9 @@ class Collect(Job[CollectConfig, Collection]):
             "action space": str(plan.environment.action_space),
             "real steps": cfg.steps,
             "budget": cfg.reality.budget.steps,
-            "price": f"{cfg.steps * price.per_step:g} {price.currency}",
+            "budget of money": cfg.reality.budget.money,
+            "price": f"{cfg.steps * price.per_step:g} {price.currency}"
+            + time_price(price, cfg.steps),
             "price of a reset": f"{price.per_reset:g} {price.currency}",
             "behaviours": [acting.label(b) for b in cfg.behaviours],
         }
@@ -217,6 +220,14 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
             " dataset whose episodes are not in storage; they stay spent"
         )
     left, missing = ledger.remaining("collect"), cfg.steps - used
+    money, least = totals.remaining_money, cfg.reality.price.of(missing, int(missing > 0), 0.0)
+    if money is not None and least > money * (1 + ROUNDING):
+        raise UsageError(
+            f"reality.budget.money={cfg.reality.budget.money:g} leaves {money:g}"
+            f" {totals.currency} in ledger {ledger.id!r} ({totals.spent_money:g} spent), less than"
+            f" the {missing} steps to take and a reset cost ({least:g} without their time); lower"
+            " steps, raise the budget, or name another ledger"
+        )
     if left is not None and left < missing:
         apart = sum(r.steps for r in totals.unconfirmed)
         raise UsageError(

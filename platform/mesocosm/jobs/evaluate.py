@@ -46,6 +46,7 @@ NOT_IN_ID = [
     "judge_steps",
     "reality.budget",
     "reality.step_timeout_s",
+    "reality.first_timeout_s",
     "reality.known",
 ]
 """Keys that do not change what is measured; inputs are hashed by their ids."""
@@ -190,7 +191,8 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
     }
     drops = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
     spent = dataset.transitions + sum(int(drop["steps"]) for drop in drops)
-    about = replace(_report(plan, world, faithful, result, ledger, spent), suite=measured)
+    about = _report(plan, world, faithful, result, ledger, spent)
+    about = replace(about, suite=measured, imagined=_imagined(plan, run))
     figures = log_figures(run, faithful, result, measured)
 
     def fill(folder: Path) -> None:
@@ -268,13 +270,14 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
         figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}
         figures |= gain.figures(agent["gain"])
     run.log(figures)
+    bill = report.bill_lines(None if ledger is None else ledger.totals(), _imagined(plan, run))
     summary = {
         "schema": 1,
         "title": f"Evaluation of worlds/{plan.inputs['worlds'][0]}",
         "environment": plan.codec.environment["id"],
         "texts": texts.to_json(),
         "predicted": texts.predicted,
-        "rows": texts.rows(),
+        "rows": [*texts.rows(), *bill],
         "not_measured": NOT_MEASURED,
         "lineage": [(kind, f"{kind}/{id}") for kind, ids in plan.inputs.items() for id in ids]
         + [("code", f"mesocosm {__version__}")],
@@ -291,13 +294,20 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
         run.record(ledger=ledger.totals().to_json())
     if not run.quiet:
         table = Table("figure", "value", box=None, header_style="dim", pad_edge=False)
-        for row in texts.rows():
+        for row in [*texts.rows(), *bill]:
             table.add_row(*row)
         table.caption = NOT_MEASURED
         if measured["agent"] is not None and measured["agent"]["gain"] is not None:
             table.add_row("the agent", gain.sentence(measured["agent"]["gain"]))
         console.print(table)
     return artifact
+
+
+def _imagined(plan: Evaluation, run: Run) -> list[dict[str, Any]]:
+    """The use that the agent's training made of its world."""
+    agents = [run.storage.artifact("agents", id) for id in plan.inputs.get("agents", [])]
+    trained = [agent for agent in agents if "imagined_steps" in agent.meta.get("metrics", {})]
+    return [report.imagined_row("train-agent", agent.meta["metrics"]) for agent in trained]
 
 
 def _ledger(

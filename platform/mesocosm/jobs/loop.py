@@ -27,6 +27,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.report import report
+from mesocosm.evaluate.report.page import money
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect as collecting
@@ -76,14 +77,18 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
             f"{bought:,} of {'unlimited' if limit is None else f'{limit:,}'} steps, for collect"
         )
         budget += " and explore"
+        if cfg.reality.budget.money is not None:
+            budget += f"; their price at most {cfg.reality.budget.money:g} {price.currency}"
+        prices = f"{price.per_step:g} {price.currency} a step, {price.per_reset:g} a reset"
+        prices += f", {price.per_second:g} a second" if price.per_second else ""
         if ready.horizon is not None:
             horizon = f"{ready.limit} steps: {ready.horizon.source}"
         return {
             "environment": cfg.reality.env,
             "rounds": cfg.rounds,
             "horizon": horizon,
-            "price": f"{price.per_step:g} {price.currency} a step, {price.per_reset:g} a reset, by"
-            " reality.price; the resets of collect, explore and baselines are not known yet",
+            "price": f"{prices}, by reality.price; the resets of collect, explore and baselines are"
+            " not known yet",
             "budget": budget,
             "stages": _stages(cfg, ready.limit),
         }
@@ -136,9 +141,12 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     rows = []
     for stage, times, steps, text in work:
         resets = sum(episodes.values()) if stage == "total" else episodes.get(stage, 0)
-        amount = steps * price.per_step + resets * price.per_reset
-        at_most = "" if stage in ("collect", "explore") else "at most "
-        cost = f"{at_most}{amount:,.2f} {price.currency}" if steps else "-"
+        amount = price.of(steps, resets, (steps + resets) * (price.longest_s or 0.0))
+        exact = stage in ("collect", "explore") and price.longest_s is None
+        at_most = "" if exact else "at most "
+        cost = f"{at_most}{money(amount)} {price.currency}" if steps else "-"
+        if steps and price.per_second and price.longest_s is None:
+            cost += " and its time"
         rows.append(
             {"stage": stage, "times": times, "real steps": steps, "price": cost, "work": text}
         )
@@ -163,6 +171,7 @@ class _Loop:
         self.inputs: dict[str, list[str]] = {kind: [] for kind in kinds}
         self.steps = 0
         """Real steps behind the datasets."""
+        self.imagined: list[dict[str, Any]] = []
         self.app, self.served = f"loop-{run.id}", False  # unique among loops that share a Ray
         for dataset in plan.ready.datasets:
             self._add("given", dataset)
@@ -309,6 +318,8 @@ class _Loop:
         """Add an artifact to the lineage, and the real steps of a dataset to the sum."""
         self.lineage.append((origin, artifact.name))
         self.inputs[artifact.kind].append(artifact.id)
+        if artifact.kind == "agents":
+            self.imagined.append(report.imagined_row(origin, artifact.meta["metrics"]))
         if artifact.kind == "datasets":
             steps = artifact.meta.get("counts", {}).get("steps")
             self.steps += Dataset([artifact.path]).transitions if steps is None else int(steps)
@@ -353,6 +364,9 @@ class _Loop:
             currency=cfg.reality.price.currency,
             budget=cfg.reality.budget.steps,
             remaining=totals.remaining,
+            money_budget=cfg.reality.budget.money,
+            money_remaining=totals.remaining_money,
+            imagined=self.imagined,
             losses=_by_round(judged, "losses"),
             open_loop=_by_round(judged, "open_loop"),
             checks=_by_round(judged, "checks"),

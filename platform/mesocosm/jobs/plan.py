@@ -12,6 +12,7 @@ from typing import Any
 from mesocosm import config
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import identity
+from mesocosm.data.loading.normalize import mean_duration
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.model import counts
@@ -93,7 +94,7 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
     config.validate()
     law, source, swept, datasets = _read_law(config.law, storage)
     config, warmup = config.as_swept(swept, datasets)
-    count, batch, transitions = None, 0.0, 0
+    count, batch, transitions, duration = None, 0.0, 0, None
     if config.data.datasets:
         try:
             dataset = prepare.open_datasets(storage, config.data.datasets)
@@ -105,6 +106,8 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
         loader = prepare.make_loader(dataset, codec, "train", *shape)
         transitions = loader.transitions_per_epoch
         batch = windows * transitions / loader.windows_per_epoch
+        if config.price.per_second is not None:
+            duration = mean_duration(dataset)
         count = _counter(config, codec, batch)
     owned = transitions if config.owned is None else config.owned
     cluster = None if config.cluster is None else cluster_spec.read(config.cluster)
@@ -112,7 +115,7 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
         config=config,
         law=law,
         source=source,
-        budget=config.budget(cluster, owned),
+        budget=config.budget(cluster, owned, duration),
         currency=config.price.currency if cluster is None else cluster.currency,
         owned=owned,
         count=count,

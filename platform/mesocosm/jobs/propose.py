@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.config import identity
+from mesocosm.envs.amounts import time_price
 from mesocosm.evaluate.candidates import CheckedProposal, ProposeConfig, ask
 from mesocosm.evaluate.config import agents_of, sources_of
 from mesocosm.evaluate.proposal import propose, table
@@ -57,7 +58,8 @@ class Propose(Job[ProposeConfig, ProposePlan]):
     def summary(self, plan: ProposePlan) -> dict[str, Any]:
         q, steps = plan.question, plan.config.steps
         price = q.cfg.reality.price
-        proposed = f"{steps * price.per_step:g} {price.currency}, and {price.per_reset:g} a reset"
+        proposed = f"{steps * price.per_step:g} {price.currency}{time_price(price, steps)}"
+        proposed += f", and {price.per_reset:g} a reset"
         return {
             "world": q.world.name,
             "environment": q.cfg.reality.env,

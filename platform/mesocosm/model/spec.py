@@ -54,10 +54,19 @@ class Spec:
     duration_mean: float = 0.0
     duration_scale: float = 1.0
     duration_bin: float = 1e-3  # as for rewards, of `info["duration"]`
+    duration_log: bool = False  # the duration's logarithm is normalised and learned
     terminal_rate: float = 0.0  # fraction of the training transitions that terminate
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = asdict(self)
+        if not self.duration_log:  # worlds are older than this field
+            del plain["duration_log"]
+        return plain
+
+    def seconds(self, duration: Tensor) -> Tensor:
+        """Normalised durations as seconds."""
+        value = duration * self.duration_scale + self.duration_mean
+        return value.exp() if self.duration_log else value
 
     @property
     def reward_size(self) -> float:
@@ -69,7 +78,9 @@ class Spec:
     def from_json(data: dict[str, Any]) -> Spec:
         """The inverse of `to_json`."""
 
-        values = {field.name: data[field.name] for field in fields(Spec)}
+        names = [field.name for field in fields(Spec) if field.name != "duration_log"]
+        values = {name: data[name] for name in names}
+        values["duration_log"] = data.get("duration_log", False)
         for name in ("observation", "action", "task"):
             part: dict[str, Any] = {"grid": (), **data[name]}
             part["texts"] = [TextSpan(**text) for text in part["texts"]]

@@ -129,7 +129,7 @@ class World:
             if known_end is not None:
                 p, ended = known_end.float(), known_end
         if spec.durations:
-            duration = duration * spec.duration_scale + spec.duration_mean
+            duration = spec.seconds(duration)
         finite = torch.isfinite(observation.numbers.sum(-1) + reward + duration)
         apart = None
         if disagreement:
@@ -187,7 +187,7 @@ class World:
         p = groups.join(torch.sigmoid(self.net.termination.logit(self.base.termination(inputs))))
         duration = groups.join(expected.duration)
         if spec.durations:
-            duration = (duration * spec.duration_scale + spec.duration_mean).clamp(min=0.0)
+            duration = spec.seconds(duration).clamp(min=0.0)
         following, apart = groups.join_parts(following), None
         if self.known is not None:
             known_reward, known_end = self.known.outcomes(token, following)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mesocosm import checks
 from mesocosm.cluster.spec import ClusterConfig
+from mesocosm.config import ADDED
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import RUNGS, dims
@@ -33,6 +34,10 @@ class PlanPrice:
     per_exaflop: float | None = None
     """Price of 1e18 counted FLOPs. null: computed from `cluster`."""
     currency: str = "USD"
+    per_second: float | None = field(default=None, metadata=ADDED)
+    """Price of a second of `info["duration"]`, in addition: a transition takes the mean time of the
+    training transitions of `data.datasets`.
+    """
 
 
 @dataclass
@@ -67,14 +72,17 @@ class PlanConfig(PretrainConfig):
             raise UsageError(f"{text}; give one budget, as in --flops 1e18 or --money 500")
         values = {"flops": self.flops, "money": self.money}
         values |= {"price.per_step": price.per_step, "price.per_exaflop": per_exaflop}
+        values |= {"price.per_second": price.per_second}
         for key, value in values.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{key} must be above 0 and finite, got {value}")
         checks.at_least(self, 0, "owned")
         if self.train.steps is not None or self.train.epochs is not None:
             raise UsageError("train.steps and train.epochs are set by the plan; leave them out")
-        if self.flops is not None and (price.per_step is not None or cluster is not None):
-            setting = f"cluster={cluster}" if cluster else f"price.per_step={price.per_step}"
+        step_prices = ("per_step", "per_second")
+        paid = [f"price.{k}={v}" for k in step_prices if (v := getattr(price, k)) is not None]
+        if self.flops is not None and (paid or cluster is not None):
+            setting = f"cluster={cluster}" if cluster else paid[0]
             text = f"{setting} has no meaning with a budget of FLOPs"
             raise UsageError(f"{text}; give money=... instead, or leave it out")
         if self.money is not None and per_exaflop is None and cluster is None:
@@ -86,8 +94,35 @@ class PlanConfig(PretrainConfig):
             text = f"price.per_exaflop={per_exaflop:g} and cluster={cluster!r} both set the price"
             raise UsageError(f"{text} of compute; give one")
 
-    def budget(self, cluster: ClusterConfig | None, owned: int) -> PlanBudget:
-        """The budget with its prices. Raises UsageError where money cannot be spent."""
+    def step_price(self, mean_duration: float | None) -> float | None:
+        """The price of a real transition; None where none can be bought.
+
+        Args:
+            mean_duration: Seconds of a transition in the data; None where it has no durations.
+
+        Raises:
+            UsageError: Time has a price, and no dataset says how long a transition takes.
+        """
+        price = self.price
+        if price.per_second is None:
+            return price.per_step
+        if not mean_duration:
+            raise UsageError(
+                f"price.per_second={price.per_second:g} needs datasets with durations, got"
+                f" data.datasets={list(self.data.datasets)}; name some, or give price.per_step"
+            )
+        return (price.per_step or 0.0) + price.per_second * mean_duration
+
+    def budget(
+        self, cluster: ClusterConfig | None, owned: int, mean_duration: float | None = None
+    ) -> PlanBudget:
+        """The budget with its prices. Raises UsageError where money cannot be spent.
+
+        Args:
+            cluster: Sets the price of a FLOP; None takes `price.per_exaflop`.
+            owned: Different real transitions that exist already.
+            mean_duration: Seconds of a transition in the data; None where it has no durations.
+        """
         if self.flops is not None:
             return PlanBudget(self.flops, 1.0, None, owned, unlimited=owned == 0)
         assert self.money is not None
@@ -100,12 +135,13 @@ class PlanConfig(PretrainConfig):
                 message = f"cluster={self.cluster!r} has no price; set price_per_hour of its nodes"
                 file = f"clusters/{self.cluster}.yaml"
                 raise UsageError(f"{message} in {file}, or give price.per_exaflop")
-        if self.price.per_step is None and not owned:
+        step_price = self.step_price(mean_duration)
+        if step_price is None and not owned:
             raise UsageError(
                 "money buys no real step without price.per_step, and no transition is owned; give"
                 " price.per_step=..., data.datasets=[...] or owned=..."
             )
-        return PlanBudget(self.money, flop, self.price.per_step, owned, most=LARGEST)
+        return PlanBudget(self.money, flop, step_price, owned, most=LARGEST)
 
     def as_swept(self, swept: dict[str, Any], datasets: list[str]) -> tuple[PlanConfig, int | None]:
         """Fill what the config leaves at its defaults from a sweep's config and datasets.

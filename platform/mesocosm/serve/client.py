@@ -131,7 +131,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.max_disagreement = float(np.float32(limit))
         self._seed, self._first_env, self.starts = seed, first_env, starts
         self._env = first_env + np.arange(num_envs)
-        self._routed, self._generation = uuid.uuid4().hex, 0
+        self._routed, self._generation, self._seconds, self._tokens = uuid.uuid4().hex, 0, 0.0, 0
         self._episode: NDArray[np.int64] | None = None
         if isinstance(world, AnyWorld):
             self._connection = Sessions(lambda _: ("in-memory", world))
@@ -195,6 +195,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         else:
             self._episode = self._episode + 1
         self._begun = False
+        began = time.monotonic()
         replaces, self._generation = self._session, self._generation + 1
         request = self._in_world("begin") | {"replaces": replaces, "episode": self._episode}
         self._put_starts(request, self._episode)
@@ -204,6 +205,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._ended = np.zeros(self.num_envs, np.bool_)
         self._history.begin(self._task, observation, self._codec.spec.action)
         self._begun = True
+        self._seconds += time.monotonic() - began
         return self._codec.decode_observation(observation, self._task), {}
 
     def step(
@@ -216,7 +218,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """
         if not self._begun or self._episode is None:
             raise ResetNeeded("call reset() before step()")
-        same_step, cut = self._same_step, self._ended
+        same_step, cut, began = self._same_step, self._ended, time.monotonic()
         action = self._encode_action(actions)
         after = self._steps + 1
         late = after >= (np.inf if self.horizon is None else self.horizon)
@@ -256,7 +258,14 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._ended = terminated | truncated
         self._history.step(action, observation, self._task, restarted)
         decoded = self._codec.decode_observation(observation, self._task)
+        self._seconds += time.monotonic() - began
+        self._tokens += int(reply["tokens"].sum()) if "tokens" in reply else 0
         return decoded, reward, terminated, truncated, infos
+
+    def take_usage(self) -> tuple[float, int]:
+        """(seconds in reset and step, tokens that a text world generated) since the last call."""
+        usage, self._seconds, self._tokens = (self._seconds, self._tokens), 0.0, 0
+        return usage
 
     def _asks(self, clock: int) -> bool:
         """True if the step at this clock asks for disagreement: one of each `disagreement_every`.

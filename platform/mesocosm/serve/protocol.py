@@ -16,11 +16,14 @@ Requests (`op`) and their replies, for B environments:
                                                        -> observation, task
     step      session, clock, mode, episode [B], step [B], action, cut [B], disagreement,
               max_disagreement, start                  -> observation, reward, terminated, duration,
-                                                       diverged (+ disagreement, task, final)
+                                                       diverged (+ disagreement, task, final,
+                                                       tokens)
     restore   session, world, seed, first_env, context.*
                                                        -> clock
     end       session                                  -> nothing
     plan      world, context.*, plan.*                 -> action, plan.*
+
+The reply of a text world's step has `tokens` [B], the number that it generated.
 
 A step's reply has `disagreement` [B] only if the request's `disagreement` is true. The members are
 asked for it at several times the cost of the step, which is the same either way. With a finite

@@ -190,6 +190,7 @@ class TextSession(EpisodeSession):
             "p_terminated": out.p_terminated.numpy(force=True),
             "duration": np.zeros(len(diverged), np.float32),
             "diverged": diverged,
+            "tokens": out.tokens.numpy(force=True),
         }
         if requested:
             assert out.disagreement is not None

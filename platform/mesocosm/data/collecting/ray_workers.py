@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesocosm.data.collecting.workers import CollectTask, Lane, LaneRunner, Report
+from mesocosm.envs.config import timeout
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import label
@@ -44,13 +45,15 @@ class Worker:
         self.deaths = 0
         """Processes that died in a row before their environment was made."""
         self._before = self._steps = 0
+        self._first = True
+        """No step of its environment had returned at the last pulse."""
         self._pulse: Any = None
         self._pulse_since = 0.0
 
     def begin(self, lane: Lane) -> None:
         if self._actor is None:
             self._actor = self._class.remote(self._plan)
-        self.lane, self._before, self._steps = lane, lane.used, 0
+        self.lane, self._before, self._steps, self._first = lane, lane.used, 0, True
         self._start("begin", self._actor.begin.remote(lane.index, lane.left))
 
     def advance(self) -> None:
@@ -78,7 +81,7 @@ class Worker:
                 raise error.cause from None
             raise
 
-    def check(self, timeout_s: float) -> tuple[str, list[Attempt] | None] | None:
+    def check(self) -> tuple[str, list[Attempt] | None] | None:
         """Check the health of a worker whose call is running.
 
         Returns:
@@ -87,7 +90,7 @@ class Worker:
         Raises:
             MesocosmError: The worker does not start.
         """
-        now = time.monotonic()
+        now, (_, timeout_s) = time.monotonic(), timeout(self._plan.reality, self._first)
         if self.call == "end":  # all steps are stored before the environment is closed
             hung = now - self._since > timeout_s + SILENCE_S
             return ("the environment's close hung", None) if hung else None
@@ -100,12 +103,12 @@ class Worker:
             return None
         if self._pulse is None:
             watch = self._actor.pulse.options(concurrency_group="watch")
-            self._pulse, self._pulse_since = watch.remote(timeout_s), now
+            self._pulse, self._pulse_since = watch.remote(), now
             return None
         if self._ray.wait([self._pulse], timeout=0)[0]:
             pulse, self._pulse = self._pulse, None
             try:
-                self._steps, attempts = self._ray.get(pulse)
+                self._steps, self._first, attempts = self._ray.get(pulse)
             except self._ray.exceptions.RayActorError:
                 return None  # `result` raises it
             return None if attempts is None else ("a step hung", attempts)
@@ -236,7 +239,7 @@ def run_on_ray(plan: CollectTask, lanes: Sequence[Lane], workers: int, report: R
             for worker in busy:
                 if worker.future in ready:
                     finish(worker)
-                elif trouble := worker.check(timeout_s):
+                elif trouble := worker.check():
                     reason, attempts = trouble
                     if attempts is None:
                         replace(worker, reason, died=False)

@@ -18,13 +18,15 @@ from mesocosm.data.collecting.acts import build_act
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.writer import encode_episode
+from mesocosm.envs.amounts import Amount, Usage
 from mesocosm.envs.api import close
-from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.config import RealityConfig, timeout
 from mesocosm.envs.episode import Act, EpisodeCut, EpisodeError, run_episode
 from mesocosm.envs.guard import MAX_FAILURES
-from mesocosm.envs.ledger import Ledger, Usage
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import OVERHEAD, Meter, MeteredEnv
+from mesocosm.envs.meter import OVERHEAD, Meter
+from mesocosm.envs.metered import MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig, choose, label, narrowed
@@ -221,7 +223,7 @@ class LaneRunner:
             lane = self._lane.index
             first = (attempts[0].index - lane) // self._lane.lanes
 
-            def record(usage: Usage, beyond: tuple[int, int]) -> bool:
+            def record(usage: Usage, beyond: Amount) -> bool:
                 return self._segments.write(
                     lane, first, attempts, rows, self._ledger.id, usage, beyond
                 )
@@ -273,27 +275,30 @@ class LaneRunner:
             env.meter.close()
             close(env.env)
 
-    def pulse(self, timeout_s: float) -> tuple[int, list[Attempt] | None]:
+    def pulse(self) -> tuple[int, bool, list[Attempt] | None]:
         """Check whether a step hangs. If so, drop its episode, and let no further one begin.
 
         Returns:
-            (steps taken since `begin`, the attempts that this `advance` has stored if it hung).
+            (steps taken since `begin`, whether none of them has returned yet, the attempts that
+            this `advance` has stored if it hung).
         """
         env = self._env
         if env is None:
-            return 0, None
+            return 0, True, None
+        _, timeout_s = timeout(self.plan.reality, env.meter.first)
         if not self._over and env.meter.stop(timeout_s):
             with self._lock:
                 if not self._over:
                     k = self._lane.k
                     name = label(self.plan.behaviours[self.plan.behaviour(k)])
                     self._fail(Attempt(k, name, env.meter.steps - self._began, self._hung(k)))
-                return env.meter.steps, self._written
-        return env.meter.steps, None
+                return env.meter.steps, env.meter.first, self._written
+        return env.meter.steps, env.meter.first, None
 
     def _hung(self, k: int) -> str:
-        timeout_s = self.plan.reality.step_timeout_s
-        return f"episode {k}: a step took longer than reality.step_timeout_s={timeout_s:g}"
+        assert self._env is not None
+        key, timeout_s = timeout(self.plan.reality, self._env.meter.first)
+        return f"episode {k}: a step took longer than {key}={timeout_s:g}"
 
     def halt(self) -> None:
         """Let no further step begin, and write the finished episodes."""

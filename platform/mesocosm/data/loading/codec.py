@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.groups import mask_span
-from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
+from mesocosm.data.loading.normalize import SHORTEST_S, Scaling, integer_columns, statistics
 from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import ResetOption
@@ -314,6 +314,8 @@ class Codec:
         spec = self.spec
         if not spec.durations:
             return torch.zeros(raw.shape)
+        if spec.duration_log:
+            raw = np.log(np.maximum(raw, SHORTEST_S))
         return _float32((raw - spec.duration_mean) / spec.duration_scale)
 
     # -- parts -> values

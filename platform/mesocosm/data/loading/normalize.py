@@ -20,6 +20,12 @@ Array = NDArray[Any]
 CONSTANT = 1e-8
 """A column whose deviation is at most this share of its mean's magnitude is constant: scale 1."""
 CONSTANT_PRECISION = 1e-4
+LOG_SPAN = 100.0
+"""Positive durations whose longest is at least this many times the shortest are learned by their
+logarithm: a density of their seconds has one width for those of 1 ms and of 1 s.
+"""
+SHORTEST_S = 1e-9
+"""A shorter duration counts as this where the logarithm is learned."""
 REWARD_VALUES = 64
 """Rewards with at most this many distinct values are exact categories."""
 AT_ONCE = 1 << 15
@@ -138,6 +144,7 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
     """
     observation, action = dataset.observation_codec, dataset.action_codec
     labels = {"observation": observation.labels(), "action": action.labels(), "reward": ["reward"]}
+    log_durations = dataset.durations and _span(dataset) >= LOG_SPAN
     if dataset.durations:
         labels["duration"] = ["duration"]
     every = {name: Moments(len(columns)) for name, columns in labels.items()}
@@ -155,6 +162,8 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
         columns |= {name: data[name][steps, None] for name in ("reward", "duration")}
         for name, names in labels.items():
             _check_range(dataset, columns[name], names)
+            if name == "duration" and log_durations:
+                columns[name] = np.log(columns[name])
             every[name].add(columns[name])
             chosen = in_first if name == "observation" else in_first[steps]
             first[name].add(columns[name][chosen])
@@ -181,9 +190,31 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
         **_scalar("duration", scalings.pop("duration")),
         "terminal_rate": terminals / transitions,
     }
+    if log_durations:
+        spec["duration_log"] = True
     is_number = np.array([option.values is None for option in dataset.options], bool)
     scalings["options"] = scalings["options"].only(is_number)
     return scalings, change.std, spec
+
+
+def _span(dataset: Dataset) -> float:
+    """The longest training duration over the shortest; 0 where one is not positive."""
+    low, high = np.inf, 0.0
+    for chunk in dataset.chunks("train"):
+        durations = chunk.arrays["duration"][~chunk.last]
+        low, high = min(low, durations.min(initial=low)), max(high, durations.max(initial=high))
+    return float(high / low) if low > 0 else 0.0
+
+
+def mean_duration(dataset: Dataset) -> float | None:
+    """The mean of `info["duration"]`, in seconds, over the training transitions; None where not all
+    datasets have durations.
+    """
+    total, count = 0.0, 0
+    for chunk in dataset.chunks("train") if dataset.durations else ():
+        durations = chunk.arrays["duration"][~chunk.last]
+        total, count = total + float(durations.sum()), count + len(durations)
+    return total / count if count else None
 
 
 def _scalar(name: str, scaling: Scaling) -> dict[str, float]:

@@ -109,7 +109,13 @@ def seconds(value: float | None) -> str:
 
 
 def price(value: float, currency: str) -> str:
-    return f"{value:,.2f} {currency}" if value else "0"
+    """Money: two decimals, or three digits below a hundredth."""
+    return f"{money(value)} {currency}" if value else "0"
+
+
+def money(value: float) -> str:
+    """An amount without its currency: two decimals, or three digits below a hundredth."""
+    return f"{value:,.2f}" if value == 0 or value >= 0.01 else f"{value:.3g}"
 
 
 PAGES = Environment(

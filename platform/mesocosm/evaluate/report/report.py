@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from mesocosm.envs.ledger import LedgerTotals
+from mesocosm.envs.amounts import LedgerTotals
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.report import page
 
 SUMMARY, PAGE = "summary.json", "report.html"
+SPENT = ("steps", "resets", "seconds", "duration", "text_bytes", "price")
+"""Fields of the bill: of `PurposeTotals`."""
 DIMENSIONS, STEPS = 6, 600
 """Limits of trajectories on a page: the dimensions that move most, and the first steps."""
 
@@ -99,6 +101,10 @@ class ReportInput:
     currency: str = "USD"
     budget: int | None = None
     remaining: int | None = None
+    money_budget: float | None = None
+    money_remaining: float | None = None
+    imagined: Sequence[Mapping[str, Any]] = ()
+    """As `imagined_row` makes them"""
     losses: Sequence[Mapping[str, Any]] = ()
     """{"round": int | None, "parts": {part: nats a transition on validation}}"""
     open_loop: Sequence[Mapping[str, Any]] = ()
@@ -123,11 +129,34 @@ def purpose_rows(totals: LedgerTotals) -> list[dict[str, Any]]:
     """
     return [
         {"purpose": name}
-        | {key: getattr(s, key) for key in ("steps", "resets", "seconds", "price")}
+        | {key: getattr(s, key) for key in SPENT}
         | {"unconfirmed": s.unconfirmed_steps}
         for name, s in totals.purposes.items()
         if s.steps or s.resets
     ]
+
+
+def imagined_row(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The use that a training made of its world, from the metrics of its agent."""
+    keys = {"steps": "imagined_steps", "seconds": "imagined_seconds", "tokens": "imagined_tokens"}
+    return {"stage": stage} | {key: metrics.get(name) for key, name in keys.items()}
+
+
+def bill_lines(
+    totals: LedgerTotals | None, imagined: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """(name, value) of what reality and imagination took, for the page of a text world."""
+    lines = []
+    for row in [] if totals is None else purpose_rows(totals):
+        parts = [f"{page.count(row['steps'])} real steps", page.seconds(row["seconds"])]
+        parts += [f"{page.count(row['text_bytes'])} bytes of text"]
+        parts += [page.price(row["price"], totals.currency)] if totals and row["price"] else []
+        lines.append((f"reality, {row['purpose']}", ", ".join(parts)))
+    for use in imagined:
+        parts = [f"{page.count(use['steps'])} steps", page.seconds(use["seconds"])]
+        parts += [f"{page.count(use['tokens'])} tokens"] if use["tokens"] else []
+        lines.append((f"imagination, {use['stage']}", ", ".join(parts)))
+    return lines
 
 
 def write(report: ReportInput, folder: Path) -> dict[str, Any]:
@@ -144,7 +173,7 @@ def summarise(report: ReportInput) -> dict[str, Any]:
     world = [_curve(curve, report.target) for curve in report.agent]
     free = [_curve(curve, report.target) for curve in report.model_free]
     purposes = list(report.purposes)
-    keys = ("steps", "resets", "seconds", "price", "unconfirmed")
+    keys = (*SPENT, "unconfirmed")
     summary: dict[str, Any] = {
         "schema": 1,
         "title": report.title,
@@ -157,7 +186,10 @@ def summarise(report: ReportInput) -> dict[str, Any]:
             "currency": report.currency,
             "budget": report.budget,
             "remaining": report.remaining,
+            "money_budget": report.money_budget,
+            "money_remaining": report.money_remaining,
         },
+        "imagined": report.imagined,
         "losses": report.losses,
         "open_loop": report.open_loop,
         "checks": report.checks,
