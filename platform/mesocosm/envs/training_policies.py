@@ -1,0 +1,85 @@
+"""Scripted policies of `TrainingRun`, as behaviours and to be compared:
+`{kind: scripted, function: "mesocosm.envs.training_policies:FallingRate"}`. Kind `noisy` replaces
+a share of their actions by those of `RandomSettings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.envs.training import CHOICES, CONTINUE, FROM_BEST, FROM_SCRATCH, LIMIT, RATES, STOP
+
+Observation = Mapping[str, NDArray[np.float32]]
+OPERATIONS = (0.6, 0.2, 0.17, 0.03)
+"""How often `RandomSettings` continues, goes back to the best, starts afresh and stops."""
+HALT = (STOP, 0, 0, 0, 0)
+
+
+class RandomSettings:
+    """Draws each setting uniformly, and seldom stops."""
+
+    def __call__(self, observation: Observation, rng: np.random.Generator) -> NDArray[np.int64]:
+        return self.random_action(observation, rng)
+
+    def random_action(
+        self, observation: Observation, rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """An action of any script's noise."""
+        return np.array([rng.choice(4, p=OPERATIONS), *rng.integers(0, CHOICES[1:])])
+
+
+class _Script(RandomSettings):
+    """One action a run, then stop."""
+
+    plan: ClassVar[Sequence[tuple[int, ...]]]
+
+    def __call__(self, observation: Observation, rng: np.random.Generator) -> NDArray[np.int64]:
+        done = runs(observation)
+        return np.array(self.plan[done] if done < len(self.plan) else HALT)
+
+
+class ConstantRate(_Script):
+    """Six runs of nine epochs at the rate .03."""
+
+    plan = ((CONTINUE, 3, 1, 2, 0),) * 6
+
+
+class FallingRate(_Script):
+    """A schedule: the rates .1, .1, .03 and, from the best network, .01."""
+
+    plan = (
+        (CONTINUE, 4, 0, 1, 1),
+        (CONTINUE, 4, 1, 2, 1),
+        (CONTINUE, 3, 1, 2, 1),
+        (FROM_BEST, 2, 1, 2, 1),
+    )
+
+
+class AdaptiveRate(RandomSettings):
+    """Reads the curves: it searches a rate at which the loss falls, tenfold lower after a run that
+    diverged, threefold higher after one that hardly learned; then it lowers the rate threefold with
+    each run from the best network.
+    """
+
+    def __call__(self, observation: Observation, rng: np.random.Generator) -> NDArray[np.int64]:
+        done, now, past = runs(observation), observation["now"], observation["past"]
+        if done == 0:
+            return np.array((CONTINUE, 3, 0, 1, 0))
+        rate = round(float(past[0, 0]) * (len(RATES) - 1))
+        train_loss, best = float(now[0]), float(now[4])
+        if train_loss >= LIMIT:
+            return np.array((FROM_SCRATCH, max(rate - 2, 0), 0, 1, 0))
+        if best < 0.5:
+            return np.array((CONTINUE, min(rate + 1, len(RATES) - 1), 0, 1, 0))
+        if done >= 6:
+            return np.array(HALT)
+        return np.array((FROM_BEST, max(rate - 1, 0), 1, 2, 0))
+
+
+def runs(observation: Observation) -> int:
+    """The number of runs so far."""
+    return round(float(observation["now"][6]) * 10)
