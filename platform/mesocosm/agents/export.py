@@ -15,6 +15,7 @@ from mesocosm.agents.learners import module_of
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
 from mesocosm.agents.sac_learner import NORM_EPS
+from mesocosm.agents.table_module import TableModule
 from mesocosm.policies.policy import describe, sequential
 from mesocosm.policies.value import ValueFunction
 
@@ -48,6 +49,8 @@ def export_value(algorithm: Algorithm) -> ValueFunction:
     if isinstance(algorithm, WorldSAC):
         kind = "actions" if module.discrete else "state_action"
         return ValueFunction(kind, [critic(module, i) for i in range(2)], gamma)  # type: ignore[arg-type]
+    if isinstance(module, TableModule):
+        return ValueFunction("table", [], gamma)
     if type(algorithm).__name__ == "DQN":
         return ValueFunction("policy", [], gamma)
     encoder = getattr(module.encoder, "critic_encoder", None) or module.encoder.encoder

@@ -42,6 +42,7 @@ from mesocosm.agents.learners import load_weights, module_of, on_learners, weigh
 from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
+from mesocosm.agents.table_module import TableModule, exported_table, table_spec
 from mesocosm.datasets.masks import MASK, has_mask
 from mesocosm.errors import UsageError, nearest
 from mesocosm.policies.candidates import load_source
@@ -116,6 +117,9 @@ def _configure(config: AlgorithmConfig, setup: Setup, gpus: int = 0) -> None:
     model = DefaultModelConfig(**setup.model)
     if setup.candidates is not None:
         config.rl_module(rl_module_spec=module_spec(setup.candidates))
+    elif setup.attends:
+        assert setup.spaces is not None
+        config.rl_module(rl_module_spec=table_spec(setup.spaces, setup.model["fcnet_hiddens"]))
     elif setup.mask is not None:
         config.rl_module(model_config=dataclasses.asdict(model) | {MASK: setup.mask})
         if not setup.branches:
@@ -232,8 +236,8 @@ def _start_small(algorithm: Algorithm) -> None:
 
 def _start_learner_small(learner: Any) -> None:
     module: Any = learner.module[DEFAULT_MODULE_ID].unwrapped()
-    if isinstance(module, CandidateModule):
-        module.scorer.start_even()
+    if isinstance(module, CandidateModule | TableModule):
+        (module.scorer if isinstance(module, CandidateModule) else module.table).start_even()
         return
     pi = module.pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]
@@ -277,6 +281,8 @@ def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) 
     module: Any = module_of(algorithm)
     if isinstance(module, CandidateModule):
         return exported_scorer(algo, module, spaces)
+    if isinstance(module, TableModule):
+        return exported_table(algo, module, spaces)
     log_std, epsilon = None, 0.0
     if algo == "DQN":
         settings = module.model_config

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
+from mesocosm.policies.attention import attends
 from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 from mesocosm.policies.heads import mask_columns
 
@@ -104,6 +105,11 @@ class Setup:
     def mask(self) -> tuple[int, int] | None:
         """The columns of the action mask in flat observations (`heads.mask_columns`)."""
         return None if self.spaces is None else mask_columns(self.spaces[0])
+
+    @property
+    def attends(self) -> bool:
+        """Its network attends to the slots of a table (`table_module`)."""
+        return self.algo == "PPO" and self.spaces is not None and attends(*self.spaces)
 
     @property
     def branches(self) -> bool:

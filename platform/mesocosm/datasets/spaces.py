@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mesocosm.datasets.masks import mask_size
 from mesocosm.datasets.slots import LONGEST, MOST, decode_texts, encode_texts, has_slots
+from mesocosm.datasets.tables import table_of
 from mesocosm.datasets.texts import SHOWN, check_text
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.spec import TextSpan
@@ -291,6 +292,7 @@ def check_spaces(observation: Space, action: Space) -> None:
     SpaceCodec(observation, "observation")
     SpaceCodec(action, "action")
     mask_size(observation, action)
+    table_of(observation, action)
 
 
 def first_beyond_float32(values: Array) -> tuple[int, int] | None:

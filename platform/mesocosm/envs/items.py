@@ -68,8 +68,8 @@ class Items(gymnasium.Env[Any, Any]):
         if verb == TICK:
             self._ticked[slot] ^= self._present[slot]
             return self._observation(), STEP, False, late, {}
-        wanted = (self._kind == self._goal) & (self._present == 1)
-        success = bool(np.array_equal(wanted, self._ticked == 1))
+        named = (self._kind == self._goal) & (self._present == 1)
+        success = bool(np.array_equal(named, self._ticked == 1))
         return self._observation(), 1.0 if success else -1.0, True, late, {"success": success}
 
     def _observation(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Items(gymnasium.Env[Any, Any]):
 def expert(observation: Any, rng: np.random.Generator) -> Any:
     """Ticks the items that the goal names, then submits. For behaviours of `collect`."""
     items = observation["items"]
-    wanted = (items["kind"] == observation["goal"]) & (items["present"] == 1)
-    wrong = np.flatnonzero(wanted != (items["ticked"] == 1))
+    named = (items["kind"] == observation["goal"]) & (items["present"] == 1)
+    wrong = np.flatnonzero(named != (items["ticked"] == 1))
     verb, slots = (TICK, wrong) if len(wrong) else (SUBMIT, np.flatnonzero(items["present"]))
     return np.array([verb, slots[0]])

@@ -26,6 +26,7 @@ from mesocosm.model.layers import MemberMLP
 from mesocosm.model.rng import fitted_by
 from mesocosm.model.spec import Parts, PartSpec, Spec, Transition
 from mesocosm.model.start import StartModel
+from mesocosm.model.tables import TableMLP, pooled
 
 HEAD_HIDDEN = 128
 """Hidden units of the reward and the termination networks."""
@@ -70,7 +71,9 @@ class Base(nn.Module):
         super().__init__()
         self.spec = spec
         self.members = config.members
-        self.enabled = config.base and spec.observation.numbers > 0
+        table = spec.observation.table
+        self.enabled = config.base and spec.observation.numbers > 0 and table is None
+        """False with a table, whose slots the base's networks would tell apart."""
         n, k, hidden = spec.observation.numbers, config.members, config.base_hidden
         self.start = StartModel(spec)
         self.register_buffer("residual_scale", torch.ones(n))
@@ -79,8 +82,9 @@ class Base(nn.Module):
         self.register_buffer("fits", fits)
         parts = (spec.observation, spec.action, spec.task, spec.observation)
         sizes: Any = {"members": k, "hidden": HEAD_HIDDEN, "width": HEAD_HIDDEN / BASE_HIDDEN}
-        self.reward = MemberMLP(*parts, outputs=reward_outputs(spec), **sizes)
-        self.termination = MemberMLP(*parts, outputs=1, **sizes)
+        network = MemberMLP if table is None else TableMLP
+        self.reward = network(*parts, outputs=reward_outputs(spec), **sizes)
+        self.termination = network(*parts, outputs=1, **sizes)
         self.requires_grad_(False)
         if self.enabled:
             features = 1 + sum(_width(part) for part in (spec.observation, spec.action, spec.task))
@@ -165,7 +169,8 @@ class Base(nn.Module):
         change = following.numbers - observation.numbers
         bins = torch.tensor(spec.observation.bins, dtype=torch.float32)
         if not base.enabled:
-            base.residual_scale.copy_(torch.maximum(change.std(0, correction=0), bins))
+            variance = pooled(change.var(0, correction=0), spec.observation.table)
+            base.residual_scale.copy_(torch.maximum(variance.sqrt(), bins))
             return base
 
         x = base.features(observation, action, task)

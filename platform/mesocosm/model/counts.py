@@ -64,12 +64,14 @@ def count(net: WorldNet, base: Base) -> ParamCounts:
             heads += size
         else:
             dynamics += size
-            one_member = size // net.members if net.memory == 0 or part == "decoder" else size
+            shared = net.memory > 0 and part in ("embed", "blocks", "norm")
+            one_member = size if shared else size // net.members
             # An output's bias is a "vector" to muP, but the spaces decide its size.
             if (
                 part == "embed"
                 or tag_of(name, parameter).kind in ("embedding", "output")
                 or name.endswith(("density_bias", "logits_bias", "last.bias"))
+                or (part in ("outputs", "mixer") and name.endswith("bias"))
             ):
                 embeddings += one_member
             else:

@@ -4,12 +4,12 @@
 The change of each number (or its residual over the base) is one logistic, integrated over its bin;
 each category has its own logits. Slots are independent given (o, a, task), except that a text is
 padded after its end. The last hidden units are tanh, so that scales and means stay bounded when an
-imagined state leaves the data.
+imagined state leaves the data. The slots of a table share their weights (`tables`).
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,45 @@ from torch.nn import functional as F
 
 from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.ladder import ensemble_dims
+from mesocosm.model.ladder import BASE_WIDTH, ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.tables import TableMixer, TableOutputs
 from mesocosm.model.texts import text_ended
 
 
 class Ensemble(WorldNet):
     """K probabilistic MLPs; see the module."""
 
-    def __init__(self, spec: Spec, config: ModelConfig):
-        super().__init__(spec, config, features=0)
+    def __init__(self, spec: Spec, config: ModelConfig, *, features: int = 0):
+        """`features`: of `context`, which a table's network reads (`sequence.TableSequence`)."""
+        super().__init__(spec, config, features=features)
         rung, o, members = ensemble_dims(config.size), spec.observation, config.members
         hidden, width = rung.hidden, rung.width
         self.numbers = o.numbers + int(spec.durations)
         self.most = max(o.categories, default=0)
         total = sum(o.categories)
-        self.embed = PartsEmbedding(o, spec.action, spec.task, width=hidden, members=members)
+        parts = o, spec.action, spec.task
+        if o.table is None:
+            self.embed = PartsEmbedding(*parts, width=hidden, members=members)
+        else:
+            of_history: Any = {"context": features, "context_width": features / BASE_WIDTH}
+            self.mixer = TableMixer(
+                *parts, hidden=hidden, width=width, members=members, **of_history
+            )
         self.hidden = nn.ModuleList(
             Linear(hidden, hidden, "hidden", members=members, width=width, bias=True, gain=1.4)
             for _ in range(rung.layers - 1)
         )
-        outputs = 2 * self.numbers + total
-        self.last = Linear(
-            hidden, outputs, "output", members=members, width=width, bias=True, gain=0.1
-        )
+        if o.table is None:
+            outputs = 2 * self.numbers + total
+            self.last = Linear(
+                hidden, outputs, "output", members=members, width=width, bias=True, gain=0.1
+            )
+        else:
+            sizes: Any = {"hidden": hidden, "members": members, "width": width}
+            self.outputs = TableOutputs(o, int(spec.durations), **sizes)
         self.bins = Constant(torch.tensor(o.bins + (spec.duration_bin,) * spec.durations))
         # All logits lie side by side; `columns` spreads them over [m, most]. The column after the
         # last stands for "no such category".
@@ -53,19 +66,28 @@ class Ensemble(WorldNet):
             columns[text.start : text.start + text.min_length, 0] = total
         self.columns = Constant(columns)
 
-    def context(self, transition: Transition) -> None:
+    def context(self, transition: Transition) -> Features:
         return None
 
-    def _outputs(self, transition: Transition) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, features: Features, transition: Transition) -> tuple[Tensor, Tensor, Tensor]:
         """Each member's means and raw log-scales [K, N, n] and logits [K, N, m, most], float32, of
         the same rows [N], or of its own rows [K, N].
         """
-        embedded = self.embed(read(transition.observation, transition.action, transition.task))
-        x = F.silu(embedded, inplace=not torch.is_grad_enabled())
+        inputs = read(transition.observation, transition.action, transition.task)
         layers = cast(list[Linear], list(self.hidden))
-        for layer in layers[:-1]:
-            x = F.silu(layer(x))
-        y = self.last(torch.tanh(layers[-1](x))).float()
+        if self.spec.observation.table is None:
+            x = F.silu(self.embed(inputs), inplace=not torch.is_grad_enabled())
+            for layer in layers[:-1]:
+                x = F.silu(layer(x))
+            y = self.last(torch.tanh(layers[-1](x))).float()
+        else:
+            rest, slots, common = self.mixer(inputs, features)
+            x = torch.cat((rest.expand_as(common).unsqueeze(2), slots), 2)
+            for i, layer in enumerate(layers):
+                y = layer(x.flatten(1, 2)).view(x.shape)
+                y = y + common.unsqueeze(2) if i == 0 else y
+                x = F.silu(y) if i + 1 < len(layers) else torch.tanh(y)
+            y = self.outputs(x[:, :, 0], x[:, :, 1:])
         mu, raw, logits = y.split([self.numbers, self.numbers, y.shape[-1] - 2 * self.numbers], -1)
         if self.most:
             logits = F.pad(logits, (0, 1), value=-torch.inf)[..., self.columns(logits)]
@@ -76,7 +98,8 @@ class Ensemble(WorldNet):
     ) -> tuple[Tensor, Tensor | None]:
         lead, n = outcome.observation.numbers.shape[:-1], self.spec.observation.numbers
         now, following = transition.observation.flatten(), outcome.observation.flatten()
-        mu, raw, logits = self._outputs(transition.flatten())
+        flat = None if features is None else features.flatten(0, -2)
+        mu, raw, logits = self._outputs(flat, transition.flatten())
         change = following.numbers - now.numbers
         if self.spec.durations:
             change = torch.cat((change, outcome.duration.reshape(-1, 1)), -1)
@@ -106,7 +129,7 @@ class Ensemble(WorldNet):
         self, features: Features, transition: Transition, base: BaseOut, keys: Tensor
     ) -> Outcome:
         o = self.spec.observation
-        mu, raw, logits = self._outputs(transition)
+        mu, raw, logits = self._outputs(features, transition)
         shift, scale, widening = base.flat(self.spec.durations)
         width = raw.exp() * widening + density.FLOOR * (self.bins(scale) / scale)
         slots = torch.arange(self.numbers + len(o.categories), device=keys.device)
@@ -121,7 +144,7 @@ class Ensemble(WorldNet):
         return self._outcome(transition, change, categories)
 
     def expected(self, features: Features, transition: Transition, base: BaseOut) -> Outcome:
-        mu, _, _ = self._outputs(transition)
+        mu, _, _ = self._outputs(features, transition)
         shift, scale, _ = base.flat(self.spec.durations)
         categories = torch.zeros_like(transition.observation.categories)
         return self._outcome(transition, shift + mu * scale, categories)
@@ -134,7 +157,8 @@ class Ensemble(WorldNet):
     def disagreement(
         self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
-        mu, _, logits = self._outputs(transition.flatten())
+        flat = None if features is None else features.flatten(0, -2)
+        mu, _, logits = self._outputs(flat, transition.flatten())
         return self._spread(mu, logits, base).view(transition.observation.numbers.shape[:-1])
 
     def _spread(self, mu: Tensor, logits: Tensor, base: BaseOut) -> Tensor:

@@ -15,7 +15,7 @@ from mesocosm.model.language.net import TextNet
 from mesocosm.model.language.pretrained import load_pretrained
 from mesocosm.model.language.shape import rung_shape
 from mesocosm.model.net import WorldNet
-from mesocosm.model.sequence import Sequence
+from mesocosm.model.sequence import Sequence, TableSequence
 from mesocosm.model.spec import Spec
 
 
@@ -51,6 +51,9 @@ def build(spec: Spec, config: ModelConfig) -> WorldNet:
     config.
     """
     config.validate()
-    net = NETWORKS[config.family](spec, config)
+    network = NETWORKS[config.family]
+    if config.family == "sequence" and spec.observation.table is not None:
+        network = TableSequence
+    net = network(spec, config)
     assert isinstance(net, WorldNet), "text networks are made by new_text_net"
     return net

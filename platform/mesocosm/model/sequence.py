@@ -16,10 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Scale, slot_order
+from mesocosm.model.ensemble import Ensemble
 from mesocosm.model.ladder import HEAD, dims
-from mesocosm.model.layers import Constant, PartsEmbedding, RMSNorm, TransformerBlock, read
+from mesocosm.model.layers import Constant, Inputs, PartsEmbedding, RMSNorm, TransformerBlock, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.tables import TableMixer
 
 ROPE_BASE = 10000.0
 Rope = tuple[Tensor, Tensor]
@@ -75,23 +77,16 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (wide * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
 
-class Sequence(WorldNet):
-    """A causal transformer over steps with K decoders; `memory` = W = `config.context`."""
+class StepBackbone(WorldNet):
+    """A causal transformer over steps; `memory` = W = `config.context`."""
 
-    def __init__(self, spec: Spec, config: ModelConfig):
-        rung = dims(config.size)
-        d, stack = rung.d_model, rung.backbone
-        super().__init__(spec, config, features=d)
+    def _new_backbone(self, embed: nn.Module, config: ModelConfig) -> None:
+        """`embed`: (o, a, task) to [..., d]."""
+        stack = dims(config.size).backbone
         self.memory = config.context
-        self.embed = PartsEmbedding(spec.observation, spec.action, spec.task, width=d)
+        self.embed = embed
         self.blocks = nn.ModuleList(StepBlock(stack) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0)
-        o = spec.observation
-        order, slots = slot_order(o), o
-        if spec.durations:
-            order = (*order, ("number", o.numbers))
-            slots = replace(o, numbers=o.numbers + 1, bins=(*o.bins, spec.duration_bin))
-        self.decoder = Decoder(slots, order, config, members=config.members, inputs=d)
         columns = torch.arange(self.memory)
         rate = ROPE_BASE ** (torch.arange(0, HEAD, 2) / HEAD)
         angle = (columns.unsqueeze(-1) / rate).repeat(1, 2)[:, None, None]
@@ -146,7 +141,19 @@ class Sequence(WorldNet):
         for layer, block in enumerate(cast(list[StepBlock], list(self.blocks))):
             x = block.columns(x, rope, cache[layer], mask)
 
-    # The next step.
+
+class Sequence(StepBackbone):
+    """A backbone with K decoders of the next step."""
+
+    def __init__(self, spec: Spec, config: ModelConfig):
+        d, o = dims(config.size).d_model, spec.observation
+        super().__init__(spec, config, features=d)
+        self._new_backbone(PartsEmbedding(o, spec.action, spec.task, width=d), config)
+        order, slots = slot_order(o), o
+        if spec.durations:
+            order = (*order, ("number", o.numbers))
+            slots = replace(o, numbers=o.numbers + 1, bins=(*o.bins, spec.duration_bin))
+        self.decoder = Decoder(slots, order, config, members=config.members, inputs=d)
 
     def _decoder_inputs(
         self, transition: Transition, outcome: Outcome
@@ -194,6 +201,34 @@ class Sequence(WorldNet):
         means, probabilities = self.decoder.expected(flat, change, categories, scale, absolute)
         n = self.spec.observation.numbers
         return spread(means[..., :n], probabilities).view(features.shape[:-1])
+
+
+class TableSequence(StepBackbone, Ensemble):
+    """A backbone, and the ensemble's networks over a table's slots, which read its features. Slots
+    are independent given the history.
+    """
+
+    def __init__(self, spec: Spec, config: ModelConfig):
+        d = dims(config.size).d_model
+        Ensemble.__init__(self, spec, config, features=d)
+        self._new_backbone(TableEmbedding(spec, config), config)
+
+    def expected(self, features: Features, transition: Transition, base: BaseOut) -> Outcome:
+        raise NotImplementedError
+
+
+class TableEmbedding(nn.Module):
+    """A step with a table as one token [..., d]."""
+
+    def __init__(self, spec: Spec, config: ModelConfig):
+        super().__init__()
+        stack = dims(config.size).backbone
+        parts = spec.observation, spec.action, spec.task
+        self.mixer = TableMixer(*parts, hidden=stack.d, width=stack.width)
+
+    def forward(self, x: Inputs) -> Tensor:
+        rest, _, common = self.mixer(x)
+        return rest + common
 
 
 def _score_mask(seen: Tensor, like: Tensor) -> Tensor:

@@ -24,6 +24,20 @@ class TextSpan:
 
 
 @dataclass(frozen=True)
+class TableSpan:
+    """The columns of an observation that are a table of N slots."""
+
+    numbers: tuple[tuple[int, ...], ...]
+    """[N][p]: the numbers of each slot"""
+    categories: tuple[tuple[int, ...], ...]
+    """[N][q]: the categories of each slot"""
+    present: int
+    """The place among a slot's q categories of the flag that says whether it holds something"""
+    pointer: int | None
+    """The category of an action that is a slot's number; None where actions point to none"""
+
+
+@dataclass(frozen=True)
 class PartSpec:
     """The slots of an observation, an action or a task: numbers first, then categories."""
 
@@ -36,6 +50,8 @@ class PartSpec:
     """The normalised position of zero for each integer number, whose values lie whole bins from
     there; None for another number; empty if no number is an integer.
     """
+    table: TableSpan | None = None
+    """Columns whose slots share their weights."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,13 @@ class Spec:
     terminal_rate: float = 0.0  # fraction of the training transitions that terminate
 
     def to_json(self) -> dict[str, Any]:
-        plain = asdict(self)
+        values = asdict(self)
         if not self.duration_log:  # worlds are older than this field
-            del plain["duration_log"]
-        return plain
+            del values["duration_log"]
+        for name in ("observation", "action", "task"):
+            if values[name]["table"] is None:
+                del values[name]["table"]
+        return values
 
     def seconds(self, duration: Tensor) -> Tensor:
         """Normalised durations as seconds."""
@@ -85,7 +104,11 @@ class Spec:
             part: dict[str, Any] = {"grid": (), **data[name]}
             part["texts"] = [TextSpan(**text) for text in part["texts"]]
             lists = {key: tuple(part[key]) for key in ("bins", "categories", "texts", "grid")}
-            values[name] = PartSpec(part["numbers"], **lists)
+            table = part.get("table")
+            if table is not None:
+                rows = {key: tuple(map(tuple, table[key])) for key in ("numbers", "categories")}
+                table = TableSpan(**{**table, **rows})
+            values[name] = PartSpec(part["numbers"], **lists, table=table)
         if values["reward_values"] is not None:
             values["reward_values"] = tuple(values["reward_values"])
         return Spec(**values)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mesocosm.model.base import Base
 from mesocosm.model.net import BaseOut, Features, WorldNet, apply_base, unroll
 from mesocosm.model.spec import Outcome, Transition, Windows
+from mesocosm.model.tables import pooled
 
 LOW, HIGH = math.log(1 / 16), math.log(256)
 """The range of the factors' logarithms."""
@@ -52,6 +53,7 @@ def fit(net: WorldNet, base: Base, batches: Iterable[tuple[Windows, bool]]) -> i
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         slope = sum((_slope(net, batch, middle) for batch in judged), torch.zeros_like(low))
+        slope = pooled(slope, net.spec.observation.table)
         finite &= torch.isfinite(slope)
         high, low = torch.where(slope > 0, middle, high), torch.where(slope > 0, low, middle)
     base.widening.copy_(torch.where(finite, ((low + high) / 2).exp(), 1.0))

@@ -18,6 +18,7 @@ from mesocosm.datasets import masks
 from mesocosm.datasets.masks import MASK, has_mask, mask_of
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError
+from mesocosm.policies.attention import TableNetwork
 from mesocosm.policies.heads import (
     ActionMap,
     batch_size,
@@ -92,15 +93,20 @@ class Layout:
     """Atoms of a value distribution (C51) over [v_min, v_max]; 1 for expected values."""
     v_min: float = 0.0
     v_max: float = 0.0
+    table_width: int = 0
+    """Width of an `attention.TableNetwork`, which replaces the layers; 0 for none."""
 
 
 class Network(nn.Module):
     """Flat observations [B, n] float32 to outputs [B, m], in the form of the layout's head."""
 
-    def __init__(self, layout: Layout, actions: int, mask: tuple[int, int] | None = None):
-        """`mask`: the columns of the observations' action mask (`heads.mask_columns`)."""
+    def __init__(self, layout: Layout, observation: gym.Space[Any], action: gym.Space[Any]):
         super().__init__()
-        self.layout, self.actions, self.mask = layout, actions, mask
+        self.layout, self.mask = layout, mask_columns(observation)
+        counts = ActionMap(action, has_mask(observation)).counts
+        self.actions = counts[0] if counts else 0
+        width = layout.table_width
+        self.table = TableNetwork(observation, action, width) if width else None
         self.trunk = sequential(layout.trunk)
         self.advantage = sequential(layout.advantage)
         self.value = sequential(layout.value)
@@ -108,13 +114,15 @@ class Network(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(size)) if size else None
 
     def forward(self, observations: Tensor) -> Tensor:
+        if self.table is not None:
+            return self._masked(self.table(observations)[0], observations)
         out = self.trunk(observations)
         value = self.value(out) if self.layout.value else None
         out = self.advantage(out)
         if self.layout.head == "values":
             out = self._values(out, value)
         if self.mask is not None:  # its actions are discrete
-            return masked(out, observations[:, slice(*self.mask)])
+            return self._masked(out, observations)
         if self.log_std is not None:
             out = torch.cat([out, self.log_std.expand(len(out), -1)], dim=-1)
         clip = self.layout.log_std_clip
@@ -122,6 +130,9 @@ class Network(nn.Module):
             mean, log_std = out.chunk(2, dim=-1)
             out = torch.cat([mean, log_std.clamp(-clip, clip)], dim=-1)
         return out
+
+    def _masked(self, out: Tensor, observations: Tensor) -> Tensor:
+        return out if self.mask is None else masked(out, observations[:, slice(*self.mask)])
 
     def _values(self, out: Tensor, value: Tensor | None) -> Tensor:
         if self.layout.atoms == 1:
@@ -215,8 +226,7 @@ class Policy:
         # The initial weights are replaced. Without the fork an export would change the random
         # state of the training that it interrupts.
         with torch.random.fork_rng([]):
-            actions = self.map.counts[0] if self.map.counts else 0
-            self.network = Network(layout, actions, mask_columns(observation_space))
+            self.network = Network(layout, observation_space, action_space)
 
     @torch.no_grad()
     def outputs(self, observations: Any) -> Tensor:
@@ -264,12 +274,15 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write policy.json and policy.safetensors into an existing folder."""
+        network = asdict(self.layout)
+        if not self.layout.table_width:  # as policies without a table were written before
+            del network["table_width"]
         description = {
             "schema": SCHEMA,
             "algo": self.algo,
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
-            "network": asdict(self.layout),
+            "network": network,
             "epsilon": self.epsilon,
         }
         (folder / POLICY_JSON).write_text(json.dumps(description, indent=1))

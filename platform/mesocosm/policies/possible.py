@@ -14,7 +14,7 @@ LEAST_CHANCE = 1e-6
 
 
 class PossibleActions:
-    """What the masks of observations allow. Without a mask everything stays as it is."""
+    """The masks of observations. Without a mask, all actions stay as they are."""
 
     def __init__(self, mask: slice | None, counts: Tensor):
         """A mask in a world's parts.

@@ -15,9 +15,10 @@ from mesocosm.policies.policy import Policy, describe, save_weights, sequential
 
 VALUE_JSON, VALUE_WEIGHTS = "value.json", "value.safetensors"
 SCHEMA = 1
-ValueKind = Literal["state", "state_action", "actions", "policy"]
+ValueKind = Literal["state", "state_action", "actions", "policy", "table"]
 """The inputs and outputs of the networks: V(o); Q(o, a) of a head action in [-1, 1]; Q(o, .) of all
-discrete actions; or none, as the policy's own outputs are action values.
+discrete actions; or none, as the policy's own outputs are action values, or its network over a
+table gives V(o), too.
 """
 
 
@@ -46,6 +47,8 @@ class ValueFunction:
         """
         if self.kind == "policy":
             return cast(Tensor, policy.network(observations).amax(-1))
+        if self.kind == "table":
+            return cast(Tensor, policy.network.table(observations)[1])  # type: ignore[misc]
         inputs = observations
         if self.kind == "state_action":
             mean = policy.network(observations).chunk(2, -1)[0]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
-from mesocosm.data.loading.groups import mask_span
+from mesocosm.data.loading.groups import mask_span, table_span
 from mesocosm.data.loading.normalize import SHORTEST_S, Scaling, integer_columns, statistics
 from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
@@ -122,11 +122,12 @@ class Codec:
             texts = columns.texts(observation)
             return PartSpec(len(columns.numbers), scaling.bins(), categories, texts, grid)
 
+        table = table_span(observation, action, self._body.numbers, self._body.categories)
         task = part(self._task, self._task_scaling)
         rest, values = dict(self._rest), self._rest["reward_values"]
         rest["reward_values"] = None if values is None else tuple(values)
         return Spec(
-            observation=part(self._body, self._body_scaling),
+            observation=replace(part(self._body, self._body_scaling), table=table),
             action=PartSpec(
                 action.numbers,
                 self._scalings["action"].bins(),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mesocosm.data.loading.groups import number_groups
 from mesocosm.datasets.dataset import Chunk, Dataset
 from mesocosm.datasets.spaces import SpaceCodec, first_beyond_float32
 from mesocosm.errors import UsageError
@@ -128,6 +129,16 @@ class Moments:
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
+    def pool(self, groups: Array) -> None:
+        """Give the columns of each group [p, N] the moments of all its columns together; each has
+        as many rows as the others.
+        """
+        for group in groups:
+            mean = self.mean[group].mean()
+            apart = self.count * (self.mean[group] - mean) ** 2
+            self.squares[group] = (self.squares[group] + apart).mean()
+            self.mean[group] = mean
+
     @property
     def std(self) -> Array:
         return np.sqrt(self.squares / np.maximum(self.count, 1))
@@ -181,6 +192,9 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
         moments.setdefault("duration", Moments(1))
         moments["options"] = Moments(len(dataset.options))
         moments["options"].add(dataset.option_numbers[episodes])
+    groups = number_groups(observation, action)
+    for moments in (every, first):
+        moments["observation"].pool(groups)
     integers = {"observation": integer_columns(observation), "action": integer_columns(action)}
     scalings = {name: Scaling.of(every[name], first[name], integers.get(name)) for name in every}
     spec: dict[str, Any] = {

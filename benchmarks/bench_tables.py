@@ -1,0 +1,179 @@
+"""`python benchmarks/bench_tables.py`: real steps that weights shared over a table's slots save.
+
+Worlds of `mesocosm.envs.items:Items` learn from so many real steps of a noisy script, once with its
+table and once from the same columns without one, in equal CPU seconds of training. Each keeps the
+weights that predict the validation split best. Printed for new episodes: the nats of an observation
+a transition, the share of predicted observations of which every category is right (the likeliest
+one), and of submissions whose reward is predicted right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from gymnasium.spaces import Dict
+
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.episode import run_episode
+from mesocosm.envs.items import Items, expert
+from mesocosm.model import mup
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import build
+from mesocosm.model.heads import head_inputs
+from mesocosm.model.net import WorldNet, apply_base, unroll
+from mesocosm.model.spec import Windows
+from mesocosm.policies.behaviours import NoisyActions
+from mesocosm.train.prepare import fitted_base
+
+STEPS = (250, 1000, 4000)
+WINDOW, BATCH, EVERY = 4, 32, 20
+"""Transitions of a window, windows of a batch, and training steps between two looks at the
+validation split.
+"""
+
+
+class FlatItems(Items):
+    """The same environment whose table has another name for `present`, and is none."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        spaces = dict(self.observation_space.spaces)
+        items = dict(spaces["items"].spaces)  # type: ignore[attr-defined]
+        items["here"] = items.pop("present")
+        self.observation_space = Dict(spaces | {"items": Dict(items)})
+
+    def _observation(self) -> dict[str, Any]:
+        observation = super()._observation()
+        items = observation["items"]
+        items["here"] = items.pop("present")
+        return observation
+
+
+KINDS: dict[str, type[Items]] = {"table": Items, "flat": FlatItems}
+
+
+def scripted(observation: Any, rng: np.random.Generator) -> Any:
+    """The expert, in both environments."""
+    items = observation["items"]
+    present = items["present"] if "present" in items else items["here"]
+    return expert(observation | {"items": items | {"present": present}}, rng)
+
+
+def episodes(env: Items, steps: int, first: int) -> list[Episode]:
+    """At least `steps` transitions of a script with a third of random actions."""
+    act = NoisyActions(scripted, env.action_space, 1 / 3)
+    done: list[Episode] = []
+    while sum(map(len, done)) < steps:
+        k = first + len(done)
+        config: Any = {"max_steps": None, "config": RealityConfig(env="items")}
+        done.append(run_episode(env, act, k=k, seed=0, behaviour="script", **config))
+    return done
+
+
+def dataset(folder: Path, env: Items, rows: list[Episode], valid: float) -> Dataset:
+    write_dataset(
+        folder,
+        rows,
+        id=folder.name,
+        environment=Environment(id="items", max_episode_steps=env.steps),
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        seed=0,
+        valid_fraction=valid,
+    )
+    return Dataset([folder])
+
+
+def nats(net: WorldNet, base: Any, batches: list[Windows]) -> float:
+    with torch.no_grad():
+        losses = [net(windows, apply_base(base, windows)) for windows in batches]
+    total = sum(float(loss.nats["dynamics"]) for loss in losses)
+    return total / sum(float(loss.transitions) for loss in losses)
+
+
+def right(net: Any, base: Any, batches: list[Windows]) -> tuple[float, float]:
+    """The shares of right observations and of right rewards of submissions."""
+    hits, ends = [], []
+    with torch.no_grad():
+        for windows in batches:
+            transition, outcome = unroll(windows)
+            mask = windows.mask.flatten()
+            _, _, logits = net._outputs(None, transition.flatten())
+            likeliest = logits.softmax(-1).mean(0).argmax(-1)
+            same = (likeliest == outcome.observation.categories.flatten(0, 1)).all(-1)
+            hits.append(same[mask])
+            outputs = base.reward(head_inputs(transition, outcome.observation))
+            rewards = outputs.softmax(-1).mean(0).argmax(-1) == windows.reward.flatten()
+            submitted = mask & (windows.action.categories[..., 0].flatten() == 1)
+            ends.append(rewards[submitted])
+    return tuple(float(torch.cat(x).float().mean()) for x in (hits, ends))  # type: ignore[return-value]
+
+
+def measured(env: Items, steps: int, seed: int, seconds: float, folder: Path) -> list[float]:
+    """(nats, right observations, right rewards, steps, CPU seconds of the heads)."""
+    name = type(env).__name__
+    rows = episodes(env, steps, 10_000 * (seed + 1))
+    data = dataset(folder / f"{name}-{steps}-{seed}", env, rows, 0.2)
+    codec = Codec.fit(data)
+    model = ModelConfig(family="ensemble", size="30k", members=2, context=WINDOW, head_steps=800)
+    began = time.process_time()
+    base = fitted_base(data, codec, model, seed)
+    heads = time.process_time() - began
+    net = build(codec.spec, model)
+    mup.init_(net, seed)
+    optimizer = torch.optim.AdamW(mup.param_groups(net, 3e-3, 0.01), betas=(0.9, 0.99), fused=True)
+    loader = Loader(data, codec, "train", WINDOW, BATCH, seed)
+    valid = [Loader(data, codec, "valid", WINDOW, 64, seed).batch(i) for i in range(2)]
+    best, weights, spent, step = np.inf, None, 0.0, 0
+    while spent < seconds:
+        began = time.process_time()
+        for _ in range(EVERY):
+            windows = loader.batch(step)
+            optimizer.zero_grad()
+            net(windows, apply_base(base, windows)).objective.backward()
+            optimizer.step()
+            step += 1
+        spent += time.process_time() - began
+        if (now := nats(net, base, valid)) < best:
+            best, weights = now, copy.deepcopy(net.state_dict())
+    assert weights is not None
+    net.load_state_dict(weights)
+    test = dataset(folder / f"{name}-{steps}-{seed}-new", env, episodes(env, 1500, 0), 0.99)
+    batches = [Loader(test, codec, "valid", WINDOW, 64, 0).batch(i) for i in range(5)]
+    return [nats(net, base, batches), *right(net, base, batches), step, heads]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, nargs="*", default=list(STEPS))
+    parser.add_argument("--worlds", nargs="*", choices=KINDS, default=list(KINDS))
+    args = parser.parse_args()
+    print("real steps | world | nats | right observations | right rewards | training steps")
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in args.steps:
+            for kind in [KINDS[name] for name in args.worlds]:
+                env, where = kind(slots=args.slots), Path(folder)
+                rows = [measured(env, steps, s, args.seconds, where) for s in range(args.seeds)]
+                for row in rows:
+                    print(steps, kind.__name__, *(f"{x:.3g}" for x in row), sep=" | ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Element tables: a Dict in an observation whose entries are columns over shared slots.
+
+Every leaf of the entry has the same leading dimension N, its slots, and the leaf `present`, a
+MultiBinary(N), says which slots hold something. An action points to a slot where its last component
+has N values; an action mask is then a column of the table, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mesocosm.datasets.masks import MASK, counts, has_mask
+from mesocosm.errors import UsageError
+
+PRESENT = "present"
+Space = gymnasium.Space[Any]
+
+
+@dataclass(frozen=True)
+class ElementTable:
+    """The table of an observation."""
+
+    key: str
+    slots: int
+    pointer: bool
+    """True if the last component of an action points to a slot."""
+
+
+def table_of(observation: Space, action: Space) -> ElementTable | None:
+    """The table of an observation; None without one.
+
+    Raises:
+        UsageError: There are two tables, or a leaf of one does not have its slots.
+    """
+    if not isinstance(observation, spaces.Dict):
+        return None
+    keys = [key for key, entry in observation.items() if _is_table(entry)]
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise UsageError(
+            f"an observation may have one table (a Dict with the leaf {PRESENT!r}), got"
+            f" {' and '.join(keys)}; join them, or rename the leaf"
+        )
+    entry: Any = observation[keys[0]]
+    slots = int(entry[PRESENT].shape[0])
+    for name, leaf in entry.items():
+        _check(f"observation.{keys[0]}.{name}", leaf, slots)
+    pointer = isinstance(action, spaces.Discrete | spaces.MultiDiscrete)
+    return ElementTable(keys[0], slots, pointer and counts(action)[-1] == slots)
+
+
+def _is_table(space: Space) -> bool:
+    if not isinstance(space, spaces.Dict) or PRESENT not in space.spaces:
+        return False
+    present = space[PRESENT]
+    return isinstance(present, spaces.MultiBinary) and len(present.shape) == 1
+
+
+def _check(name: str, leaf: Any, slots: int) -> None:
+    kinds = spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete
+    if not isinstance(leaf, kinds) or not leaf.shape or leaf.shape[0] != slots:
+        raise UsageError(
+            f"{name} must have the leading dimension {slots} of {PRESENT!r}, the table's slots, got"
+            f" {leaf}; move it out of the table"
+        )
+    if isinstance(leaf, spaces.MultiDiscrete):
+        values = leaf.nvec.reshape(slots, -1)
+        if (values != values[0]).any():
+            raise UsageError(
+                f"{name} must have as many values in every slot, got {leaf}; use the most of any"
+            )
+
+
+def slot_columns(columns: slice, slots: int, mask: bool = False) -> NDArray[np.int64]:
+    """[N, w]: the columns of each slot.
+
+    Args:
+        columns: Of a leaf [N, ...], or of an action mask, whose slots come last.
+        slots: N.
+        mask: True for a mask.
+    """
+    flat = np.arange(columns.start, columns.stop, dtype=np.int64)
+    return flat.reshape(-1, slots).T if mask else flat.reshape(slots, -1)
+
+
+def masks_slots(observation: Space, table: ElementTable) -> bool:
+    """True if the action mask is a column of the table."""
+    return table.pointer and has_mask(observation) and table.key != MASK
