@@ -130,6 +130,15 @@ def test_dict_observations_durations_and_success(user_module: None) -> None:
         make_env(reality("Reach", task=["gaol"]))
 
 
+def test_an_option_may_have_the_name_of_a_key_with_its_value(user_module: None) -> None:
+    goal = {"task": ["goal"], "task_options": {"goal": DrawnOption(low=-0.5, high=0.5)}}
+    done = episode(reality("Aimed", **goal), max_steps=None)
+    np.testing.assert_allclose(done.observations[-1]["goal"], done.task["goal"], rtol=1e-6)
+    env = make_env(reality("Aimed", kwargs={"off": 0.1}, **goal))
+    with pytest.raises(MesocosmError, match=r"task_options\.goal is 0\.2.* must have the same"):
+        env.reset(seed=0, options={"goal": 0.2})
+
+
 def test_reset_options_are_drawn_by_seed_and_episode(user_module: None) -> None:
     wind, side = DrawnOption(low=-0.1, high=0.1), DrawnOption(choices=["east", "west"])
     task = {"task": ["wind", "side"], "task_options": {"wind": wind, "side": side}}

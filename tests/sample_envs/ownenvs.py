@@ -180,6 +180,20 @@ class Windy(Line):
         return super().step(action)
 
 
+class Aimed(Reach):
+    """Takes the reset option goal, and observes it, `off` beside it."""
+
+    def __init__(self, off: float = 0.0):
+        super().__init__()
+        self.off = off
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        observation, info = super().reset(seed=seed)
+        assert options is not None
+        self.goal = np.array([options["goal"] + self.off], np.float32)
+        return observation | {"goal": self.goal}, info
+
+
 def make_line(**kwargs: Any) -> gymnasium.Env:
     return gymnasium.wrappers.TimeLimit(Line(**kwargs), 7)
 

@@ -24,6 +24,7 @@ from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.envs.masked import MaskedEnv
 from mesocosm.envs.remote import PREFIX, RemoteEnv
+from mesocosm.envs.shared_names import SharedNames
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.store.files import cache_folder, make_folder, write_whole
 from mesocosm.user_code import import_module, one_line, source_hash
@@ -81,7 +82,9 @@ def make_env(config: RealityConfig) -> Env:
             f"{setting} cannot be made with reality.kwargs={dict(config.kwargs)!r}"
             f" ({type(error).__name__}: {one_line(error)}); correct them"
         ) from error
-    task_keys(config, env.observation_space)
+    keys = task_keys(config, env.observation_space)
+    if shared := [name for name in keys if name in config.task_options]:
+        env = SharedNames(env, shared)
     if has_mask(env.observation_space):
         env = MaskedEnv(env)
     return Clipped(env) if config.bounds == "clip" else env
@@ -227,15 +230,11 @@ def _version(kind: type) -> str:
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
     """The names of `reality.task` that are keys of the observation (dotted where nested).
 
-    The other names are reset options. Raises UsageError on a name that is neither.
+    The other names are reset options. A name may be both, with one value (`SharedNames`). Raises
+    UsageError on a name that is neither.
     """
     keys = _keys(observation_space)
     for name in config.task:
-        if name in keys and name in config.task_options:
-            raise UsageError(
-                f"reality.task_options.{name} is drawn, and {name!r} is a key of the observation"
-                " too; rename the option, or remove it"
-            )
         if name not in keys and name not in config.task_options:
             raise UsageError(
                 f"reality.task names {name!r}, which is no key of the observation (it has {keys})"
