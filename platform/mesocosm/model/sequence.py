@@ -7,7 +7,7 @@ the duration). RMSNorm, RoPE, SwiGLU and SDPA.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +207,8 @@ class TableSequence(StepBackbone, Ensemble):
     """A backbone, and the ensemble's networks over a table's slots, which read its features. Slots
     are independent given the history.
     """
+
+    embed: Any
 
     def __init__(self, spec: Spec, config: ModelConfig):
         d = dims(config.size).d_model

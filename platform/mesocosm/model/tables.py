@@ -34,7 +34,8 @@ class TableView:
         self.slots, self.pointed = len(table.categories), table.pointer is not None
         numbers: list[list[int]] = [[] for _ in range(self.slots)]
         categories: list[list[int]] = [[] for _ in range(self.slots)]
-        rest_numbers, rest_categories, cardinalities = [], [], []
+        rest_numbers, rest_categories = list[int](), list[int]()
+        cardinalities: list[int] = []
         first_number = first_category = 0
         pointer = -1
         for i, part in enumerate(parts):
