@@ -16,14 +16,15 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
 from ray.rllib.utils.spaces.space_utils import unsquash_action
+from safetensors.torch import load_file
 
-from mesocosm.agents import learners, rllib
+from mesocosm.agents import export, learners, rllib
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
-from mesocosm.policies.policy import Policy, RandomPolicy
+from mesocosm.policies.policy import TRAINING_STATE, Policy, RandomPolicy
 from mesocosm.policies.value import ValueFunction
 
 
@@ -106,7 +107,8 @@ def test_export_acts_as_rllib(
             parameter.add_(torch.randn(parameter.shape, generator=seed) * 0.5)
         learner_module = learners.learner_of(algorithm).module["default_policy"]
         learner_module.load_state_dict(module.state_dict(), strict=False)
-        rllib.export(algorithm, (OBSERVATION, action_space)).save(tmp_path)
+        made = rllib.export(algorithm, learners.module_of(algorithm), (OBSERVATION, action_space))
+        made.save(tmp_path)
         policy = Policy.load(tmp_path)
 
         observations = batch_of(OBSERVATION, 200)
@@ -251,6 +253,23 @@ def test_random_policy_fills_the_space() -> None:
     np.testing.assert_array_equal(actions["a"], again["a"])
 
 
+def test_an_agent_is_saved_from_one_copy_of_its_module(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Remote learners send it whole each time."""
+    with built(Bandit(OBSERVATION, DISCRETE), "PPO", tmp_path / "rllib") as algorithm:
+        module, asked = learners.module_of(algorithm), []
+        monkeypatch.setattr(export, "module_of", lambda each: asked.append(each) or module)
+        for place in (learners, rllib):
+            monkeypatch.setattr(place, "on_learners", None)
+        export.save_agent(algorithm, (OBSERVATION, DISCRETE), tmp_path / "agent")
+        expected = learners.weights_of(learners.learner_of(algorithm))
+    assert asked == [algorithm]
+    saved = load_file(tmp_path / "agent" / TRAINING_STATE)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_folder_without_a_policy(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no policy"):
         Policy.load(tmp_path)
@@ -258,7 +277,7 @@ def test_a_folder_without_a_policy(tmp_path: Path) -> None:
 
 def test_torch_export_gives_the_networks_outputs(ray_local: None, tmp_path: Path) -> None:
     with built(Bandit(OBSERVATION, DISCRETE), "DQN", tmp_path / "rllib") as algorithm:
-        policy = rllib.export(algorithm, (OBSERVATION, DISCRETE))
+        policy = rllib.export(algorithm, learners.module_of(algorithm), (OBSERVATION, DISCRETE))
     policy.export_torch(tmp_path / "policy.pt2")
     observations = batch_of(OBSERVATION, 5)
     network = torch.export.load(tmp_path / "policy.pt2").module()

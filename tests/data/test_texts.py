@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from gymnasium import spaces
 
 from mesocosm.data.collecting.config import CollectConfig
@@ -20,11 +22,16 @@ from mesocosm.data.loading.texts import TextCodec, text_episodes
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec, shown_space
+from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.jobs.pretrain import JOB
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import new_text_net
+from mesocosm.model.language.world import TextWorld
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.config import PretrainConfig
+from mesocosm.train.texts import TextCorpus
 
 from .reality import config
 
@@ -91,6 +98,41 @@ def test_short_texts_are_slots_for_models(
         assert set(shown) <= set(words)
         acted = codec.decode_action(windows.action.flatten())
         assert set(acted) <= {"a", "", "日", "b"}
+
+
+def test_the_window_holds_the_longest_action_before_the_longest_observation(write: Write) -> None:
+    """Training reads each logged step alone; a world may answer any action with a long text, and
+    would otherwise refuse a logged action.
+    """
+    pytest.importorskip("tokenizers")
+    long = "0123:D" * 20
+    episodes = [episode(["a", "b", long], [long, "b"], k) for k in range(8)]
+    dataset = Dataset([write(episodes, observation_space=LONG, action_space=LONG)])
+    model = ModelConfig("language", "10k", members=1, context=4096, vocabulary=259)
+    corpus = TextCorpus.fit(dataset, model)
+    assert corpus.longest == 121 and corpus.longest_step == 242, "a token a byte, and the marks"
+    needed = corpus.longest_start + corpus.longest_step
+    with pytest.raises(UsageError, match=f"model.context must be >= {needed} tokens .* action"):
+        TextCorpus.fit(dataset, replace(model, context=needed - 1))
+    TextCorpus.fit(dataset, replace(model, context=needed))
+    net = new_text_net(corpus.spec, model)
+    sizes: Any = {"longest": corpus.longest, "longest_start": corpus.longest_start}
+    world = TextWorld(net, corpus.tokenizer, window=needed, **sizes)
+    carry = world.begin([""], ["a"], torch.zeros(1, dtype=torch.int64))
+    world.require_room(carry, [long])
+
+
+def test_noisy_logs_of_chores_hold_no_long_step(collect: Collect, tmp_path: Path) -> None:
+    """Random commands are candidates, or made of words of the texts: never drawn characters."""
+    expert = "mesocosm.envs.text.chores_policies:ChoresExpert"
+    behaviours = [BehaviourConfig("noisy", noise=noise, function=expert) for noise in (1.0, 0.4)]
+    reality = RealityConfig(env="mesocosm.envs.text:Chores-v0")
+    logs = CollectConfig(reality=reality, steps=400, behaviours=behaviours, workers=0)
+    logs.storage.root = str(tmp_path)
+    dataset = Dataset([collect(logs).path])
+    episodes = list(text_episodes(dataset, TextCodec.fit(dataset)))
+    assert max(len(action) for e in episodes for action in e.actions) <= 40
+    assert max(len(text) for e in episodes for text in e.observations) <= 240
 
 
 def test_a_text_that_is_too_long_for_slots_is_refused_in_one_sentence(write: Write) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -246,11 +245,10 @@ def test_a_world_may_name_it() -> None:
     """It needs no confirmation, as programs of others do."""
     known = {"id": "mesocosm.envs.text:Chores-v0", "kwargs": {"easy": True}, "task": [],
              "max_episode_steps": 20, "success": None}  # fmt: skip
-    codec: Any = SimpleNamespace(environment=known)
-    assert reality_of(RealityConfig(), codec).kwargs == {"easy": True}
+    assert reality_of(RealityConfig(), known).kwargs == {"easy": True}
     known["id"] = "mesocosm.envs.text.adapters:TextWorldGames"
     with pytest.raises(UsageError, match="is a program"):
-        reality_of(RealityConfig(), codec)
+        reality_of(RealityConfig(), known)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])

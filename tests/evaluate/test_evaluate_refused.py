@@ -113,7 +113,7 @@ def test_the_environment_of_a_world_may_have_an_earlier_module_name(lab: Lab) ->
     path = lab.storage.artifact("worlds", "w0").path
     codec = Codec.from_json(json.loads((path / "codec.json").read_text()))
     codec.environment["id"] = "mesocosm.reality.domains:reacher"
-    assert reality_of(RealityConfig(), codec).env == "mesocosm.reality.domains:reacher"
+    assert reality_of(RealityConfig(), codec.environment).env == "mesocosm.reality.domains:reacher"
 
 
 def test_the_config_is_read_from_the_command_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ pytest.importorskip("tokenizers")
 
 from mesocosm import config
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import facts_of
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.text_world import check_text_config, likelihood
@@ -20,6 +23,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import new_text_net
 from mesocosm.model.language.world import TextWorld
 from mesocosm.model.mup import init_
+from mesocosm.policies.candidates import CandidateShape, load_source
+from mesocosm.policies.scorer import CandidatePolicy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.texts import TextCorpus
@@ -92,6 +97,28 @@ def test_policies_are_compared_in_the_world_and_in_reality(root: Path) -> None:
     values = summary["policy_value"]
     assert len(values["policies"]) == 3 and all(row["held_out"] for row in values["policies"])
     assert values["real_steps"] > 0 and values["ranking"]["policies"] == 3
+
+
+def test_candidates_of_other_code_are_another_evaluation(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent's id has its weights; the function that lists its candidates runs as it is now."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "commands_1.py").write_text("def candidates(first, text):\n    return ['look']\n")
+    source, storage = load_source("commands_1:candidates"), Storage(str(root))
+    spaces: Any = facts_of(RealityConfig(env="mesocosm.envs.text:ChoresEasy-v0")).spaces
+    agent = CandidatePolicy("PPO", *spaces, source, CandidateShape(candidates=4))
+    storage.make("agents", "cc01", {"inputs": {}, "config": {}}, agent.save)
+    noisy = [f'{{kind: noisy, noise: {k / 4}, function: "{EXPERT}"}}' for k in (1, 2, 3)]
+    trained = f"policies=[{', '.join([*noisy, '{kind: trained, policy: cc01}'])}]"
+    for words in (["agent=cc01"], [trained]):
+        keys = [f"storage.root={root}", "world=w0", *words]
+        ids = []
+        for commands in ("['look']", "['look', 'go to table']"):
+            code = f"def candidates(first, text):\n    return {commands}\n"
+            (tmp_path / "commands_1.py").write_text(code)
+            ids.append(JOB.resolve(config.load(EvaluateConfig, overrides=keys), storage).id)
+        assert ids[0] != ids[1]
 
 
 def test_the_adversary_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, head_spaces
 from mesocosm.agents.rllib import check
-from mesocosm.config import identity
+from mesocosm.config import identity, load
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of, make_env
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.judge import judge, policy_identity
+from mesocosm.jobs.collect import JOB as COLLECT
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.candidates import (
@@ -185,6 +188,11 @@ def test_a_saved_policy_acts_alike(tmp_path: Path) -> None:
     rng = np.random.default_rng
     assert loaded.act(texts, True, rng(0)) == made.act(texts, True, rng(0)) != made.act(texts)
     assert policy_identity(loaded) == policy_identity(made) != policy_identity(made.noisy(0.5))
+    others = (policy("infos"), policy())
+    others[1].shape = replace(SHAPE, words=12)
+    for other in others:
+        other.network = loaded.network
+        assert policy_identity(other) != policy_identity(loaded), "the weights alone are the same"
 
 
 def test_noise_draws_candidates() -> None:
@@ -221,6 +229,24 @@ def test_it_is_judged_collects_and_is_graded(root: str) -> None:
     assert isinstance(named.policy, CandidatePolicy) and named.policy.noise == 0.1
     (agent,) = policy_set.snapshots(storage.artifact("agents", "aa01"), storage)
     assert isinstance(policy_set.graded(agent.policy, spaces[1], 0.3).policy, CandidatePolicy)
+
+
+def test_candidates_of_other_code_collect_another_dataset(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my_commands.py"
+    file.write_text("def candidates(first, text):\n    return ['look']\n")
+    storage = Storage(root)
+    made = policy("my_commands:candidates")
+    storage.make("agents", "cc01", {"inputs": {}, "config": {}}, made.save)
+    words = ["reality.env=mesocosm.envs.text:ChoresEasy-v0", "steps=10", f"storage.root={root}"]
+    words.append("behaviours=[{kind: trained, policy: cc01}]")
+    ids = []
+    for commands in ("['look']", "['look', 'go to table']"):
+        file.write_text(f"def candidates(first, text):\n    return {commands}\n")
+        ids.append(COLLECT.resolve(load(CollectConfig, [], words), storage).id)
+    assert ids[0] != ids[1]
 
 
 def test_the_environment_of_rllib_forgets_where_episodes_end() -> None:

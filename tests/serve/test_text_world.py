@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -18,29 +19,36 @@ pytest.importorskip("tokenizers")
 
 from model.language.nets import small
 
+from mesocosm.data.loading.text_batch import TextBatchCodec
 from mesocosm.data.loading.texts import TextCodec
+from mesocosm.datasets.manifest import ResetOption
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.language.net import TextNet
 from mesocosm.model.language.session import Texts
 from mesocosm.model.language.tokenizer import TextTokenizer
 from mesocosm.model.language.world import TextWorld
 from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.serve import session as session_module
+from mesocosm.serve import text_memory
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions
-from mesocosm.serve.text_session import MOST, TextEngine
+from mesocosm.serve.text_memory import cache_bytes
+from mesocosm.serve.text_session import DRAWS, MOST, TextEngine
 
 TEXT = spaces.Text(400, min_length=0, charset="abcdefghijklmnopqrstuvwxyz .")
 REST = {"reward_values": [0.0, 0.2, 1.0], "terminal_rate": 0.05}
 WORDS = ["you see a mug.", "you see a pen.", "take mug", "look", "go to table"]
 
 
-def text_world(observation: Any = TEXT, window: int = 128, members: int = 1) -> TextWorld:
+def text_world(
+    observation: Any = TEXT, window: int = 128, members: int = 1, options: Any = ()
+) -> TextWorld:
     """A small world with random weights."""
     tokenizer = TextTokenizer.train(WORDS, 300)
     backbone = small("100k", tokenizer.size, members, 2 if members > 1 else 0)
     environment = {"id": "mesocosm.envs.text:Chores-v0", "task": [], "max_episode_steps": 20}
-    codec = TextCodec(observation, TEXT, environment, [], {}, REST)
+    codec = TextCodec(observation, TEXT, environment, options, {}, REST)
     spec = Spec(PartSpec(), PartSpec(), reward_values=(0.0, 0.2, 1.0), terminal_rate=0.05)
     net = TextNet(backbone, spec)
     sizes: Any = {"window": window, "longest": 12, "longest_start": 16, "codec": codec.to_json()}
@@ -223,11 +231,175 @@ def test_a_text_that_is_no_observation_ends_the_episode() -> None:
     assert after["say"] == observation["say"], "the last observation that could be read"
 
 
-def test_a_generated_start_that_is_no_observation() -> None:
-    space = spaces.Dict({"say": TEXT, "count": spaces.Discrete(3)})
-    env = WorldVectorEnv(1, text_world(space))
-    with pytest.raises(MesocosmError, match="a text that is no observation of its space"):
+GOOD, BAD = 'you see a mug.\n{"count": 1}', 'you see a mug.\n{"count": 1'
+COUNTED = spaces.Dict({"say": TEXT, "count": spaces.Discrete(3)})
+
+
+def drawing(world: TextWorld, good: Callable[[int], bool], bad: str = BAD) -> list[int]:
+    """Let the world draw `GOOD` for the keys of `good` and `bad` for the others. The keys."""
+    keys: list[int] = []
+
+    def sample_start(drawn: torch.Tensor) -> tuple[list[str], list[str]]:
+        keys.extend(drawn.tolist())
+        return [""] * len(drawn), [GOOD if good(key) else bad for key in drawn.tolist()]
+
+    world.sample_start = sample_start  # type: ignore[method-assign]
+    return keys
+
+
+@pytest.mark.parametrize("bad", [BAD, "you see a mug.", "a\n" + "[" * 5000, 'a\n{"count": 7}'])
+def test_a_start_that_cannot_be_read_is_drawn_again(bad: str) -> None:
+    world = text_world(COUNTED)
+    keys = drawing(world, lambda key: key % 2 == 0, bad)
+    transcripts = []
+    for _ in range(2):
+        env = WorldVectorEnv(4, world, horizon=2)
+        transcripts.append((env.reset(seed=0)[0]["count"].tolist(), env.step(("look",) * 4)[0]))
+    assert transcripts[0][0] == [1] * 4 and str(transcripts[0]) == str(transcripts[1])
+    first, again = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+    assert first == again, "the same keys in the same order"
+    wrong = [key for key in first[:4] if key % 2]
+    assert wrong and len(first) >= 4 + len(wrong) and len(set(first)) == len(first)
+
+
+def test_starts_that_can_never_be_read_name_the_world_and_cost_no_session() -> None:
+    """The other environments, and this one, continue where the client gives logged starts."""
+    world = text_world(COUNTED)
+    drawing(world, lambda key: True)
+    env, undisturbed = WorldVectorEnv(2, world), WorldVectorEnv(2, world)
+    for each in (env, undisturbed):
+        each.reset(seed=0)
+        assert each.step(("look", "look"))[3].all(), "a world without training writes no JSON"
+    keys = drawing(world, lambda key: False)
+    message = rf"world in-memory: none of {DRAWS} generated starts of environment 0, episode 1, can"
+    with pytest.raises(MesocosmError, match=message) as caught:
+        env.step(("look", "look"))
+    assert "logged starts" in str(caught.value) and len(keys) == 2 * DRAWS
+    logged = Texts([""]), Texts([GOOD])
+    env.starts = undisturbed.starts = logged
+    for _ in range(3):
+        one, two = env.step(("look", "look")), undisturbed.step(("look", "look"))
+        assert str(one[0]) == str(two[0]) and one[1].tolist() == two[1].tolist()
+    env.starts = Texts([""]), Texts([BAD])
+    with pytest.raises(MesocosmError, match="take starts from the world's own data"):
         env.reset(seed=0)
+
+
+def test_a_task_that_cannot_be_read_is_drawn_again() -> None:
+    """Its reset options too: `task_options` would raise a bare error."""
+    options = [ResetOption(name="level", values=[1, 2]), ResetOption(name="speed")]
+    good = '{"level": 2, "speed": 0.5}'
+    bad = ["", "{}", "{", '{"level": 3, "speed": 0.5}', '{"level": 2, "speed": "x"}']
+    bad += ['{"level": true, "speed": 0.5}', '{"level": 2, "speed": NaN}', "[1]"]
+    for text in bad:
+        world = text_world(options=options)
+        tasks = iter([text, good, good])
+
+        def sample_start(keys: torch.Tensor, left: Any = tasks) -> tuple[list[str], list[str]]:
+            return [next(left) for _ in keys], ["you see a mug."] * len(keys)
+
+        world.sample_start = sample_start  # type: ignore[method-assign]
+        env = WorldVectorEnv(2, world)
+        env.reset(seed=0)
+        assert env.task_options == [{"level": 2, "speed": 0.5}] * 2, text
+    codec = TextBatchCodec(TextCodec.from_json(text_world(options=options).codec))
+    with pytest.raises(MesocosmError, match="is no observation or task"):
+        codec.task_options(Texts(["{"]))
+
+
+@pytest.mark.parametrize("how", ["end", "replaced", "evicted", "restored"])
+def test_a_session_that_ends_during_its_own_step_stays_ended(how: str) -> None:
+    world = text_world()
+    sessions = Sessions(lambda _: ("w", world), max_sessions=1)
+    env = WorldVectorEnv(1, world)
+    env._connection = sessions
+    env.reset(seed=0)
+    name, engine = env._session, sessions._engines[world]
+    freed = weakref.ref(sessions._sessions[name])
+    computed, ended, replies = threading.Event(), threading.Event(), list[Any]()
+    step = engine.step
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        result = step(*arguments, **options)
+        computed.set()
+        assert ended.wait(60)
+        return result
+
+    engine.step = slow  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: replies.append(env.step(("look",))))
+    thread.start()
+    assert computed.wait(60)
+    request: dict[str, Any] = {"op": "end", "session": name, "world": "", "seed": 0, "first_env": 0}
+    if how == "replaced":
+        request |= {"op": "begin", "session": "new", "replaces": name}
+        request |= {"start_task.texts": [""], "start.texts": ["you see"]}
+        request["episode"] = np.zeros(1, np.int64)
+    elif how != "end":
+        request |= {"op": "restore", "session": name if how == "restored" else "another"}
+        request |= {"context.clock": np.asarray(5), "context.task.texts": [""]}
+        request |= {"context.start.texts": ["you see"], "context.steps": [[]]}
+        request["context.member"] = np.zeros(1, np.int64)
+    assert "error" not in sessions.call(request)
+    ended.set()
+    thread.join()
+    assert len(replies) == 1, "its step is answered"
+    left = {"end": [], "replaced": ["new"], "evicted": ["another"], "restored": [name]}[how]
+    assert list(sessions._sessions) == left
+    gc.collect()
+    assert freed() is None, "its memory is free"
+    assert how != "restored" or sessions._sessions[name].clock == 5
+
+
+def test_a_session_whose_step_fails_is_dropped_and_restored() -> None:
+    world = text_world()
+    sessions = Sessions(lambda _: ("w", world))
+    env = WorldVectorEnv(1, world)
+    env._connection = sessions
+    env.reset(seed=0)
+    engine, step = sessions._engines[world], sessions._engines[world].step
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    engine.step = fails  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        env.step(("look",))
+    assert not sessions._sessions
+    engine.step = step  # type: ignore[method-assign]
+    assert len(env.step(("look",))[0]) == 1
+
+
+def test_key_caches_that_do_not_fit_in_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are allocated; sessions that fit alone and not together take turns."""
+    world, members = text_world(), text_world(members=2)
+    assert 2 * cache_bytes(world) == cache_bytes(members)
+    shape = world.net.model.shape
+    size = 2 * 4 * shape.layers * shape.key_heads * shape.head * 128
+    assert cache_bytes(world) == size
+    env = WorldVectorEnv(1, world)
+    env.reset(seed=0)
+    (session,) = env._connection._sessions.values()  # type: ignore[union-attr]
+    assert session.memory == size
+    for module in (text_memory, session_module):
+        monkeypatch.setattr(module, "cache_limit", lambda device: 4 * size + 1)
+    for refused, most in ((world, 4), (members, 2)):
+        sessions = Sessions(lambda _, world=refused: ("w", world))  # type: ignore[misc]
+        env = WorldVectorEnv(most + 1, refused)
+        env._connection = sessions
+        with pytest.raises(UsageError, match=rf"num_envs must be <= {most} in world w, got"):
+            env.reset(seed=0)
+        assert not sessions._sessions
+        clients = [WorldVectorEnv(most - 1, refused) for _ in range(2)]
+        for client in clients:
+            client._connection = sessions
+            client.reset(seed=0)
+        alone = WorldVectorEnv(most - 1, refused)
+        alone.reset(seed=0)
+        for _ in range(2):
+            expected = alone.step(("look",) * (most - 1))[0]
+            for client in clients:
+                assert client.step(("look",) * (most - 1))[0] == expected
+                assert len(sessions._sessions) == 1 or most == 2
 
 
 def test_temperature_zero_repeats_and_inference_leaves_no_gradient() -> None:

@@ -126,7 +126,8 @@ def test_a_stopped_training_resumes_with_the_same_digits(
     [
         (("train.workers=2",), 1e-4),
         (("train.precision=bf16",), 0.05),
-        (("train.zero_stage=2",), 1e-4),
+        (("train.workers=2", "train.zero_stage=1"), 1e-4),
+        (("train.workers=2", "train.zero_stage=2"), 1e-4),
         (("train.activation_checkpointing=true",), 1e-5),
     ],
 )

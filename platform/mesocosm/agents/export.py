@@ -34,17 +34,17 @@ def save_agent(
         folder: Made where it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    export(algorithm, spaces).save(folder)
-    if not isinstance(module_of(algorithm), CandidateModule):  # no planner takes texts
-        export_value(algorithm).save(folder)
-    save_training(algorithm, folder)
+    module = module_of(algorithm)
+    export(algorithm, module, spaces).save(folder)
+    if not isinstance(module, CandidateModule):  # no planner takes texts
+        export_value(algorithm, module).save(folder)
+    save_training(module, folder)
 
 
-def export_value(algorithm: Algorithm) -> ValueFunction:
+def export_value(algorithm: Algorithm, module: Any) -> ValueFunction:
     """The value function of a trained algorithm: the critics of SAC in a world, the value network
-    of PPO, APPO and IMPALA, and DQN's own action values.
+    of PPO, APPO and IMPALA, and DQN's own action values. `module` is its `module_of`.
     """
-    module: Any = module_of(algorithm)
     gamma = float(algorithm.config.gamma)  # type: ignore[union-attr]
     if isinstance(algorithm, WorldSAC):
         kind = "actions" if module.discrete else "state_action"

@@ -49,7 +49,12 @@ def module_of(algorithm: Algorithm) -> Any:
 
 def weights_of(learner: Any) -> dict[str, torch.Tensor]:
     """A copy of all weights of a learner's module, on the CPU."""
-    state = learner.module[DEFAULT_MODULE_ID].unwrapped().state_dict()
+    return copied_weights(learner.module[DEFAULT_MODULE_ID])
+
+
+def copied_weights(module: Any) -> dict[str, torch.Tensor]:
+    """A copy of all weights of a module, on the CPU."""
+    state = module.unwrapped().state_dict()
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 

@@ -38,7 +38,7 @@ from mesocosm.agents.candidate_module import (
 )
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, head_spaces, root_error
-from mesocosm.agents.learners import load_weights, module_of, on_learners, weights_of
+from mesocosm.agents.learners import copied_weights, load_weights, on_learners
 from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
@@ -275,10 +275,13 @@ def learned(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(module[name]) for name in LEARNER_METRICS if name in module}
 
 
-def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> StoredPolicy:
-    """The algorithm's current policy, between the environment's (observation, action) spaces."""
+def export(
+    algorithm: Algorithm, module: Any, spaces: tuple[gym.Space[Any], gym.Space[Any]]
+) -> StoredPolicy:
+    """The current policy of an algorithm and its `module_of`, between the environment's
+    (observation, action) spaces.
+    """
     algo = type(algorithm).__name__
-    module: Any = module_of(algorithm)
     if isinstance(module, CandidateModule):
         return exported_scorer(algo, module, spaces)
     if isinstance(module, TableModule):
@@ -331,9 +334,9 @@ def runners(algorithm: Algorithm) -> EnvRunnerGroup:
     return algorithm.env_runner_group
 
 
-def save_training(algorithm: Algorithm, folder: Path) -> None:
-    """Write the weights of the learner's module, without pickle."""
-    save_file(on_learners(algorithm, weights_of)[0], folder / TRAINING_STATE)
+def save_training(module: Any, folder: Path) -> None:
+    """Write the weights of a `module_of`, without pickle."""
+    save_file(copied_weights(module), folder / TRAINING_STATE)
 
 
 def load_training(algorithm: Algorithm, folder: Path) -> None:

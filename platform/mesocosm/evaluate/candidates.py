@@ -153,7 +153,7 @@ def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> 
     if not reality.env:
         collected = [a.meta["config"] for a in datasets if a.meta.get("job") == "collect"]
         newest = collected[-1]["reality"] if collected else {}
-        reality = reality_of(reality, codec)
+        reality = reality_of(reality, codec.environment)
         if not reality.task_options:
             options = newest.get("task_options", {})
             drawn = {name: DrawnOption(**option) for name, option in options.items()}

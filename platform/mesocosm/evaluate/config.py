@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mesocosm import checks
 from mesocosm.config import ADDED, JobConfig
 from mesocosm.data.loading.text_batch import AnyBatchCodec
-from mesocosm.data.loading.texts import TextCodec
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import EnvFacts, facts_of
@@ -106,24 +106,26 @@ class EvaluateConfig(JobConfig):
             raise UsageError(f"horizons must be >= 1, got {self.horizons}")
 
 
-HasEnvironment = AnyBatchCodec | TextCodec
 TRUSTED = ("", "mesocosm.envs.builtin", "mesocosm.envs.text")
 """Modules whose environments a world may name; "" is Gymnasium's registry."""
 
 
-def reality_of(reality: RealityConfig, codec: HasEnvironment) -> RealityConfig:
-    """`reality`, completed by the environment of the world where it names none.
+def reality_of(reality: RealityConfig, known: Mapping[str, Any]) -> RealityConfig:
+    """`reality`, completed by the environment of a world or dataset where it names none.
+
+    Args:
+        reality: Of the user's config.
+        known: `manifest.Environment` as JSON.
 
     Raises:
-        UsageError: That environment is a program. A world may be a stranger's, and runs no program
-            that its user did not name.
+        UsageError: That environment is a program. A world or dataset may be a stranger's, and runs
+            no program that its user did not name.
     """
     if reality.env:
         return reality
-    known = codec.environment
     if current_id(known["id"]).rpartition(":")[0] not in TRUSTED:
         raise UsageError(
-            f"reality.env must be set: the world's environment {known['id']!r} is a program; if you"
+            f"reality.env must be set: the logged environment {known['id']!r} is a program; if you"
             f" trust it, try reality.env={known['id']} reality.kwargs={known['kwargs']}"
         )
     return replace(
@@ -131,8 +133,8 @@ def reality_of(reality: RealityConfig, codec: HasEnvironment) -> RealityConfig:
         env=known["id"],
         kwargs=known["kwargs"],
         task=known["task"],
-        horizon=known["max_episode_steps"],
-        success=known["success"],
+        horizon=reality.horizon or known["max_episode_steps"],
+        success=reality.success or known["success"],
     )
 
 

@@ -286,7 +286,8 @@ class _StoredEpisodes:
 
 
 def policy_identity(policy: Acts) -> list[Any]:
-    """The identity of a policy within an evaluation: its noise, and a digest of the weights.
+    """The identity of a policy within an evaluation: its noise, a digest of the weights, and how
+    it lists its candidates.
 
     The code of scripted policies is part of the evaluation's id.
     """
@@ -296,8 +297,8 @@ def policy_identity(policy: Acts) -> list[Any]:
         digest = hashlib.sha256()
         for name, tensor in sorted(policy.network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        noise = [policy.noise] if isinstance(policy, CandidatePolicy) else []
-        return ["network", digest.hexdigest(), *noise]
+        rest = policy.identity if isinstance(policy, CandidatePolicy) else []
+        return ["network", digest.hexdigest(), *rest]
     if isinstance(policy, PlannerPolicy) and isinstance(policy.planner, Planner):
         agent = policy.planner.agent
         return ["planner", *([] if agent is None else policy_identity(agent[0]))]

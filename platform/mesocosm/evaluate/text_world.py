@@ -29,6 +29,7 @@ from mesocosm.evaluate.metrics.text_fidelity import (
     imagine_texts,
     predict_steps,
 )
+from mesocosm.model.language.net import bits_per_byte
 from mesocosm.model.language.world import TextWorld
 
 BATCH = 8
@@ -162,7 +163,7 @@ def likelihood(
         for name, value in {**losses.nats, **losses.counts}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     counts = {name: sums.pop(name) for name in ("transitions", "bytes", "tokens")}
-    bits = sums["dynamics"] / max(counts["bytes"], 1.0) / float(np.log(2.0))
+    bits = bits_per_byte(sums["dynamics"], counts["bytes"])
     nats = {name: value / counts["transitions"] for name, value in sums.items()}
     return nats | {"total": sum(nats.values())}, bits
 
@@ -174,7 +175,7 @@ def _rules(
     takes no step.
     """
     try:
-        reality = reality_of(RealityConfig(), codec)  # a stranger's program is not run
+        reality = reality_of(RealityConfig(), codec.environment)  # a stranger's program is not run
     except UsageError:
         if not config.reality.env:
             return None

@@ -19,6 +19,7 @@ from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.learners import module_of
 from mesocosm.agents.rllib import check_agent
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
@@ -174,7 +175,7 @@ class _RealTraining:
                         at_target = self._confirmed()
                     if at_target:
                         reached = self.steps
-            policy, dropped = rllib.export(self.algorithm, self.spaces), self.vector.dropped
+            policy, dropped = self._policy(), self.vector.dropped
         finally:
             self.algorithm.stop()
             self.vector.meter.close()
@@ -217,8 +218,12 @@ class _RealTraining:
         self._point(mean, "train")
         return mean
 
+    def _policy(self) -> StoredPolicy:
+        """The current policy."""
+        return rllib.export(self.algorithm, module_of(self.algorithm), self.spaces)
+
     def _judge(self, purpose: str, episodes: int, seed: int) -> JudgeResult:
-        policy, reality = rllib.export(self.algorithm, self.spaces), self.config.reality
+        policy, reality = self._policy(), self.config.reality
         return judge(policy, reality, self.ledger, episodes=episodes, seed=seed, purpose=purpose)
 
     def _confirmed(self) -> bool:

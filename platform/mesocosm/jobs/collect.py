@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 
 from mesocosm.cluster import ray_session
-from mesocosm.config import identity
+from mesocosm.config import fingerprint, identity
 from mesocosm.data.collecting.acts import build_act
 from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
@@ -201,10 +201,21 @@ def _resolve(
         config = replace(config, policy=policy)
         build_act(config, observation_space, action_space, storage)
         chosen.append(config)
-        sources.append(
-            "" if config.function is None else source_hash(acting.load_function(config.function))
-        )
+        source = ""
+        if config.function is not None:
+            source = source_hash(acting.load_function(config.function))
+        elif policy is not None:
+            source = _candidates_hash(policy, storage)
+        sources.append(source)
     return chosen, sources
+
+
+def _candidates_hash(policy: str, storage: Storage) -> str:
+    """The hash of how a policy lists its candidates; "" for one that has none."""
+    from mesocosm.policies.stored import candidates_of  # imports torch: only where a policy acts
+
+    candidates = candidates_of(storage, [policy])
+    return fingerprint(candidates) if candidates else ""
 
 
 def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> None:

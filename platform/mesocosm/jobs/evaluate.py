@@ -34,7 +34,7 @@ from mesocosm.job import Job, Plan
 from mesocosm.model.any_world import AnyWorld, load_any
 from mesocosm.model.language.world import TextWorld
 from mesocosm.model.world import World
-from mesocosm.policies.stored import StoredPolicy, load_policy
+from mesocosm.policies.stored import StoredPolicy, candidates_of, load_policy
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -96,11 +96,14 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
         prepared, agents = None, list[str]()
         identities: list[Any] = []
         if agent is not None or config.compares:
-            config = replace(config, reality=reality_of(config.reality, codec))
+            config = replace(config, reality=reality_of(config.reality, codec.environment))
             prepared = suite.prepare(config, storage, artifact, codec, agent)
             config = prepared.cfg
             agents = [*([] if agent is None else [agent.id]), *agents_of(config.policies)]
             identities = [prepared.facts.version, *sources_of(config.policies)]
+            refs = [policy.policy for policy in config.policies]
+            refs.append(None if agent is None else agent.name)
+            identities += candidates_of(storage, refs)
             if prepared.horizon.inferred:
                 identities.append({"horizon": prepared.limit})
         inputs = {"worlds": [artifact.id], "agents": agents, "datasets": [d.id for d in datasets]}

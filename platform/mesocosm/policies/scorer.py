@@ -128,6 +128,13 @@ class CandidatePolicy:
         self._listed: list[Any] | None
         self.reset()
 
+    @property
+    def identity(self) -> list[Any]:
+        """The facts beside the weights that decide its actions: the function that lists the
+        candidates, a hash of its code, the layout of the rows and the noise.
+        """
+        return [*self.source.identity, self.shape.to_json(), self.noise]
+
     def noisy(self, noise: float) -> CandidatePolicy:
         """The same network with this probability of random candidates, and a memory of its own."""
         other = copy.copy(self)

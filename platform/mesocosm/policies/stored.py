@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mesocosm.errors import UsageError
 from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, Policy
@@ -27,6 +29,22 @@ def policy_of(storage: Storage, ref: str) -> StoredPolicy:
         UsageError: There is no such agent or snapshot.
     """
     return load_policy(policy_folder(storage, ref))
+
+
+def candidates_of(storage: Storage, refs: Iterable[str | None]) -> list[Any]:
+    """The identities of the policies among `refs` that choose among candidates
+    (`CandidatePolicy.identity`), sorted by reference: the code that lists them runs as it is now,
+    so that it is no part of the policy's own id.
+
+    Args:
+        storage: The storage.
+        refs: As of `policy_of`; None is left out.
+
+    Raises:
+        UsageError: There is no such policy.
+    """
+    policies = [policy_of(storage, ref) for ref in sorted({ref for ref in refs if ref})]
+    return [policy.identity for policy in policies if isinstance(policy, CandidatePolicy)]
 
 
 def policy_folder(storage: Storage, ref: str) -> Path:

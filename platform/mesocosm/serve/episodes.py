@@ -21,6 +21,8 @@ class EpisodeSession:
     """Steps since `begin`"""
     reply: Message
     """Reply to the step before `clock`"""
+    stepping = False
+    """True during a step of a text world, in which others may use the process."""
     request_digest = b""
     """Digest of the request that `reply` answers; empty right after `begin` and `restore`"""
 

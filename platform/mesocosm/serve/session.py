@@ -30,6 +30,7 @@ from mesocosm.serve.episodes import EpisodeSession
 from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import CONTEXT, START, Message, get, put
 from mesocosm.serve.text_check import check_text_begin, check_text_restore, check_text_step
+from mesocosm.serve.text_memory import cache_limit, check_memory
 from mesocosm.serve.text_session import TextEngine, TextSession
 from mesocosm.store.artifacts import Storage
 
@@ -225,7 +226,7 @@ class Sessions:
         id, world = self.world(request["world"])
         if isinstance(world, TextWorld):
             check_text_begin(request)
-            text = self._text_session(world, request, len(request["episode"]))
+            text = self._text_session(id, world, request, len(request["episode"]))
             reply: Message = {"world": id} | text.begin(request)
             with self._lock:
                 self._sessions.pop(request["replaces"], None)
@@ -245,10 +246,10 @@ class Sessions:
         return reply
 
     def _restore(self, request: Message) -> Message:
-        _, world = self.world(request["world"])
+        id, world = self.world(request["world"])
         if isinstance(world, TextWorld):
             check_text_restore(request, world.net.members)
-            text = self._text_session(world, request, len(request["context.member"]))
+            text = self._text_session(id, world, request, len(request["context.member"]))
             text.restore(request)
             with self._lock:
                 self._keep(request["session"], text)
@@ -270,7 +271,7 @@ class Sessions:
         with self._lock:
             name, clock = request["session"], request["clock"]
             session = self._sessions.get(name)
-            if session is None:
+            if session is None or session.stepping:
                 return {"missing": True}
             self._sessions.move_to_end(name)
             digest = _digest(request)
@@ -283,23 +284,36 @@ class Sessions:
                 session.check_step(request)
             else:
                 check_step(request, session.world.spec, len(session.env))
-            # An exception may leave the carry half changed: only a whole step keeps the session.
-            del self._sessions[name]
             if isinstance(session, Session):
+                # An exception may leave the carry half changed: only a whole step keeps it.
+                del self._sessions[name]
                 session.reply = session.step(request)
                 session.clock, session.request_digest = clock + 1, digest
                 self._sessions[name] = session
                 return session.reply
-        session.reply = session.step(request)  # together with the others that wait
-        with self._lock:
+            session.stepping = True
+        try:
+            reply = session.step(request)  # together with the others that wait
+        except BaseException:
+            self._drop(name, session)
+            raise
+        with self._lock:  # a session that ended meanwhile is no longer among them
+            session.reply, session.stepping = reply, False
             session.clock, session.request_digest = clock + 1, digest
-            self._keep(name, session)
-            return session.reply
+            self._evict()
+        return reply
 
-    def _text_session(self, world: TextWorld, request: Message, batch: int) -> TextSession:
+    def _drop(self, name: str, session: TextSession) -> None:
+        """Remove a session, but no other one that has taken its name."""
+        with self._lock:
+            if self._sessions.get(name) is session:
+                del self._sessions[name]
+
+    def _text_session(self, id: str, world: TextWorld, request: Message, batch: int) -> TextSession:
+        check_memory(id, world, batch)
         with self._lock:
             engine = self._engines.setdefault(world, TextEngine(world))
-        return TextSession(engine, world, request["seed"], request["first_env"], batch)
+        return TextSession(engine, world, id, request["seed"], request["first_env"], batch)
 
     def _end(self, request: Message) -> Message:
         with self._lock:
@@ -309,8 +323,20 @@ class Sessions:
     def _keep(self, name: str, session: Session | TextSession) -> None:
         self._sessions[name] = session
         self._sessions.move_to_end(name)
-        while len(self._sessions) > self.max_sessions:
-            self._sessions.popitem(last=False)
+        self._evict()
+
+    def _evict(self) -> None:
+        """Remove the least recently used sessions beyond `max_sessions`, or whose key caches fill
+        the memory; their clients replay them.
+        """
+        texts = [s for s in self._sessions.values() if isinstance(s, TextSession)]
+        held = sum(session.memory for session in texts)
+        most = cache_limit(texts[0].world.device) if texts else 0
+        while len(self._sessions) > self.max_sessions or (held > most and len(texts) > 1):
+            _, session = self._sessions.popitem(last=False)
+            if isinstance(session, TextSession):
+                texts.remove(session)
+                held -= session.memory
 
 
 def _digest(request: Message) -> bytes:

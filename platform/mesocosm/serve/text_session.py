@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.data.loading.texts import TextCodec
+from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
 from mesocosm.model.language.cache import KeyCache
 from mesocosm.model.language.session import TextCarry, TextContext, Texts, TextStep
@@ -26,6 +27,8 @@ from mesocosm.serve.protocol import START, Message, get, put
 
 MOST = 256
 """Environments of a batch, beyond which the others wait for the next one."""
+DRAWS = 8
+"""Draws of an episode's start at most, until it can be read."""
 T = TypeVar("T")
 
 
@@ -126,24 +129,69 @@ class TextSession(EpisodeSession):
     carry: TextCarry
     world: TextWorld
 
-    def __init__(self, engine: TextEngine, world: TextWorld, seed: int, first_env: int, batch: int):
+    def __init__(
+        self, engine: TextEngine, world: TextWorld, id: str, seed: int, first_env: int, batch: int
+    ):
         super().__init__(world, world.net.members, seed, first_env, batch)
-        self.engine = engine
+        self.engine, self.id = engine, id
         self._codec = TextCodec.from_json(self.world.codec) if self.world.codec else None
 
     def starts(
         self, request: Message, episode: NDArray[np.int64], mask: NDArray[np.bool_]
     ) -> tuple[Texts, Texts]:
+        """As `EpisodeSession.starts`. A drawn start that cannot be read is drawn again, by another
+        key of its own.
+
+        Raises:
+            MesocosmError: None of `DRAWS` draws of a start can be read.
+        """
         if "start.texts" in request:
             return get(request, "start_task"), get(request, "start")
-        rows = np.flatnonzero(mask)
-        keys = torch.from_numpy(rng.keys(self.seed, self.env[rows], episode[rows], START))
-        keys = keys.to(self.world.device)
         task, observation = [""] * len(self.env), [""] * len(self.env)
-        tasks, observations = self.engine.alone(lambda: self.world.sample_start(keys))
-        for row, *drawn in zip(rows.tolist(), tasks, observations, strict=True):
-            task[row], observation[row] = drawn
-        return Texts(task), Texts(observation)
+        rows, problem = np.flatnonzero(mask), ""
+        for draw in range(DRAWS):
+            wrong = []
+            for row, *drawn in self._drawn(rows, episode, START - draw):
+                task[row], observation[row] = drawn
+                if (reason := self._problem(*drawn)) is not None:
+                    wrong.append(row)
+                    problem = reason
+            if not wrong:
+                return Texts(task), Texts(observation)
+            rows = np.array(wrong)
+        raise MesocosmError(
+            f"world {self.id}: none of {DRAWS} generated starts of environment"
+            f" {self.env[rows[0]]}, episode {episode[rows[0]]}, can be read ({problem}); pretrain"
+            " the world longer, or begin with logged starts"
+        )
+
+    def _drawn(
+        self, rows: NDArray[np.int64], episode: NDArray[np.int64], step: int
+    ) -> Iterator[tuple[int, str, str]]:
+        """(row, task, observation) of a generated start for each of `rows`, by the keys of `step`,
+        which is negative.
+        """
+        keys = torch.from_numpy(rng.keys(self.seed, self.env[rows], episode[rows], step))
+        keys = keys.to(self.world.device)
+        starts = self.engine.alone(lambda: self.world.sample_start(keys))
+        return zip(rows.tolist(), *starts, strict=True)
+
+    def _problem(self, task: str, observation: str) -> str | None:
+        """Why a start is none of the space; None if it can be read."""
+        if self._codec is None:
+            return None
+        try:
+            self._codec.read_task(task)
+            self._codec.read_with_task(observation, task)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @property
+    def memory(self) -> int:
+        """The bytes of its key cache."""
+        cache = self.carry.cache
+        return int(cache.batch * cache.columns * self.world.net.model.token_bytes)
 
     def begin(self, request: Message) -> Message:
         """Begin all episodes, and return the reply."""

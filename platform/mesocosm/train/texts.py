@@ -32,7 +32,8 @@ class TextCorpus:
     longest_start: int
     """The same of a task and its first observation, with `<bos>` and all marks."""
     longest_step: int
-    """The same of an action and its observation."""
+    """The same of the longest action and the longest observation together, so that every logged
+    action can be taken in the world."""
     tasks: bool
     """Episodes have a task."""
 
@@ -80,19 +81,19 @@ class TextCorpus:
                 texts.update(dict.fromkeys((episode.task, *episode.observations, *episode.actions)))
             texts.pop("", None)
             tokenizer = TextTokenizer.train(texts, model.vocabulary)
-        longest = start = step = 0
+        longest = start = longest_action = 0
         tasks = False
         for episode in text_episodes(dataset, codec):
             tasks |= bool(episode.task)
             start = max(start, len(start_tokens(tokenizer, episode.task, episode.observations[0])))
             for action, text in zip(episode.actions, episode.observations[1:], strict=True):
-                length = len(tokenizer.encode(text)) + 1
-                longest = max(longest, length)
-                step = max(step, length + len(tokenizer.encode(action)) + 1)
+                longest = max(longest, len(tokenizer.encode(text)) + 1)
+                longest_action = max(longest_action, len(tokenizer.encode(action)) + 1)
+        step = longest_action + longest
         if start + step > model.context:
             raise UsageError(
-                f"model.context must be >= {start + step} tokens to hold the longest start and step"
-                f" of {', '.join(dataset.ids)}, got {model.context}"
+                f"model.context must be >= {start + step} tokens to hold the longest start, action"
+                f" and observation of {', '.join(dataset.ids)}, got {model.context}"
             )
         return TextCorpus(codec, tokenizer, longest, start, step, tasks)
 

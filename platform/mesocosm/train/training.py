@@ -25,7 +25,7 @@ from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
-from mesocosm.model.language.net import TextNet
+from mesocosm.model.language.net import TextNet, bits_per_byte
 from mesocosm.model.net import WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.widening import FEW, HIGH, LOW
@@ -344,7 +344,7 @@ class Sums:
         totals = dict(zip([*names, "stop"], vector.tolist(), strict=True))
         parts = [name for name in names if name not in ("objective", *self._counts)]
         if "bytes" in totals:
-            totals["bits_per_byte"] = totals["dynamics"] / max(totals["bytes"], 1.0) / math.log(2)
+            totals["bits_per_byte"] = bits_per_byte(totals["dynamics"], totals["bytes"])
         for name in parts:
             totals[name] /= max(totals["transitions"], 1.0)
         totals["loss"] = sum(totals[name] for name in parts)

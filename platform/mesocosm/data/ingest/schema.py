@@ -210,7 +210,7 @@ def _describe_scalars(
         if name in names and name not in ("observation", "action"):
             type = "" if name in about.filled else str(table.schema.field(name).type)
             rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
-    missing = [name for name in absent if not columns_of(name, names)]
+    missing = [n for n in absent if not columns_of(n, names) and n not in about.notes]
     return rows + [_row(name, "nothing", absent[name]) for name in missing]
 
 

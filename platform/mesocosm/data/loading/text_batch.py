@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -69,14 +69,8 @@ class TextBatchCodec:
         Raises:
             MesocosmError: A text is none of the space.
         """
-        try:
-            pairs = zip(texts, task, strict=True)
-            values = [self.codec.read_with_task(*pair) for pair in pairs]
-        except ValueError as error:
-            raise MesocosmError(
-                f"the world gave a text that is no observation of its space ({error}); train it"
-                " longer"
-            ) from error
+        pairs = zip(texts, task, strict=True)
+        values = [_read(self.codec.read_with_task, *pair) for pair in pairs]
         return stack(self.observation_space, values)
 
     def decode_action(self, texts: Texts) -> Any:
@@ -84,10 +78,14 @@ class TextBatchCodec:
         return stack(self.action_space, list(map(self.codec.read_action, texts)))
 
     def task_options(self, task: Texts) -> list[dict[str, Any]]:
-        """The B reset options of `task`; empty dicts where it has none."""
+        """The B reset options of `task`; empty dicts where it has none.
+
+        Raises:
+            MesocosmError: A text is no task.
+        """
         if not self.options:
             return [{} for _ in task]
-        return [self.codec.read_task(text)[1] for text in task]
+        return [_read(self.codec.read_task, text)[1] for text in task]
 
 
 AnyBatchCodec = Codec | TextBatchCodec
@@ -116,6 +114,19 @@ def start_texts(
         tasks.append(codec.task(first.observations[0], first.task))
         observations.append(codec.observation(first.observations[0]))
     return Texts(tasks), Texts(observations)
+
+
+def _read(read: Callable[..., Any], *texts: str) -> Any:
+    """The value that `read` gives. Raises MesocosmError for texts of no value, which only starts
+    that a client chose can be.
+    """
+    try:
+        return read(*texts)
+    except ValueError as error:
+        raise MesocosmError(
+            f"a text is no observation or task of the world's space ({error}); take starts from the"
+            " world's own data"
+        ) from error
 
 
 def _values(space: gymnasium.Space[Any], batch: Any) -> list[Any]:

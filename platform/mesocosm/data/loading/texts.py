@@ -12,6 +12,7 @@ the unit of the likelihood of the other families too. Tuples become objects with
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import Leaf, Space, SpaceCodec
+from mesocosm.datasets.texts import shown
 from mesocosm.errors import UsageError
 from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.spec import PartSpec, Spec
@@ -74,10 +76,10 @@ class TextForm:
         if self._text is not None:
             head, newline, rest = text.rpartition("\n") if self._rest else (text, "", "")
             if self._rest and not newline:
-                raise ValueError(f"the text must end in a line of JSON, got {text!r}")
+                raise ValueError(f"the text must end in a line of JSON, got {shown(text)}")
             values[self._text.path] = head
         if self._rest:
-            tree = json.loads(rest)
+            tree = _json(rest)
             for leaf in self._rest:
                 values[leaf.path] = _raw(leaf, tree)
         return values
@@ -242,9 +244,11 @@ class TextCodec:
         values, alone = self.options[0].values, len(names) == 1 and not self._task_form.leaves
         if alone and values and isinstance(values[0], str):
             return {}, {names[0]: text}
-        options = json.loads(last)
+        options = _json(last)
         if not isinstance(options, dict) or options.keys() != set(names):
-            raise ValueError(f"the task must end in JSON of {names}, got {last!r}")
+            raise ValueError(f"the task must end in JSON of {names}, got {shown(last)}")
+        for option in self.options:
+            _check_option(option, options[option.name])
         return (self._task_form.read(form) if self._task_form.leaves else {}), options
 
     def read_with_task(self, text: str, task: str) -> Any:
@@ -293,6 +297,28 @@ def text_episodes(
         )
 
 
+def _json(text: str) -> Any:
+    """The value of JSON. Raises ValueError for other texts."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"the JSON is nested too deeply: {shown(text)}") from error
+
+
+def _check_option(option: ResetOption, value: Any) -> None:
+    """Raise ValueError unless `value` may be that of a reset option: a finite number, one of its
+    values, or any text where texts are among them.
+    """
+    if option.values is None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"{option.name} must be a number, got {value!r:.80}")
+        return
+    same = [each for each in option.values if type(each) is type(value)]
+    if not same or (value not in same and not isinstance(value, str)):
+        raise ValueError(f"{option.name} must be one of {option.values[:8]}, got {value!r:.80}")
+
+
 def _at(value: Any, path: Sequence[str | int]) -> Any:
     for key in path:
         value = value[key]
@@ -311,17 +337,17 @@ def _raw(leaf: Leaf, tree: Any) -> Any:
     """The raw value of a leaf in a JSON tree. Raises ValueError."""
     for key in leaf.path:
         if not isinstance(tree, dict) or str(key) not in tree:
-            raise ValueError(f"{leaf.name} is missing in {tree!r}")
+            raise ValueError(f"{leaf.name} is missing in {tree!r:.80}")
         tree = tree[str(key)]
     if isinstance(leaf.space, spaces.Text):
         if not isinstance(tree, str):
-            raise ValueError(f"{leaf.name} must be a string, got {tree!r}")
+            raise ValueError(f"{leaf.name} must be a string, got {tree!r:.80}")
         return tree
     array = np.asarray(tree)  # ValueError where the lists have several lengths
     if array.shape != leaf.shape or array.dtype.kind not in "fiub":
-        raise ValueError(f"{leaf.name} must have shape {leaf.shape}, got {tree!r}")
+        raise ValueError(f"{leaf.name} must have shape {leaf.shape}, got {tree!r:.80}")
     if outside(leaf.space, array[None], bounds="ignore")[0]:
-        raise ValueError(f"{leaf.name} must be in {leaf.space}, got {tree!r}")
+        raise ValueError(f"{leaf.name} must be in {leaf.space}, got {tree!r:.80}")
     value = array.astype(leaf.dtype)
     return value if leaf.shape or isinstance(leaf.space, spaces.Box) else value[()]
 

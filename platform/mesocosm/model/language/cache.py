@@ -48,6 +48,11 @@ class KeyCache:
         self._keys = [like.new_zeros(heads, head, BLOCK, requires_grad=False) for _ in layers]
         self._values = [like.new_zeros(heads, BLOCK, head, requires_grad=False) for _ in layers]
 
+    @property
+    def columns(self) -> int:
+        """The tokens of a row for which there is memory."""
+        return self._keys[0].shape[2]
+
     def select(self, rows: Tensor) -> KeyCache:
         """A new cache of copies of `rows` [N] int64."""
         copy = KeyCache(self.shape, 0, self.window, self._keys[0])
@@ -62,7 +67,7 @@ class KeyCache:
     def joined(caches: Sequence[KeyCache]) -> KeyCache:
         """A new cache of copies of the rows of several ones of equal windows."""
         first = caches[0]
-        columns = max(cache._keys[0].shape[2] for cache in caches)
+        columns = max(cache.columns for cache in caches)
         for cache in caches:
             cache._reserve(columns)
         copy = KeyCache(first.shape, 0, first.window, first._keys[0])
@@ -133,7 +138,7 @@ class KeyCache:
 
     def _reserve(self, columns: int) -> None:
         """Hold at least `columns`, doubled up to the window."""
-        present = self._keys[0].shape[2]
+        present = self.columns
         if columns <= present:
             return
         window = -(-self.window // BLOCK) * BLOCK

@@ -217,6 +217,11 @@ class Llama(nn.Module):
 
     # Cached reading.
 
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of a token's keys and values, in float32."""
+        return 2 * 4 * self.shape.layers * self.shape.key_heads * self.shape.head
+
     def new_cache(self, batch: int, window: int) -> KeyCache:
         """An empty cache of `batch` rows of at most `window` tokens."""
         return KeyCache(self.shape, batch, window, self.embed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mesocosm.model.layers import Linear
 from mesocosm.model.net import WindowLosses
 from mesocosm.model.spec import Spec
 
+Count = TypeVar("Count", float, Tensor)
 LARGEST = 1 << 25
 """Most logits (tokens times vocabulary) that are in memory at once; more are computed in parts,
 again in the backward pass.
@@ -30,11 +31,13 @@ again in the backward pass.
 
 class Backbone(Protocol):
     """The four calls of a causal language model; `llama.Llama` documents them. Each backbone has a
-    cache of its class, with `batch`, `length`, `rewind` and `select` as `cache.KeyCache`.
+    cache of its class, with `batch`, `columns`, `length`, `rewind` and `select` as
+    `cache.KeyCache`.
     """
 
     shape: Shape
     members: int
+    token_bytes: int
     checkpoint_activations: bool
 
     def hidden(
@@ -54,6 +57,16 @@ class Backbone(Protocol):
     ) -> Tensor: ...
 
 
+def bits_per_byte(nats: Count, size: Count) -> Count:
+    """Bits of the dynamics per byte of text: comparable between tokenizers.
+
+    Args:
+        nats: The sum over the scored observations.
+        size: Their bytes, as `TextLosses.bytes` counts them; of none the result is 0.
+    """
+    return nats / (size + (size == 0)) / math.log(2.0)
+
+
 @dataclass(frozen=True)
 class TextLosses(WindowLosses):
     """The losses of rows: `by_window` holds a sum for each row, `transitions` the scored steps."""
@@ -65,8 +78,8 @@ class TextLosses(WindowLosses):
 
     @property
     def bits_per_byte(self) -> Tensor:
-        """Bits of the dynamics per byte of text: comparable between tokenizers."""
-        return self.nats["dynamics"] / self.bytes.clamp(min=1.0) / math.log(2.0)
+        """As the function of this name."""
+        return bits_per_byte(self.nats["dynamics"], self.bytes)
 
     @property
     def counts(self) -> dict[str, Tensor]:

@@ -118,6 +118,11 @@ class OtherCache:
         """[B, columns]: the position of each column's token; -1 without one"""
         self.past: Any = None
 
+    @property
+    def columns(self) -> int:
+        """The tokens of a row for which there is memory."""
+        return self.position.shape[1]
+
     def rewind(self, length: Tensor) -> None:
         """Forget the tokens of each row from `length` [B] int64 on."""
         self.length = torch.minimum(self.length, length)
@@ -173,6 +178,15 @@ class OtherBackbone(nn.Module):
                 f"model.pretrained must compute logits from its last state by its output layer, but"
                 f" model_type {config.model_type!r} differs by {float(apart):.3g}"
             )
+
+    @property
+    def token_bytes(self) -> int:
+        """As `llama.Llama.token_bytes`."""
+        config = self.model.config
+        heads = getattr(config, "num_attention_heads", 1)
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = head * (getattr(config, "num_key_value_heads", None) or heads)
+        return 2 * 4 * int(config.num_hidden_layers * width)
 
     @property
     def checkpoint_activations(self) -> bool:

@@ -308,6 +308,7 @@ class TraceReader:
             "task": "system: what the trace calls its task (traces.task)",
             "reward": "of the messages, or of the trace: then of its last action",
             "success": "the field of the trace, where it has one",
+            "next_observation": "",
         }
         return About(notes=notes)
 
