@@ -14,9 +14,9 @@ VERSIONS = {
     "sweep": 4,
     "plan": 4,
     "clone": 1,
-    "train-agent": 5,
+    "train-agent": 6,
     "baseline": 1,
     "evaluate": 4,
     "propose": 5,
-    "loop": 7,
+    "loop": 8,
 }

@@ -125,7 +125,7 @@ def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     imagined = agent.iterations * agent.num_envs * agent.rollout
     trainings = 2 * cfg.rounds - 1 if cfg.warm_start == "auto" else cfg.rounds
     episodes = {
-        "judge agents": suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds,
+        "judge agents": suite.most_episodes(cfg.evaluate, 2 + agent.snapshots)[1] * cfg.rounds,
         "judge baselines": sum(map(model_free.judged, cfg.baselines)),
     }
     work = [  # stage, times, real steps, work
@@ -208,7 +208,12 @@ class _Loop:
         return self._report(points, judged, curves)
 
     def collect(self, round: int, agent: Artifact | None) -> Artifact:
-        block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
+        block = self.cfg.collect
+        if agent is not None:
+            last = self.cfg.agent.iterations
+            chosen = agent.meta["metrics"].get("kept_iteration", last)
+            other = [] if chosen == last else [f"{agent.name}@{last}"]
+            block = acting(self.cfg.explore, agent.name, *other)
         config = replace(fill(block, self.cfg, round), ledger=self.ledger_id)
         return self._stage(collecting.JOB, config, round)
 

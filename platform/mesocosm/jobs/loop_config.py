@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,8 @@ class LoopConfig(JobConfig):
         )
     )
     """The collection of later rounds, by default with draws of the agent's policy. A behaviour that
-    needs a policy and names none gets the last round's agent.
+    needs a policy and names none gets the last round's agent. Where an earlier policy was chosen
+    over the last one of its training, half the behaviour's episodes are of the last one.
     """
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -146,13 +148,15 @@ def _check_pretrain(cfg: LoopConfig) -> None:
         replace(cfg.pretrain, data=data).validate()
 
 
-def acting(block: CollectConfig, policy: str) -> CollectConfig:
-    """Give `policy` to behaviours that need a policy and name none."""
+def acting(block: CollectConfig, *policies: str) -> CollectConfig:
+    """Give behaviours that need a policy and name none each of `policies`, in equal shares."""
     named = [
-        b if b.kind == "random" or b.function or b.policy else replace(b, policy=policy)
+        [b]
+        if b.kind == "random" or b.function or b.policy
+        else [replace(b, policy=p, weight=b.weight / len(policies)) for p in policies]
         for b in block.behaviours
     ]
-    return replace(block, behaviours=named)
+    return replace(block, behaviours=list(itertools.chain.from_iterable(named)))
 
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:

@@ -213,7 +213,7 @@ def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
             check_spaces(
                 policy_set.named(policy, storage, *facts.spaces).policy, facts, cfg.reality
             )
-        suite.check_steps(block, 1 + cfg.agent.snapshots, ready.limit)
+        suite.check_steps(block, 2 + cfg.agent.snapshots, ready.limit)
         _check_held_out(cfg, storage, ready.datasets, policies)
 
 
