@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +44,9 @@ STARTERS = {"ray_local", "one_rank", "s3_environment", "cluster", "lab"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its tier, and run the longer tiers first: workers then end together."""
+    """Mark each test with its tier, and run longer tiers and files first: workers then end
+    together.
+    """
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         if not names & {"integration", "slow"}:
@@ -54,7 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = 0 if item.get_closest_marker("slow") else 1
         tier = 2 if item.get_closest_marker("unit") else tier
         slowest[item.path] = min(slowest.get(item.path, 2), tier)
-    items.sort(key=lambda item: slowest[item.path])
+    counts = Counter((item.path, slowest[item.path]) for item in items)
+    longest = {path: (tier, -count, path) for (path, tier), count in counts.items()}
+    items.sort(key=lambda item: longest[item.path])
 
 
 @pytest.fixture(autouse=True)
