@@ -101,7 +101,15 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
     Raises:
         UsageError: A file or override is wrong. It names the key, the value and the fix.
     """
-    merged = OmegaConf.structured(schema)
+    return cast(T, _compose(OmegaConf.structured(schema), files, overrides))
+
+
+def override(config: T, overrides: Sequence[str]) -> T:
+    """`config` with `overrides` (`a.b=value`). Raises UsageError as `load` does."""
+    return cast(T, _compose(OmegaConf.structured(config), (), overrides))
+
+
+def _compose(merged: DictConfig, files: Sequence[str | Path], overrides: Sequence[str]) -> Any:
     known = list(_known_keys(merged))
     _check_form(overrides, known)
     for path in files:
@@ -114,7 +122,7 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
             raise UsageError(f"{source} cannot be parsed: {_one_line(error)}") from error
         merged = _merge(merged, layer, source, known)
     try:
-        return cast(T, OmegaConf.to_object(merged))
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "")
         raise UsageError(f"config key {key!r}: {_first_line(error)}") from error

@@ -19,4 +19,5 @@ VERSIONS = {
     "evaluate": 4,
     "propose": 5,
     "loop": 8,
+    "study": 1,
 }

@@ -89,6 +89,7 @@ def test_every_shipped_config_can_be_planned(
         "curate": ["data.datasets=[d0]"],
         "pretrain": ["data.datasets=[d0]"],
         "sweep": ["data.datasets=[d0]"],
+        "study": ["pretrain.data.datasets=[d0]"],
         "train-agent": ["world=w0"],
         "serve": ["world=w0"],
         "evaluate": ["world=w0", "agent=a0"],

@@ -30,7 +30,7 @@ def check_passed(storage: Storage, world: Artifact) -> None:
             continue
         commit = storage.commit_of("evaluations", id)
         meta = {} if commit is None else commit["meta"]
-        if meta.get("inputs", {}).get("worlds") == [world.id] and _ranks(meta.get("figures", {})):
+        if meta.get("inputs", {}).get("worlds") == [world.id] and ranks(meta.get("figures", {})):
             return
     raise UsageError(
         f"world={world.name} must have an evaluation of at least {POLICIES} policies, three in"
@@ -40,7 +40,8 @@ def check_passed(storage: Storage, world: Artifact) -> None:
     )
 
 
-def _ranks(figures: Mapping[str, float]) -> bool:
+def ranks(figures: Mapping[str, float]) -> bool:
+    """True if the figures of an evaluation show that its world ranks policies."""
     names = ("policies", "pearson", "regret", "firm")
     values = [figures.get(f"policy_value/{name}") for name in names]
     if None in values:

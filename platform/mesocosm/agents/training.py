@@ -85,6 +85,10 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
 
     name, kind, config = "train-agent", "agents", AgentConfig
 
+    def __init__(self, gated: bool = True):
+        """`gated` refuses text worlds that no evaluation has passed."""
+        self.gated = gated
+
     def resolve(self, config: AgentConfig, storage: Storage) -> TrainAgentPlan:
         validation.check(config)
         if not config.world:
@@ -122,7 +126,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         if config.learners:
             facts["learners"] = config.learners
         id = self.hash(facts, inputs)
-        if is_text(world.path) and config.objective == "return" and not config.force:
+        gated = self.gated and not config.force and config.objective == "return"
+        if gated and is_text(world.path):
             # What --force began is found, or goes on, without it.
             begun = Checkpoints(storage, id).latest() or storage.find(self.kind, id)
             if begun is None:

@@ -82,6 +82,12 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
 
     name, kind, config = "evaluate", "evaluations", EvaluateConfig
 
+    def __init__(self, shared: str | None = None):
+        """`shared` names the judged episodes of several evaluations of the same reality, which its
+        maker removes. By default an evaluation has its own, until it is committed.
+        """
+        self.shared = shared
+
     def resolve(self, config: EvaluateConfig, storage: Storage) -> Evaluation:
         config.validate()
         artifact = storage.artifact("worlds", config.world)
@@ -164,7 +170,7 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
             progress=partial(update, 0),
         )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
-    result, ledger, store = None, None, JudgeStore(run.storage, id)
+    result, ledger, store = None, None, JudgeStore(run.storage, job.shared or id)
     if prepared is not None:
         ledger = _ledger(cfg, run, id, prepared, store)
         if prepared.horizon.inferred:
@@ -202,7 +208,8 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
         report.write(about, folder)
 
     artifact = job.commit(plan, run, fill, figures=figures)
-    store.remove()
+    if job.shared is None:
+        store.remove()
     if ledger is not None:
         run.record(ledger=ledger.totals().to_json())
     if not run.quiet:
@@ -241,7 +248,7 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
         texts = measure(world, plan.dataset, cfg, partial(update, 0))
         update(1, f"{texts.bits_per_byte:.4f} bits a byte")
     measured: dict[str, Any] = {"policy_value": None, "agent": None}
-    ledger, store = None, JudgeStore(run.storage, plan.id)
+    ledger, store = None, JudgeStore(run.storage, job.shared or plan.id)
     if prepared is not None:
         ledger, result = _ledger(cfg, run, plan.id, prepared, store), None
         if policy is not None:
@@ -292,7 +299,8 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
         (folder / report.PAGE).write_text(page.render_text(summary), encoding="utf-8")
 
     artifact = job.commit(plan, run, fill, figures=figures)
-    store.remove()
+    if job.shared is None:
+        store.remove()
     if ledger is not None:
         run.record(ledger=ledger.totals().to_json())
     if not run.quiet:
@@ -325,9 +333,7 @@ def _ledger(
     ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     stored = store.confirm(ledger)
     if stored:
-        run.say(
-            f"goes on after {stored} judged episodes of an interrupted attempt; they are in storage"
-        )
+        run.say(f"goes on after {stored} judged episodes of earlier attempts, which are in storage")
     if cfg.judge_steps is None:
         return ledger
     spent = ledger.totals().purposes["judge"].steps

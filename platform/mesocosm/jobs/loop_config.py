@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -90,13 +90,7 @@ def check(cfg: LoopConfig) -> None:
     names = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
     blocks: dict[str, JobConfig] = {name: getattr(cfg, name) for name in names}
     blocks |= {f"baselines[{i}]": block for i, block in enumerate(cfg.baselines)}
-    for name, block in blocks.items():
-        default = type(block)()
-        for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
-            if hasattr(block, key) and getattr(block, key) != getattr(default, key):
-                fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
-                fix = "set reality.known" if key == "known" else fix
-                raise UsageError(f"{name}.{key} is set by the loop; {fix}")
+    refuse_filled(blocks, FILLED, "the loop")
     if cfg.pretrain.data.datasets:
         raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")
     budget = cfg.reality.budget.steps
@@ -122,6 +116,25 @@ def check(cfg: LoopConfig) -> None:
     for i, block in enumerate(cfg.baselines):
         with stage(f"baselines[{i}]"):
             model_free.check(fill(block, cfg, i))
+
+
+def refuse_filled(
+    blocks: Mapping[str, JobConfig], filled: Mapping[str, Sequence[str]], by: str
+) -> None:
+    """Raise UsageError where a block sets a key that is shared, or that only its job can know.
+
+    Args:
+        blocks: The stages' configs by name; `baselines[0]` is one of `baselines`.
+        filled: The keys of each stage that are filled in.
+        by: The job that fills them in, for the message.
+    """
+    for name, block in blocks.items():
+        default = type(block)()
+        for key in (*SHARED, *filled.get(name.partition("[")[0], ())):
+            if hasattr(block, key) and getattr(block, key) != getattr(default, key):
+                fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
+                fix = "set reality.known" if key == "known" else fix
+                raise UsageError(f"{name}.{key} is set by {by}; {fix}")
 
 
 @contextmanager
@@ -161,5 +174,9 @@ def acting(block: CollectConfig, *policies: str) -> CollectConfig:
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
     """A stage's config with the loop's shared keys. Each round has another seed."""
-    shared = {key: getattr(cfg, key) for key in SHARED if hasattr(block, key)}
-    return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))
+    return replace(share(block, cfg), seed=cfg.seed * 1000 + round)
+
+
+def share(block: J, cfg: JobConfig) -> J:
+    """A stage's config with the shared keys of the job that runs it."""
+    return replace(block, **{key: getattr(cfg, key) for key in SHARED if hasattr(block, key)})

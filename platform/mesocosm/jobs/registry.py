@@ -54,5 +54,11 @@ _ENTRIES = (
         "world=ID agents=[ID] steps=2000 --out next.yaml",
     ),
     ("loop", "Run the whole loop, and write a report.", "-c quickstart"),
+    (
+        "study",
+        "Train an agent in each of several worlds, and compare imagined with real gains.",
+        "-c chores pretrain.data.datasets=[ID] agent.init=agents/ID --dry-run\n"
+        "  mesocosm study -c reacher pretrain.data.datasets=[ID] worlds=[ID,ID,ID]",
+    ),
 )
 JOBS = {entry[0]: JobEntry(*entry) for entry in _ENTRIES}
