@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
     bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
-    bench-language clean
+    bench-language bench-training clean
 
 install: $(STAMP)
 
@@ -56,7 +56,7 @@ docs: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language bench-training: install
 	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install

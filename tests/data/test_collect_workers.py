@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.ray_workers import DEATHS, LostWorkers, run_on_ray
 from mesocosm.data.collecting.workers import CollectTask, LaneRunner, split
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.memory import resident_bytes
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig
@@ -79,6 +84,33 @@ def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(
     message = rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn"
     with pytest.raises(MesocosmError, match=message):
         run_on_ray(task, split(20, 1), 1, lambda attempts, steps: None)
+
+
+@pytest.mark.slow
+def test_a_worker_that_leaks_is_replaced_between_episodes(
+    root: str, user_module: None, ray_local: None, tmp_path: Path
+) -> None:
+    log, report = tmp_path / "pids", Attempts()
+    kwargs = {"log": str(log)}
+    reality = RealityConfig(env="ownenvs:Leaky", kwargs=kwargs, horizon=10, memory_gb=0.9)
+    behaviours = [BehaviourConfig()]
+    task = CollectTask(reality, behaviours, 0, root, "x", "d", "r", str(SAMPLE_ENVS))
+    run_on_ray(task, [replace(lane, careful=True) for lane in split(100, 1)], 1, report)
+    assert report.outcomes() == [(k, 10, False) for k in range(10)]
+    pids = log.read_text().split()
+    assert 2 <= len(set(pids)) < len(pids) == 10
+    check_ledger(task, 100)
+
+
+def test_the_memory_of_a_process_is_that_of_its_children_too() -> None:
+    before = resident_bytes(os.getpid())
+    code = "x = bytearray(b'1' * (100 << 20)); print(flush=True); input()"
+    pipe: Any = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as child:
+        child.stdout.readline()  # type: ignore[union-attr]
+        assert resident_bytes(os.getpid()) - before > 100 << 20
+        child.kill()
+    assert resident_bytes(2**30) == 0
 
 
 def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(

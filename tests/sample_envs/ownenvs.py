@@ -166,6 +166,22 @@ class Reach(Line):
         )
 
 
+class Leaky(Line):
+    """Each episode takes 200 MiB and never gives them back; `log` gets the process's id."""
+
+    held: list = []
+
+    def __init__(self, log: str = ""):
+        super().__init__(stretch=0.0)
+        self.log = log
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        self.held.append(bytearray(os.urandom(1) * (200 << 20)))
+        with open(self.log, "a") as file:
+            print(os.getpid(), file=file)
+        return super().reset(seed=seed)
+
+
 class Windy(Line):
     """Takes the reset options wind (a float) and side (a choice)."""
 

@@ -20,6 +20,7 @@ PAID = (
     "reality.price",
     "reality.step_timeout_s",
     "reality.first_timeout_s",
+    "reality.memory_gb",
     "reality.known",
 )
 """Keys that change costs, waiting times and worlds, but no transition."""
@@ -110,6 +111,10 @@ class RealityConfig:
     """As `step_timeout_s`, until a new environment has taken its first step: a simulator may start
     or compile in it. Defaults to `step_timeout_s`.
     """
+    memory_gb: float | None = field(default=None, metadata=ADDED)
+    """GiB that the process of an environment may use, with its child processes. `collect` runs no
+    more workers than fit into the cluster's memory, and replaces one that has come to use more.
+    """
     known: KnownConfig = field(default_factory=KnownConfig)
     """Known parts of the worlds of a loop, as `known` of pretrain. Other jobs do not use them."""
 
@@ -134,6 +139,7 @@ def check(config: RealityConfig) -> None:
     checks.within(config, 0, math.inf, *keys, open="]", prefix="reality.")
     for key, value in (
         ("first_timeout_s", config.first_timeout_s),
+        ("memory_gb", config.memory_gb),
         ("price.longest_s", config.price.longest_s),
         ("budget.money", config.budget.money),
     ):

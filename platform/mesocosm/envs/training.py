@@ -36,9 +36,9 @@ DECAYS = (0.0, 1e-3, 1e-2)
 CHOICES = [4, len(RATES), len(BATCHES), len(EPOCHS), len(DECAYS)]
 NOISES = (0.0, 0.1, 0.3)
 """Shares of wrong training labels; an episode has one of them."""
-UNIT = 8.0
+UNIT = 16.0
 """The features are multiplied by a number between 1 / UNIT and UNIT."""
-ROWS, COLUMNS, WIDTHS, DEPTHS = (150, 600), (24, 64), (16, 32, 64, 128), (1, 2, 3)
+ROWS, COLUMNS, WIDTHS, DEPTHS = (150, 600), (24, 64), (32, 64, 128), (1, 2, 3)
 HELD_OUT, CLASSES = 500, 10
 MEMORY = 4
 """Past runs that are observed."""
@@ -73,8 +73,8 @@ class DigitsNet:
             layer, slope = (
                 vector[start:stop].view(rows, columns) for vector in (self.theta, self._gradient)
             )
-            bound = (rows - 1) ** -0.5
-            layer.uniform_(-bound, bound, generator=generator)
+            bound = (6 / (rows - 1)) ** 0.5  # He et al. (2015), for ReLU
+            layer.uniform_(-bound, bound, generator=generator)[-1] = 0.0
             self._layers.append((layer, slope))
             start = stop
 

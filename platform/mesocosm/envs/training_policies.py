@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.envs.training import CHOICES, CONTINUE, FROM_BEST, FROM_SCRATCH, LIMIT, RATES, STOP
+from mesocosm.envs.training import CHOICES, CONTINUE, FROM_BEST, FROM_SCRATCH, RATES, STOP
 
 Observation = Mapping[str, NDArray[np.float32]]
 OPERATIONS = (0.6, 0.2, 0.17, 0.03)
@@ -32,7 +32,7 @@ class RandomSettings:
         return np.array([rng.choice(4, p=OPERATIONS), *rng.integers(0, CHOICES[1:])])
 
 
-class _Script(RandomSettings):
+class FixedPlan(RandomSettings):
     """One action a run, then stop."""
 
     plan: ClassVar[Sequence[tuple[int, ...]]]
@@ -42,13 +42,13 @@ class _Script(RandomSettings):
         return np.array(self.plan[done] if done < len(self.plan) else HALT)
 
 
-class ConstantRate(_Script):
+class ConstantRate(FixedPlan):
     """Six runs of nine epochs at the rate .03."""
 
     plan = ((CONTINUE, 3, 1, 2, 0),) * 6
 
 
-class FallingRate(_Script):
+class FallingRate(FixedPlan):
     """A schedule: the rates .1, .1, .03 and, from the best network, .01."""
 
     plan = (
@@ -60,24 +60,25 @@ class FallingRate(_Script):
 
 
 class AdaptiveRate(RandomSettings):
-    """Reads the curves: it searches a rate at which the loss falls, tenfold lower after a run that
-    diverged, threefold higher after one that hardly learned; then it lowers the rate threefold with
-    each run from the best network.
+    """Reads the curves: it tries three rates for an epoch each, from scratch, and trains at the one
+    of the lowest loss; then it lowers the rate from the best network, until the loss is small.
     """
 
+    tried = (1, 3, 5)
+
     def __call__(self, observation: Observation, rng: np.random.Generator) -> NDArray[np.int64]:
-        done, now, past = runs(observation), observation["now"], observation["past"]
-        if done == 0:
-            return np.array((CONTINUE, 3, 0, 1, 0))
-        rate = round(float(past[0, 0]) * (len(RATES) - 1))
-        train_loss, best = float(now[0]), float(now[4])
-        if train_loss >= LIMIT:
-            return np.array((FROM_SCRATCH, max(rate - 2, 0), 0, 1, 0))
-        if best < 0.5:
-            return np.array((CONTINUE, min(rate + 1, len(RATES) - 1), 0, 1, 0))
-        if done >= 6:
+        done, past = runs(observation), observation["past"]
+        if done < len(self.tried):
+            return np.array((FROM_SCRATCH, self.tried[done], 0, 0, 0))
+        if done == len(self.tried):
+            loss = past[: len(self.tried), 4]  # the latest comes first
+            return np.array((FROM_SCRATCH, self.tried[::-1][int(loss.argmin())], 0, 2, 0))
+        if done >= 8 or past[0, 4] < 0.05:
             return np.array(HALT)
-        return np.array((FROM_BEST, max(rate - 1, 0), 1, 2, 0))
+        rate = round(float(past[0, 0]) * (len(RATES) - 1))
+        rose = past[0, 4] > past[1, 4]
+        lower = 2 if rose else int(past[0, 4] < 1.0)
+        return np.array((FROM_BEST, max(rate - lower, 0), 0, 2, 0))
 
 
 def runs(observation: Observation) -> int:

@@ -31,6 +31,7 @@ from mesocosm.envs.amounts import time_price
 from mesocosm.envs.config import PAID
 from mesocosm.envs.ledger import ROUNDING, Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
+from mesocosm.envs.memory import GIB
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
@@ -285,9 +286,23 @@ def _run_lanes(cfg: CollectConfig, task: CollectTask, lanes: list[Lane], report:
         run_here(task, lanes, report)
         return
     ray_session.ensure(cfg.ray)
-    workers = min(cfg.workers, cfg.lanes)
+    workers = min(cfg.workers, cfg.lanes, _fitting(cfg))
     ray_session.preflight(cpus=workers, key=f"workers={cfg.workers}")
     run_on_ray(task, lanes, workers, report)
+
+
+def _fitting(cfg: CollectConfig) -> int:
+    """The number of workers that fit into the cluster's memory."""
+    limit = cfg.reality.memory_gb
+    if limit is None:
+        return cfg.workers
+    have = ray_session.most().get("memory", 0.0) / GIB
+    if limit > have:
+        raise UsageError(
+            f"reality.memory_gb must be at most the {have:.3g} GiB that Ray has, got {limit:g};"
+            " lower it, or use a larger cluster"
+        )
+    return int(have / limit)
 
 
 @dataclass

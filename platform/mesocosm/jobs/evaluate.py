@@ -47,6 +47,7 @@ NOT_IN_ID = [
     "reality.budget",
     "reality.step_timeout_s",
     "reality.first_timeout_s",
+    "reality.memory_gb",
     "reality.known",
 ]
 """Keys that do not change what is measured; inputs are hashed by their ids."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from mesocosm.data.collecting.workers import CollectTask, Lane, LaneRunner, Report
 from mesocosm.envs.config import timeout
+from mesocosm.envs.memory import GIB
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import label
@@ -35,6 +36,12 @@ class Worker:
 
         self._ray, self._plan = ray, plan
         options: dict[str, Any] = {"max_restarts": 0, "concurrency_groups": {"watch": 1}}
+        limit = plan.reality.memory_gb
+        self._memory = None if limit is None else int(limit * GIB)
+        if self._memory is not None:
+            options["memory"] = self._memory
+        self.retiring = False
+        """It uses too much memory, and is replaced once its environment is closed."""
         self._class: Any = ray.remote(num_cpus=1, **options)(LaneRunner)
         self._actor: Any = None
         self.lane = Lane(0, 1, 0)
@@ -121,7 +128,18 @@ class Worker:
     def alive(self) -> bool:
         return self._actor is not None
 
+    def leaks(self) -> bool:
+        """True if a worker without a running call uses more memory than it may."""
+        if self._memory is None:
+            return False
+        try:
+            used: int = self._ray.get(self._actor.memory.remote())
+        except self._ray.exceptions.RayActorError:
+            return False  # the next call notices
+        return used > self._memory
+
     def kill(self) -> None:
+        self.retiring = False
         if self._actor is not None:
             self._ray.kill(self._actor)
         self._actor = self.future = self._pulse = None
@@ -215,6 +233,11 @@ def run_on_ray(plan: CollectTask, lanes: Sequence[Lane], workers: int, report: R
                 attempts = segments.attempts(lane.index, lane.tried, plan.open_ledger())
             record(lane, attempts)
             usable = written_here and not lane.failed
+            if usable and lane.left:
+                worker.retiring = worker.leaks()
+                usable = not worker.retiring
+        elif worker.call == "end" and worker.retiring:
+            worker.kill()
         proceed(worker, usable)
 
     def proceed(worker: Worker, usable: bool) -> None:

@@ -6,6 +6,7 @@ A lane writes its episodes to storage as they end; a killed collection goes on a
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from mesocosm.envs.episode import Act, EpisodeCut, EpisodeError, run_episode
 from mesocosm.envs.guard import MAX_FAILURES
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
+from mesocosm.envs.memory import resident_bytes
 from mesocosm.envs.meter import OVERHEAD, Meter
 from mesocosm.envs.metered import MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
@@ -267,6 +269,10 @@ class LaneRunner:
             return Attempt.of(episode, steps, spent), encode_episode(episode, *self._codecs)
         except MesocosmError as error:
             return Attempt(k, name, steps, str(error), spent), None
+
+    def memory(self) -> int:
+        """Bytes that this process and its children use."""
+        return resident_bytes(os.getpid())
 
     def end(self) -> None:
         """Close the environment. Steps that led to no episode stay reserved."""
