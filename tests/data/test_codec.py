@@ -107,6 +107,24 @@ def test_statistics_are_of_the_training_split(write: Write) -> None:
     )
 
 
+def test_rare_large_rewards_leave_the_scale_of_the_others(write: Write) -> None:
+    episodes = goal_episodes()
+    plain = fitted(write, episodes)[0].spec
+    for episode in episodes:
+        episode.rewards[-1] = -1000.0 * plain.reward_scale
+    codec, dataset = fitted(write, episodes)
+    rewards = np.concatenate([e.rewards for e in dataset.iter_episodes("train")])
+    others = rewards[rewards > -500.0 * plain.reward_scale]
+    spec = Codec.from_json(codec.to_json()).spec
+    assert len(others) < len(rewards) and plain.reward_rare is None
+    assert (spec.reward_mean, spec.reward_scale) == pytest.approx((others.mean(), others.std()))
+    assert spec.reward_rare is not None
+    share, mean, scale = spec.reward_rare
+    assert share == pytest.approx(1 - len(others) / len(rewards))
+    assert mean == pytest.approx((rewards.min() - others.mean()) / others.std())
+    assert scale == pytest.approx(1e-3 * -mean)
+
+
 def test_integers_have_precision_one(counted_dataset: Callable[..., Dataset]) -> None:
     codec = Codec.fit(counted_dataset([30, 30, 30]))
     (first, second) = codec.spec.observation.bins

@@ -43,12 +43,14 @@ class Correction(nn.Module):
 
 def reward_outputs(spec: Spec) -> int:
     """The outputs of the base's reward network, which `RewardHead` reads."""
-    values = spec.reward_values
-    return density.PARAMS * REWARD_COMPONENTS if values is None else len(values)
+    if spec.reward_values is not None:
+        return len(spec.reward_values)
+    return density.PARAMS * (REWARD_COMPONENTS + (spec.reward_rare is not None))
 
 
 class RewardHead(nn.Module):
-    """p(r | o, a, o', history): a category if the spec lists values, otherwise a mixture.
+    """p(r | o, a, o', history): a category if the spec lists values, otherwise a mixture. Rare
+    large rewards have a component of their own, which begins with their share, mean and scale.
 
     `outputs` [K, N, out] in its methods are those of the base's reward network.
     """
@@ -62,8 +64,17 @@ class RewardHead(nn.Module):
         self.values = Constant(torch.tensor(values or (), dtype=torch.float32))
         self.bin = Constant(torch.tensor(spec.reward_bin))
         self.spread = Constant(torch.tensor([0.0, 0.0, -0.5, 0.5, 0.0, 0.0]))
+        self.gain: Constant | None = None
+        if spec.reward_rare is not None:
+            share, mean, scale = spec.reward_rare
+            odds = math.log(REWARD_COMPONENTS * share / (1.0 - share))
+            start = [0.0, 0.0, odds, -0.5, 0.5, mean, 0.0, 0.0, math.log(scale)]
+            self.spread = Constant(torch.tensor(start))
+            self.gain = Constant(torch.tensor([1.0] * 5 + [scale] + [1.0] * 3))
 
     def _mixture(self, outputs: Tensor) -> density.Mixture:
+        if self.gain is not None:
+            outputs = outputs * self.gain(outputs)
         return density.mixture(outputs + self.spread(outputs), self.bin(outputs))
 
     def log_prob(self, outputs: Tensor, features: Tensor | None, reward: Tensor) -> Tensor:

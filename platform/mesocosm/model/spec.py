@@ -66,6 +66,10 @@ class Spec:
     reward_mean: float = 0.0
     reward_scale: float = 1.0  # numeric rewards enter as (reward - reward_mean) / reward_scale
     reward_bin: float = 1e-3  # precision of a numeric reward, in units of `reward_scale`
+    reward_rare: tuple[float, float, float] | None = None
+    """(share, mean, scale) of rare large rewards, the last two normalised: `reward_mean` and
+    `reward_scale` are then those of all other rewards.
+    """
     durations: bool = False
     duration_mean: float = 0.0
     duration_scale: float = 1.0
@@ -77,6 +81,8 @@ class Spec:
         values = asdict(self)
         if not self.duration_log:  # worlds are older than this field
             del values["duration_log"]
+        if self.reward_rare is None:
+            del values["reward_rare"]
         for name in ("observation", "action", "task"):
             if values[name]["table"] is None:
                 del values[name]["table"]
@@ -97,9 +103,12 @@ class Spec:
     def from_json(data: dict[str, Any]) -> Spec:
         """The inverse of `to_json`."""
 
-        names = [field.name for field in fields(Spec) if field.name != "duration_log"]
+        added = ("duration_log", "reward_rare")
+        names = [field.name for field in fields(Spec) if field.name not in added]
         values = {name: data[name] for name in names}
         values["duration_log"] = data.get("duration_log", False)
+        rare = data.get("reward_rare")
+        values["reward_rare"] = None if rare is None else tuple(rare)
         for name in ("observation", "action", "task"):
             part: dict[str, Any] = {"grid": (), **data[name]}
             part["texts"] = [TextSpan(**text) for text in part["texts"]]

@@ -29,6 +29,12 @@ SHORTEST_S = 1e-9
 """A shorter duration counts as this where the logarithm is learned."""
 REWARD_VALUES = 64
 """Rewards with at most this many distinct values are exact categories."""
+RARE, FAR = 0.05, 50.0
+"""Rewards farther from the median than FAR times their spread (1.48 MAD) are rare large ones, if
+they are at most this share: a lost plasma's -1,000 among rewards of .1.
+"""
+LEAST_SPREAD = 1e-3
+"""The least spread of rare rewards, as a share of their mean's size"""
 AT_ONCE = 1 << 15
 """Numbers normalised at once, so that between the two operations they stay in a core's cache."""
 
@@ -162,6 +168,7 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
     first = {name: Moments(len(columns)) for name, columns in labels.items()}
     change = Moments(observation.numbers)
     rewards: set[float] = set()
+    all_rewards: list[tuple[Array, Array]] = []
     terminals = transitions = 0
     for chunk in dataset.chunks("train"):
         data, steps = chunk.arrays, ~chunk.last
@@ -179,6 +186,7 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
             chosen = in_first if name == "observation" else in_first[steps]
             first[name].add(columns[name][chosen])
         _add_distinct(rewards, data["reward"][steps])
+        all_rewards.append((data["reward"][steps], in_first[steps]))
         terminals += int(data["terminated"][steps].sum())
         transitions += int(steps.sum())
     if not transitions:
@@ -187,6 +195,14 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
         )
     for chunk in dataset.chunks("valid"):
         _add_distinct(rewards, chunk.arrays["reward"][~chunk.last])
+    rare = None
+    if len(rewards) > REWARD_VALUES:
+        raw, in_first = (np.concatenate(column) for column in zip(*all_rewards, strict=True))
+        rare = rare_rewards(raw)
+        if rare.any():
+            for moments, rows in ((every, ~rare), (first, ~rare & in_first)):
+                moments["reward"] = Moments(1)
+                moments["reward"].add(raw[rows, None])
     train = dataset.episodes("train")
     for moments, episodes in ((every, train), (first, train[dataset.part[train] == 0])):
         moments.setdefault("duration", Moments(1))
@@ -206,6 +222,10 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
     }
     if log_durations:
         spec["duration_log"] = True
+    if rare is not None and rare.any():
+        large = (raw[rare] - spec["reward_mean"]) / spec["reward_scale"]
+        spread = max(float(large.std()), LEAST_SPREAD * abs(float(large.mean())))
+        spec["reward_rare"] = [float(rare.mean()), float(large.mean()), spread]
     is_number = np.array([option.values is None for option in dataset.options], bool)
     scalings["options"] = scalings["options"].only(is_number)
     return scalings, change.std, spec
@@ -229,6 +249,17 @@ def mean_duration(dataset: Dataset) -> float | None:
         durations = chunk.arrays["duration"][~chunk.last]
         total, count = total + float(durations.sum()), count + len(durations)
     return total / count if count else None
+
+
+def rare_rewards(raw: Array) -> Array:
+    """[N] bool: the rare large ones of rewards [N]. Nothing is clipped: they have a density of
+    their own (`heads.RewardHead`), and the others' scale does not hold them.
+    """
+    middle = np.median(raw)
+    far = np.abs(raw - middle)
+    spread = 1.4826 * np.median(far)
+    rare: Array = far > FAR * spread
+    return rare if spread > 0 and rare.mean() <= RARE else np.zeros(len(raw), bool)
 
 
 def _scalar(name: str, scaling: Scaling) -> dict[str, float]:
