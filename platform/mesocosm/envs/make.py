@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -128,7 +129,8 @@ def facts_of(config: RealityConfig) -> EnvFacts:
     """Make the environment, inspect it and close it. Raises UsageError as `make_env` does.
 
     One that takes SLOW_S or longer (it starts a simulator or a browser) is made once on this
-    machine: its facts stay in the user's cache folder, for its version and arguments.
+    machine: its facts stay in the user's cache folder, for its version, the Python files of its
+    folder, and its arguments.
     """
     check(config)
     path = _cached_facts(config)
@@ -171,14 +173,13 @@ def _cached_facts(config: RealityConfig) -> Path | None:
     if not inspect.isclass(kind) or issubclass(kind, gymnasium.Wrapper):
         return None
     try:
-        facts = config.env, dict(config.kwargs), config.horizon, config.bounds, _version(kind)
-        return cache_folder() / "spaces" / f"{fingerprint('spaces', *map(_plain, facts))}.json"
-    except TypeError:
-        return None  # an argument without a stable identity
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+        sources = sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+        settings = config.env, dict(config.kwargs), config.horizon, config.bounds
+        plain = json.loads(json.dumps([*settings, _version(kind), digests]))
+        return cache_folder() / "spaces" / f"{fingerprint('spaces', plain)}.json"
+    except (TypeError, ValueError, OSError):
+        return None  # a class without a file, or an argument without a stable identity
 
 
 def _read_facts(path: Path) -> EnvFacts | None:
