@@ -15,6 +15,7 @@ from serve.worlds import untrained
 
 from mesocosm.agents import learners, rllib, settings
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.masks import MASK, action_at, mask_of, mask_size, place_of
 from mesocosm.envs.config import RealityConfig
@@ -172,6 +173,17 @@ def test_ppo_samples_and_exports_masked_logits(ray_local: None, tmp_path: Path) 
         made.save(tmp_path)
         again = Policy.load(tmp_path)
         torch.testing.assert_close(again.network(flat), logits)
+
+
+def test_ppo_without_a_table_masks_its_logits_too() -> None:
+    flat = spaces.Dict({name: SPACES[0][name] for name in (MASK, "goal", "total")})
+    module: Any = rllib.check_agent(settings.imagined(AgentConfig()), (flat, SPACES[1]))
+    assert isinstance(module, MaskedPPOModule)
+    batch = observations(6)
+    rows = {"obs": torch.from_numpy(flatten_batch(flat, {name: batch[name] for name in flat}))}
+    for outputs in (module.forward_inference(rows), module.forward_train(rows)):
+        logits = outputs["action_dist_inputs"]
+        assert torch.equal(logits < -1e8, torch.from_numpy(batch[MASK] == 0))
 
 
 @pytest.mark.parametrize("algo", ["DQN", "APPO"])
