@@ -39,7 +39,7 @@ def run_baseline(root: str, overrides: str) -> tuple[Artifact, dict[str, Any], L
 def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: str) -> None:
     config = (
         "num_envs=4 rollout=32 steps=700 target=5 select_episodes=2 select_every=100"
-        " params.minibatch_size=64"
+        " params.minibatch_size=64 reality.price.per_step=0.5 reality.price.per_reset=2"
     )
     artifact, curve, totals = run_baseline(root, config)
     trained, selected = curve["train_steps"], curve["select_steps"]
@@ -52,6 +52,8 @@ def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: s
     assert kinds[-1] == "select" and "train" in kinds
     steps = [point["steps"] for point in curve["points"]]
     assert steps == sorted(steps)
+    resets = sum(totals.purposes[name].resets for name in ("baseline", "select"))
+    assert curve["points"][-1]["price"] == 0.5 * curve["steps"] + 2 * resets
     Policy.load(artifact.path / "policy")
     again, _, totals = run_baseline(root, config)
     assert again.id == artifact.id
@@ -82,6 +84,8 @@ def test_an_agent_trains_on_candidate_commands_in_reality(ray_local: None, root:
     curve = json.loads((artifact.path / baseline.CURVE).read_text())
     judged = [point for point in curve["points"] if point["kind"] == "judge"]
     assert judged and all(len(point["returns"]) == 3 for point in judged)
+    spent = Ledger(Storage(root), curve["ledger"]).totals().purposes
+    assert spent["baseline"].text_bytes > 40 * spent["baseline"].steps, "texts are counted"
     loaded = load_policy(artifact.path / "policy")
     assert isinstance(loaded, CandidatePolicy) and loaded.shape.candidates == 8
     text, info = make_env(config.reality).reset(seed=0)

@@ -99,8 +99,8 @@ class Meter:
         """True if `settle` has recorded usage that is not confirmed: the record names the
         reservation, and whoever reads it confirms.
         """
-        self.steps = 0
-        """Steps used by this meter so far."""
+        self.total = NOTHING
+        """All that was used through this meter so far."""
         self._held: Reservation | None = None
         self._used = NOTHING
         """The used part of the reservation."""
@@ -130,8 +130,7 @@ class Meter:
         with self._lock:
             self._check_running()
             self._ensure(steps, resets)
-            self._used += Amount(steps, resets)
-            self.steps += steps
+            self._count(Amount(steps, resets))
             self._calls = steps + resets
             self._busy_since = began = time.monotonic()
         try:
@@ -141,13 +140,22 @@ class Meter:
             with self._lock:
                 self._busy_since = None
                 if not self.stopped:
-                    self._used += self._taken(time.monotonic() - began, report)
+                    self._count(self._taken(time.monotonic() - began, report))
         self._check_running()
         if report.lacks and self.ledger.price.per_second:
             raise UsageError(
                 "reality.price.per_second needs info['duration'], in seconds, at every step; the"
                 " environment gave none: report it, or price by reality.price.per_step"
             )
+
+    @property
+    def steps(self) -> int:
+        """Steps used by this meter so far."""
+        return self.total.steps
+
+    def _count(self, amount: Amount) -> None:
+        self._used += amount
+        self.total += amount
 
     def _taken(self, seconds: float, report: Report) -> Amount:
         """The time of a call. A step without a duration (it failed, or hangs) is charged the
@@ -293,6 +301,6 @@ class Meter:
                 return None
             if not self.stopped:
                 calls = 0 if self._busy_since is None else self._calls
-                self._used += self._taken(self.busy_s(), Report(missing=calls))
+                self._count(self._taken(self.busy_s(), Report(missing=calls)))
                 self.stopped = True
             return self._usage()

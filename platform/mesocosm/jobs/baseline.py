@@ -23,7 +23,7 @@ from mesocosm.agents.learners import module_of
 from mesocosm.agents.rllib import check_agent
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
-from mesocosm.envs.amounts import time_price
+from mesocosm.envs.amounts import price_of, time_price
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
@@ -79,12 +79,12 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
     """Train until the target is confirmed or the steps are spent. The artifact holds curve.json and
     policy/.
 
-    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"; of
-    a judgement also "returns" and "judge_steps", what it took], "target", "reached": real steps at
-    which the target was confirmed or null, "reached_in_training": where the training episodes' own
-    mean first was there, or null, "steps", "train_steps", "select_steps", "judge_steps", "dropped":
-    why episodes were cut (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds",
-    "ledger"}.
+    curve.json: {"points": [{"steps", "price" of them, "return", "kind": "train" | "select" |
+    "judge", "seconds"; of a judgement also "returns" and "judge_steps", what it took], "target",
+    "reached": real steps at which the target was confirmed or null, "reached_in_training": where
+    the training episodes' own mean first was there, or null, "steps", "train_steps",
+    "select_steps", "judge_steps", "dropped": why episodes were cut (a crash, a hang, NaN), "cap",
+    "censored": not reached, "algo", "seconds", "ledger"}.
     """
 
     name, kind, config = "baseline", "evaluations", BaselineConfig
@@ -143,6 +143,7 @@ class _RealTraining:
         self.points: list[dict[str, Any]] = []
         self.returns: list[float] = []
         self.train_steps = self.select_steps = self.judge_steps = 0
+        self.select_price = 0.0
         self.began = time.monotonic()
         self.selected_at, self.judged_at = -config.select_every, 0
         # `reality.budget.steps` bounds the data of a world, not this job.
@@ -235,13 +236,15 @@ class _RealTraining:
         if self.train_steps - self.selected_at < config.select_every:
             return False
         self.selected_at = self.train_steps
-        before = self.ledger.totals().purposes["select"].steps
-        self.ledger.bounds["select"] = before + config.steps - self.steps
+        before = self.ledger.totals().purposes["select"]
+        self.ledger.bounds["select"] = before.steps + config.steps - self.steps
         try:
             mean = self._judge("select", config.select_episodes, config.seed + self.steps).mean
         except BudgetSpent:
             mean = None
-        self.select_steps += self.ledger.totals().purposes["select"].steps - before
+        after = self.ledger.totals().purposes["select"]
+        self.select_steps += after.steps - before.steps
+        self.select_price += after.price - before.price
         if mean is not None:
             self._point(mean, "select")
         return self._reaches(mean)
@@ -260,7 +263,9 @@ class _RealTraining:
 
     def _point(self, mean: float, kind: str, **more: Any) -> None:
         seconds = round(time.monotonic() - self.began, 2)
-        point = {"steps": self.steps, "return": mean, "kind": kind, "seconds": seconds, **more}
+        price = price_of(self.config.reality.price, self.vector.meter.total) + self.select_price
+        point = {"steps": self.steps, "price": round(price, 9), "return": mean, "kind": kind}
+        point |= {"seconds": seconds, **more}
         self.points.append(point)
         self.run.log(
             {f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps

@@ -159,8 +159,12 @@ class Collect(Job[CollectConfig, Collection]):
         artifact = self.commit(plan, run, fill, **meta)
         segments.remove()
         run.record(ledger=totals, counts=counts)
+        spent = totals["purposes"]["collect"]
+        timed = f" of {spent['duration']:.4g} s" if spent["duration"] else ""
+        texts = f", {spent['text_bytes']:,} bytes of text" if spent["text_bytes"] else ""
+        used = f"{totals['spent']} steps{timed}{texts}"
         run.say(
-            f"{artifact.name}: {tally}; ledger {ledger.id!r}: {totals['spent']} steps,"
+            f"{artifact.name}: {tally}; ledger {ledger.id!r}: {used},"
             f" price {totals['price']:g} {totals['currency']}"
         )
         return artifact
