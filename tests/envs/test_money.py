@@ -11,7 +11,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from mesocosm.envs.amounts import Amount, Usage
-from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, check
+from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, check, check_affordable
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.meter import Meter
 from mesocosm.envs.metered import MeteredEnv, MeteredVectorEnv
@@ -163,6 +163,14 @@ def test_a_vector_adds_the_durations_of_its_members(root: str) -> None:
     env.close()
     totals = ledger.totals().purposes["baseline"]
     assert (totals.steps, totals.resets, totals.duration) == (5, 3, 63.75)
+
+
+def test_more_steps_than_the_money_buys_are_refused_before_work_starts(root: str) -> None:
+    reality = RealityConfig(env="x", price=PriceConfig(1.0, 5.0), budget=BudgetConfig(money=30.0))
+    check_affordable(reality, 25)
+    check_affordable(reality, 0)
+    with pytest.raises(UsageError, match=r"reality.budget.money must be >= 31 USD, .* got 30"):
+        check_affordable(reality, 26)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,18 @@ def check(config: RealityConfig) -> None:
         parse_success(config.success)
 
 
+def check_affordable(config: RealityConfig, steps: int) -> None:
+    """Raise UsageError where the budget of money is less than the price of `steps` steps and a
+    reset, without their time.
+    """
+    money, least = config.budget.money, config.price.of(steps, 1, 0.0)
+    if money is not None and steps and least > money:
+        raise UsageError(
+            f"reality.budget.money must be >= {least:g} {config.price.currency}, the price of"
+            f" {steps} steps and a reset, got {money:g}; raise it, or lower the steps"
+        )
+
+
 def _require(valid: bool, key: str, rule: str, value: Any) -> None:
     if not valid:
         raise UsageError(f"{key} must be {rule}, got {value!r}")

@@ -28,7 +28,7 @@ from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.amounts import time_price
-from mesocosm.envs.config import PAID
+from mesocosm.envs.config import PAID, check_affordable
 from mesocosm.envs.ledger import ROUNDING, Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.memory import GIB
@@ -67,6 +67,7 @@ class Collect(Job[CollectConfig, Collection]):
         budget = config.reality.budget.steps
         if budget is not None and config.steps > budget:
             raise UsageError(f"steps must be <= reality.budget.steps={budget}, got {config.steps}")
+        check_affordable(config.reality, config.steps)
         environment = facts_of(config.reality)
         check_spaces(*environment.spaces)
         behaviours, sources = _resolve(config.behaviours, storage, *environment.spaces)

@@ -100,6 +100,7 @@ def check(cfg: LoopConfig) -> None:
             f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds;"
             " raise it, or lower rounds or explore.steps"
         )
+    reality_config.check_affordable(cfg.reality, needed)
     # "?" stands for artifacts that the loop will make.
     with stage("collect"):
         collecting.check(fill(cfg.collect, cfg, 0))
