@@ -3,6 +3,7 @@
 # make test-unit, test-all, coverage  the unit tests alone; all tests; what make test covers
 # make lint  ruff, a strict type check, and which package may import which
 # make docs  the documentation site, into build/site
+# make domains  the environments of docs/domains.md: a browser and robot arms
 # make bench ratios, each measured in one run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +14,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world \
+.PHONY: install browser domains run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
     bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
     bench-language bench-training clean
@@ -26,6 +27,26 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps openenv==0.10.0
 	touch $(STAMP)
+
+# Chromium, its driver and MiniWoB's pages. Its pin of a later Gymnasium concerns environments that
+# are not used, so pip must not see it.
+browser: install
+	@if (command -v chromium || command -v google-chrome) >/dev/null \
+	  && command -v chromedriver >/dev/null; then :; \
+	elif ! command -v apt-get >/dev/null; then \
+	  echo "make browser needs apt-get: install Chromium and its chromedriver of the same version" \
+	    "in another way, so that both are on PATH, and run it again" >&2; exit 1; \
+	elif [ "$$(id -u)" != 0 ]; then \
+	  echo "make browser needs root for apt-get: run" \
+	    "'sudo apt-get install chromium chromium-driver', and then it again" >&2; exit 1; \
+	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y \
+	  --no-install-recommends chromium chromium-driver >/dev/null; fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pip install --quiet --no-deps miniwob==1.1.0
+
+# The environments of docs/domains.md.
+domains: browser
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[robotics,training]'
 
 run: install
 	$(BIN)/mesocosm loop -c loop/quickstart

@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import browsers
 import factories
 import pytest
 import torch
@@ -115,6 +116,13 @@ def golden() -> Any:
 def root(tmp_path: Path) -> str:
     """A fresh storage root."""
     return str(tmp_path / "root")
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The mark of the browsers that the test starts (`browsers.processes`)."""
+    monkeypatch.setenv(browsers.MARK, str(tmp_path))
+    return str(tmp_path)
 
 
 @pytest.fixture(scope="session")

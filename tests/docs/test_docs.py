@@ -50,6 +50,7 @@ LACKING = (
     "mymodule",
     "is no file, folder or pattern",
     "no server answers there",
+    "is not installed",
 )
 """Of these a dry run may say that they are not there: an earlier command would have made them, or
 the reader.

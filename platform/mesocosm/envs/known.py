@@ -58,3 +58,22 @@ def hopper_terminated(observation: Tensor, action: Tensor, following: Tensor) ->
     """
     high, upright = following[:, 0] > 0.7, following[:, 1].abs() < 0.2
     return ~(high & upright & (following[:, 1:].abs() < 100).all(-1))
+
+
+def fetch_reward(
+    observation: Mapping[str, Tensor], action: Tensor, following: Mapping[str, Tensor]
+) -> Tensor:
+    """FetchPush-v4 and FetchPickAndPlace-v4: -1 while the object is more than .05 m from its goal,
+    else 0.
+    """
+    return -(fetch_dense_reward(observation, action, following) < -0.05).double()
+
+
+def fetch_dense_reward(
+    observation: Mapping[str, Tensor], action: Tensor, following: Mapping[str, Tensor]
+) -> Tensor:
+    """FetchPushDense-v4 and FetchPickAndPlaceDense-v4: minus the distance of the object from its
+    goal, in metres.
+    """
+    distance = following["achieved_goal"] - following["desired_goal"]
+    return -torch.linalg.vector_norm(distance, dim=-1)

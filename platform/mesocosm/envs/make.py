@@ -180,6 +180,8 @@ def _cached_facts(config: RealityConfig) -> Path | None:
         return cache_folder() / "spaces" / f"{fingerprint('spaces', plain)}.json"
     except (TypeError, ValueError, OSError):
         return None  # a class without a file, or an argument without a stable identity
+    except gymnasium.error.DependencyNotInstalled:
+        return None  # `make_env` reports it
 
 
 def _read_facts(path: Path) -> EnvFacts | None:
@@ -207,8 +209,9 @@ def _unknown(env: str, name: str, module: Any) -> UsageError:
 
 
 def environment_version(env: Env) -> str:
-    """The version of the environment's package, or the hash of a single module's source. A server
-    at an address names its version.
+    """The version of the environment's package, or the hash of a single module's source, and those
+    of the programs that its class lists (`program_versions`). A server at an address names its
+    version.
     """
     if isinstance(env.unwrapped, RemoteEnv):
         return env.unwrapped.environment_version
@@ -225,7 +228,8 @@ def _version(kind: type) -> str:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{kind.__module__} {source_hash(kind)}")
-    return ", ".join(versions)
+    programs = kind.program_versions() if hasattr(kind, "program_versions") else []
+    return ", ".join([*versions, *programs])
 
 
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
