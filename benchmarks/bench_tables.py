@@ -4,7 +4,7 @@ Worlds of `mesocosm.envs.items:Items` learn from so many real steps of a noisy s
 table and once from the same columns without one, in equal CPU seconds of training. Each keeps the
 weights that predict the validation split best. Printed for new episodes: the nats of an observation
 a transition, the share of predicted observations of which every category is right (the likeliest
-one), and of submissions whose reward is predicted right.
+one), and of submissions whose reward is predicted right. With --reward, the reward network alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
 from mesocosm.envs.items import Items, expert
 from mesocosm.model import mup
+from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
+from mesocosm.model.head_fit import fit_heads
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import WorldNet, apply_base, unroll
 from mesocosm.model.spec import Windows
@@ -107,20 +110,44 @@ def nats(net: WorldNet, base: Any, batches: list[Windows]) -> float:
 
 def right(net: Any, base: Any, batches: list[Windows]) -> tuple[float, float]:
     """The shares of right observations and of right rewards of submissions."""
-    hits, ends = [], []
+    hits = []
     with torch.no_grad():
         for windows in batches:
             transition, outcome = unroll(windows)
-            mask = windows.mask.flatten()
             _, _, logits = net._outputs(None, transition.flatten())
             likeliest = logits.softmax(-1).mean(0).argmax(-1)
             same = (likeliest == outcome.observation.categories.flatten(0, 1)).all(-1)
-            hits.append(same[mask])
+            hits.append(same[windows.mask.flatten()])
+    return float(torch.cat(hits).float().mean()), right_rewards(base, batches)
+
+
+def right_rewards(base: Base, batches: list[Windows]) -> float:
+    """The share of right rewards of submissions."""
+    ends = []
+    with torch.no_grad():
+        for windows in batches:
+            transition, outcome = unroll(windows)
             outputs = base.reward(head_inputs(transition, outcome.observation))
             rewards = outputs.softmax(-1).mean(0).argmax(-1) == windows.reward.flatten()
-            submitted = mask & (windows.action.categories[..., 0].flatten() == 1)
-            ends.append(rewards[submitted])
-    return tuple(float(torch.cat(x).float().mean()) for x in (hits, ends))  # type: ignore[return-value]
+            submitted = windows.mask & (windows.action.categories[..., 0] == 1)
+            ends.append(rewards[submitted.flatten()])
+    return float(torch.cat(ends).float().mean())
+
+
+def reward_alone(env: Items, steps: int, seed: int, folder: Path) -> list[float]:
+    """(right rewards, steps of the kept weights, CPU seconds) of one member, at most 500 steps."""
+    name = f"{type(env).__name__}-{steps}-{seed}"
+    data = dataset(folder / name, env, episodes(env, steps, 10_000 * (seed + 1)), 0.2)
+    codec = Codec.fit(data)
+    base = Base(codec.spec, ModelConfig(family="ensemble", members=1))
+    loader = Loader(data, codec, "train", 1, 128, seed)
+    judged = replace(Loader(data, codec, "valid", 1, 512, seed).batch(0), events=None)
+    began = time.process_time()
+    fit_heads(base, lambda step: replace(loader.batch(step), events=None), judged, 500, seed)
+    spent = time.process_time() - began
+    test = dataset(folder / f"{name}-new", env, episodes(env, 1500, 0), 0.99)
+    batches = [Loader(test, codec, "valid", WINDOW, 64, 0).batch(i) for i in range(5)]
+    return [right_rewards(base, batches), base.metrics["reward_steps"], spent]
 
 
 def measured(env: Items, steps: int, seed: int, seconds: float, folder: Path) -> list[float]:
@@ -164,15 +191,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, nargs="*", default=list(STEPS))
     parser.add_argument("--worlds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--reward", action="store_true")
     args = parser.parse_args()
-    print("real steps | world | nats | right observations | right rewards | training steps")
+    if args.reward:
+        print("real steps | world | right rewards | training steps | CPU s")
+    else:
+        print(
+            "real steps | world | nats | right observations | right rewards | steps | heads, CPU s"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for steps in args.steps:
             for kind in [KINDS[name] for name in args.worlds]:
                 env, where = kind(slots=args.slots), Path(folder)
-                rows = [measured(env, steps, s, args.seconds, where) for s in range(args.seeds)]
-                for row in rows:
-                    print(steps, kind.__name__, *(f"{x:.3g}" for x in row), sep=" | ", flush=True)
+                for seed in range(args.seeds):
+                    if args.reward:
+                        row = reward_alone(env, steps, seed, where)
+                    else:
+                        row = measured(env, steps, seed, args.seconds, where)
+                    figures = (f"{x:.3g}" for x in row)
+                    print(steps, kind.__name__, *figures, sep=" | ", flush=True)
 
 
 if __name__ == "__main__":
