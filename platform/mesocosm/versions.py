@@ -16,7 +16,7 @@ VERSIONS = {
     "clone": 1,
     "train-agent": 6,
     "baseline": 1,
-    "evaluate": 4,
+    "evaluate": 5,
     "propose": 5,
     "loop": 8,
     "study": 1,

@@ -61,7 +61,7 @@ def test_a_dry_run_names_the_worlds_and_the_price(lab: Lab) -> None:
     assert [row["pretrain"] for row in facts["worlds"]] == ["to train"] * 2
     assert facts["judged episodes"] == 12, "the agent and its start, in each of two worlds"
     assert facts["judged real steps"] == "at most 144"
-    assert facts["price of judging"] == "at most 72.00 USD"
+    assert facts["price of judging"] == "at most 72 USD"
 
 
 def test_overrides_change_the_world_and_not_the_other(lab: Lab) -> None:

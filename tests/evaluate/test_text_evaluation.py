@@ -68,6 +68,11 @@ def test_a_text_world_is_judged_by_texts(root: Path) -> None:
     steps = texts["steps"]
     assert steps["determined"]["of"] + steps["revealed"]["of"] == steps["exact"]["of"] > 0
     assert texts["episodes"]["valid_starts"]["of"] == 2
+    novelty = texts["novelty"]
+    assert novelty["copies"]["of"] >= 2 > novelty["copies"]["count"], (
+        "an untrained world draws noise"
+    )
+    assert novelty["copies_real"]["of"] > 0
     assert summary["policy_value"] is None and "Not measured" in summary["not_measured"]
     page = (artifact.path / "report.html").read_text()
     assert "exact, where the text is determined" in page and "Not measured" in page

@@ -23,10 +23,13 @@ from mesocosm.evaluate.metrics.text_fidelity import (
     fidelity,
     imagine_texts,
     predict_steps,
+    start_novelty,
 )
+from mesocosm.model import rng
 from mesocosm.model.language.session import TextContext
 from mesocosm.model.language.stream import TextEpisode
 from mesocosm.model.language.world import TextWorld
+from mesocosm.serve.protocol import START
 
 EASY = Chores(easy=True)
 
@@ -140,3 +143,11 @@ def test_imagined_episodes_are_a_function_of_the_seed() -> None:
     assert {e.first_text for e in given} == {"a red mug"}
     ends = [e for e in first if e.steps[-1].terminated]
     assert all(not step.terminated for e in first for step in e.steps[:-1]) and len(ends) <= 3
+
+
+def test_copies_of_training_starts_are_counted() -> None:
+    model = world(2, 1)
+    drawn = list(zip(*model.sample_start(rng.keys(3, torch.arange(4), 0, START)), strict=True))
+    result = start_novelty(model, drawn[:2], [drawn[0], ("", "another")], 4, 3)
+    assert result.copies == Share(sum(each in drawn[:2] for each in drawn), 4)
+    assert result.copies.count >= 2 and result.copies_real == Share(1, 2)

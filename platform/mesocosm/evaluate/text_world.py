@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mesocosm.data.loading.text_batch import start_texts
 from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.texts import TextCodec, text_episodes
 from mesocosm.datasets.dataset import Dataset
@@ -23,11 +24,13 @@ from mesocosm.evaluate.metrics.text_fidelity import (
     Check,
     Consistency,
     Share,
+    StartNovelty,
     TextFidelity,
     consistency,
     fidelity,
     imagine_texts,
     predict_steps,
+    start_novelty,
 )
 from mesocosm.model.language.net import bits_per_byte
 from mesocosm.model.language.world import TextWorld
@@ -53,6 +56,7 @@ class TextEvaluation:
     steps: TextFidelity
     episodes: Consistency | None
     """Figures of imagined episodes with random commands; None without a checker."""
+    novelty: StartNovelty
     predicted: int
     """Episodes whose steps were predicted."""
 
@@ -64,6 +68,7 @@ class TextEvaluation:
         values: dict[str, float | None] = {f"valid/{k}": v for k, v in self.losses.items()}
         values["valid/bits_per_byte"] = self.bits_per_byte
         shares = {f"text/{k}": v for k, v in vars(self.steps).items() if isinstance(v, Share)}
+        shares |= {f"starts/{k}": v for k, v in vars(self.novelty).items()}
         if self.episodes is not None:
             shares |= {
                 f"imagined/{k}": v for k, v in vars(self.episodes).items() if isinstance(v, Share)
@@ -92,6 +97,8 @@ class TextEvaluation:
         rows += [(name, str(share)) for name, share in named.items()]
         for count, share in s.wrong_by_changes.items():
             rows.append((f"wrong, of determined steps with {count} changed fields", str(share)))
+        rows.append(("starts that copy a training start", str(self.novelty.copies)))
+        rows.append(("the same, of held-out real starts", str(self.novelty.copies_real)))
         if self.episodes is not None:
             e = self.episodes
             rows.append(("imagined starts that are valid", str(e.valid_starts)))
@@ -148,7 +155,12 @@ def measure(
         progress(f"{count} imagined episodes")
         acts = [_random(candidates, config.seed, k) for k in range(count)]
         imagined = consistency(imagine_texts(world, acts, ROLLOUT, config.seed), check, SUCCESS)
-    return TextEvaluation(losses, bits, steps, imagined, len(chosen))
+    progress("starts")
+    train = list(zip(*start_texts(dataset, codec, "train"), strict=True))
+    valid = [(each.task, each.observations[0]) for each in episodes]
+    count = min(max(config.starts, len(valid)), BATCH * BATCH)
+    novelty = start_novelty(world, train, valid, count, config.seed)
+    return TextEvaluation(losses, bits, steps, imagined, novelty, len(chosen))
 
 
 def likelihood(

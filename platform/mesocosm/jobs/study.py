@@ -30,7 +30,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import suite
 from mesocosm.evaluate.config import EvaluateConfig, facts_for, sources_of
 from mesocosm.evaluate.gain import words
-from mesocosm.evaluate.judge import JudgeStore
+from mesocosm.evaluate.judge import JudgeStore, judging
 from mesocosm.evaluate.report import report, transfer
 from mesocosm.evaluate.report.transfer import TransferPoint
 from mesocosm.job import Job, Plan, Resources
@@ -137,9 +137,8 @@ class Study(Job[StudyConfig, StudyPlan]):
         )
 
     def summary(self, plan: StudyPlan) -> dict[str, Any]:
-        config, price = plan.config, plan.config.reality.price
+        config, agent = plan.config, plan.config.agent
         storage = Storage(config.storage.root)
-        agent = config.agent
         imagined = f"{agent.iterations * agent.num_envs * agent.rollout:,} imagined steps"
         most = suite.most_episodes(_judging(config), 1 + agent.snapshots)[1]
         shared = len(config.evaluate.policies) * config.evaluate.policy_episodes
@@ -158,14 +157,10 @@ class Study(Job[StudyConfig, StudyPlan]):
                     "real steps, at most": episodes * plan.limit,
                 }
             )
-        episodes, steps = (sum(row[key] for row in rows) for key in list(rows[0])[-2:])
-        cost = steps * price.per_step + episodes * price.per_reset
         return {
             "study": f"{self.kind}/{plan.id}",
             "environment": config.reality.env,
-            "judged episodes": episodes,
-            "judged real steps": f"at most {steps:,}",
-            "price of judging": f"at most {cost:,.2f} {price.currency}",
+            **judging(config.reality, sum(row["judged episodes"] for row in rows), plan.limit),
             "worlds": rows,
         }
 

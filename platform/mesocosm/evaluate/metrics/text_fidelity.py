@@ -21,6 +21,8 @@ from mesocosm.serve.protocol import START
 
 Check = Callable[[str, Iterable[ImaginedStep]], EpisodeCheck]
 """The check of an episode's first text and steps."""
+Start = tuple[str, str]
+"""A task and a first observation."""
 Act = Callable[[str], str]
 """The action after an observation; one object for each environment, which may remember."""
 
@@ -105,6 +107,35 @@ class Consistency:
     """Right, of the steps before the first contradiction."""
     successes: Share
     """With a true return of the target, too, of the episodes whose imagined one reaches it."""
+
+
+@dataclass(frozen=True)
+class StartNovelty:
+    """Starts that equal one of training: a world that repeats its data draws more than reality."""
+
+    copies: Share
+    """Of the world's starts."""
+    copies_real: Share
+    """Of the held-out real starts."""
+
+
+def start_novelty(
+    world: TextWorld, train: Sequence[Start], valid: Sequence[Start], count: int, seed: int
+) -> StartNovelty:
+    """Compare starts, (task, first observation), with those of training, character by character.
+
+    Args:
+        world: Draws `count` starts.
+        train: The training starts.
+        valid: Held-out starts.
+        count: At least 1.
+        seed: Seed of the world's draws.
+    """
+    env = torch.arange(count, device=world.device)
+    drawn = list(zip(*world.sample_start(rng.keys(seed, env, 0, START)), strict=True))
+    known = set(train)
+    shares = [Share(sum(each in known for each in some), len(some)) for some in (drawn, valid)]
+    return StartNovelty(*shares)
 
 
 def predict_steps(
