@@ -35,9 +35,10 @@ from mesocosm.runs import mlflow_mirror
 from mesocosm.store.artifacts import Storage
 
 torch.set_num_threads(1)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # what a script starts in its background ignores Ctrl-C, which tests send
+# What a script starts in its background ignores Ctrl-C, and what nohup starts ignores SIGHUP. Tests
+# send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 STARTERS = {"ray_local", "one_rank", "s3_environment", "cluster", "lab"}
 """Fixtures that start Ray, a process group or a server."""

@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from mesocosm.config import StorageConfig
 from mesocosm.model.world import World
+from mesocosm.serve import http_sessions
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
@@ -36,6 +37,14 @@ ACTION = spaces.Dict(
 )
 
 
+@pytest.fixture(scope="package", autouse=True)
+def patient() -> Iterator[None]:
+    """A replica of a very busy machine takes long to start again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http_sessions, "DEADLINE_S", 4 * http_sessions.DEADLINE_S)
+        yield
+
+
 @pytest.fixture
 def store(root: str) -> Callable[[str, World], Artifact]:
     """Commits a world under an id."""
@@ -55,7 +64,7 @@ class Client:
         self.session.headers["Authorization"] = f"Bearer {token}"
 
     def __call__(self, method: str, path: str, **arguments: Any) -> requests.Response:
-        return self.session.request(method, self.url + path, timeout=90, **arguments)
+        return self.session.request(method, self.url + path, timeout=300, **arguments)
 
     def post(self, path: str, body: Any = None, kind: str = "json") -> requests.Response:
         """POST JSON of `body`, or the bytes themselves as application/`kind`."""

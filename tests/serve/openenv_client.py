@@ -30,7 +30,7 @@ class Socket:
         return self.receive()
 
     def receive(self) -> Any:
-        return json.loads(self.connection.recv(timeout=90))
+        return json.loads(self.connection.recv(timeout=300))
 
     def reset(self, **data: Any) -> Any:
         return self.answered("observation", {"type": "reset", "data": data})

@@ -87,9 +87,12 @@ def test_replicas_follow_the_clients(
     pids: dict[int, set[int]] = {i: set() for i in range(4)}
     results: dict[int, bytes] = {}
     over = threading.Event()
+    handles: list[Any] = []
 
     def client(i: int) -> None:
         env = WorldVectorEnv(3, app="grows", horizon=9, first_env=3 * i)
+        assert isinstance(env._connection, Served)
+        handles.append(env._connection._handle)
 
         def note(step: int) -> None:
             served = env._connection
@@ -116,3 +119,5 @@ def test_replicas_follow_the_clients(
         undeploy("grows")
     for i, data in results.items():
         assert data == played(local("w", root, horizon=9, first_env=3 * i), 50)
+    # One that went on to report would start Ray again once it is shut down.
+    assert all(h._router._asyncio_router._metrics_manager._shutdown for h in handles)

@@ -174,10 +174,12 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        # The line of a fork belongs to its parent.
-        if last is not None and self._line is not None and not ray_session.forked():
-            with contextlib.suppress(OSError):
-                self._line.settimeout(1.0)
-                send_frame(self._line, pack(last | {"number": 0}))
-                receive_frame(self._line)
+        if not ray_session.forked():  # the line and the handle of a fork belong to its parent
+            if last is not None and self._line is not None:
+                with contextlib.suppress(OSError):
+                    self._line.settimeout(1.0)
+                    send_frame(self._line, pack(last | {"number": 0}))
+                    receive_frame(self._line)
+            # Or it reports to the autoscaler for ever, for which Ray would be started again.
+            self._handle.shutdown()
         self._hang_up()
