@@ -198,7 +198,7 @@ def test_ppo_trained_in_the_world_gains_in_reality(
         assert (ruined.path / name).read_bytes() == (artifact.path / name).read_bytes()
     assert [path.name for path in (ruined.path / "snapshots").iterdir()] == ["1"], "its last policy"
 
-    collapsed, _, _ = train_agent(agent_config(root, "iterations=3 snapshots=3 params.lr=10"))
+    collapsed, _, _ = train_agent(agent_config(root, "iterations=3 snapshots=8 params.lr=10"))
     metrics = collapsed.meta["metrics"]
     best = int(metrics["kept_iteration"])
     assert best < 3 and metrics["best_return"] > metrics["greedy_return"], "not the last policy"

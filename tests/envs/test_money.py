@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from mesocosm.envs.amounts import Amount, Usage
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, check, check_affordable
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.meter import Meter
+from mesocosm.envs.meter import Meter, Report
 from mesocosm.envs.metered import MeteredEnv, MeteredVectorEnv
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.store.artifacts import Storage
@@ -187,3 +187,36 @@ def test_more_steps_than_the_money_buys_are_refused_before_work_starts(root: str
 def test_wrong_prices_are_refused(price: PriceConfig, money: float | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check(RealityConfig(env="x", price=price, budget=BudgetConfig(money=money)))
+
+
+def test_money_for_resets_alone_buys_all_of_them(root: str) -> None:
+    """Where a step is free, the budget is spent reset by reset."""
+    env = metered(opened(root, 70.0, PriceConfig(per_reset=10.0)))
+    for _ in range(6):
+        env.reset()
+        take(env, 1.0)
+    with pytest.raises(BudgetSpent, match=r"reality.budget.money=70 USD is spent"):
+        env.reset()
+
+
+def test_resets_reserved_ahead_starve_no_other_meter(root: str) -> None:
+    ledger = opened(root, 200.0, PriceConfig(per_step=0.1, per_reset=10.0))
+    for env in [metered(ledger) for _ in range(4)]:
+        for _ in range(5):
+            take(env, 1.0)
+
+
+def test_a_step_without_a_duration_is_seen_wherever_it_is_in_a_vector() -> None:
+    for infos in ([{}, {"duration": 1.0}], [{"duration": 1.0}, {}]):
+        report = Report(missing=2)
+        for info in infos:
+            report.step(info)
+        assert report.lacks
+
+
+def test_a_budget_of_exactly_the_price_is_enough() -> None:
+    config = RealityConfig(env="CartPole-v1", price=PriceConfig(per_step=0.1))
+    config.budget = BudgetConfig(money=0.3)
+    check_affordable(config, 3)
+    with pytest.raises(UsageError, match=r"reality\.budget\.money must be >= 0\.4"):
+        check_affordable(config, 4)

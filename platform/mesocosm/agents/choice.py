@@ -75,7 +75,7 @@ def choose_best(
             source = former.name
             shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of the discarded training
         last = folder / SNAPSHOTS / str(config.iterations)
-        last.mkdir(parents=True)
+        last.mkdir(parents=True, exist_ok=True)
         for name in POLICY_FILES:
             if (folder / name).is_file():  # scorers of commands have no value.json
                 shutil.copyfile(folder / name, last / name)

@@ -5,7 +5,8 @@ An append-only journal `ROOT/ledgers/ID/NNNNNNNN.json`. A record reserves real s
 created exclusively, by a process that has read records 0..n-1 and found budget left in them, so the
 records are one agreed sequence and the budget holds without a lock or a server. A reservation that
 was never confirmed (its process died, or is still at work) counts as spent in full and is listed
-apart: never over budget, never under-counted, exact without a crash.
+apart: never over budget, and exact without a crash. It is under-counted only where time has a price
+and a process dies in the first step of a ledger without `longest_s`.
 
 How long a step takes, and so its price by the second, is known only afterwards. A reservation holds
 the longest duration for each of its steps and resets: `reality.price.longest_s`, or else the
@@ -156,7 +157,9 @@ class Ledger:
             return steps, resets
         rest = money + slack - price.of(0, least.resets, longest * least.resets)
         each = price.of(1, 0, longest)
-        return min(steps, math.floor(rest / each) if each else 0), least.resets
+        if not each:  # only resets have a price
+            return (steps if rest >= 0 else 0), least.resets
+        return min(steps, math.floor(rest / each)), least.resets
 
     def confirm(self, usage: Usage, *, keep: Amount = NOTHING) -> Reservation | None:
         """Confirm what was used of a reservation; the rest returns to the budget.

@@ -162,8 +162,10 @@ def _cached_facts(config: RealityConfig) -> Path | None:
         return None
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
     kind: Any = getattr(module, name, None)
+    registered: Any = None
     if name in gymnasium.registry:
-        kind = gymnasium.registry[name].entry_point
+        spec = gymnasium.registry[name]
+        kind, registered = spec.entry_point, (spec.max_episode_steps, spec.kwargs)
         if isinstance(kind, str):
             module_name, _, attribute = kind.partition(":")
             try:
@@ -175,11 +177,11 @@ def _cached_facts(config: RealityConfig) -> Path | None:
     try:
         sources = sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
-        settings = config.env, dict(config.kwargs), config.horizon, config.bounds
+        settings = config.env, dict(config.kwargs), config.horizon, config.bounds, registered
         plain = json.loads(json.dumps([*settings, _version(kind), digests]))
         return cache_folder() / "spaces" / f"{fingerprint('spaces', plain)}.json"
-    except (TypeError, ValueError, OSError):
-        return None  # a class without a file, or an argument without a stable identity
+    except (TypeError, ValueError, OSError, UsageError):
+        return None  # a class without a file, an argument without a stable identity, or no cache
     except gymnasium.error.DependencyNotInstalled:
         return None  # `make_env` reports it
 

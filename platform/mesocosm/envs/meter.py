@@ -44,7 +44,7 @@ class Report:
 
     def step(self, info: Mapping[str, Any]) -> None:
         """Read the info of one step."""
-        self.lacks = "duration" not in info
+        self.lacks |= "duration" not in info
         self._read(info.get("duration", math.nan))
 
     def reset(self, info: Mapping[str, Any]) -> None:
@@ -149,6 +149,12 @@ class Meter:
             )
 
     @property
+    def _dear_resets(self) -> bool:
+        """A reset reserved ahead would keep money from other meters."""
+        price = self.ledger.price
+        return self.ledger.budget.money is not None and price.of(0, 1, 1.0) > 0
+
+    @property
     def steps(self) -> int:
         """Steps used by this meter so far."""
         return self.total.steps
@@ -200,7 +206,7 @@ class Meter:
                 self._held = self.ledger.reserve(
                     self.purpose,
                     block,
-                    max(RESETS_A_BLOCK, resets),
+                    resets if self._dear_resets else max(RESETS_A_BLOCK, resets),
                     least=need,
                     least_resets=resets,
                     used=used if self.deferred else Amount(longest=used.longest),

@@ -10,7 +10,7 @@ how many labels are wrong, and the unit of the features: in other units the best
 another, thousands of times as large, and one that is too large makes the run diverge.
 
 The duration of a step is computed from its operations, as if on one device of FLOPS_PER_S, so that
-an episode is the same to the bit wherever it runs. It spans a factor of 1,000.
+an episode is the same to the bit on one kind of processor. It spans a factor of 1,000.
 """
 
 from __future__ import annotations
