@@ -15,6 +15,19 @@ RANKED = ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "
 """Figures of the ranking that are logged."""
 
 
+def text_figures(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The defined figures of a text world's policy values and agent, as far as measured."""
+    figures: dict[str, float] = {}
+    if measured["policy_value"] is not None:
+        ranking = measured["policy_value"]["ranking"]
+        figures |= {f"policy_value/{k}": ranking[k] for k in RANKED if ranking[k] is not None}
+        figures["policy_value/firm"] = float(firm(ranking["fifths"]))
+    if (agent := measured["agent"]) is not None:
+        figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}
+        figures |= gain.figures(agent["gain"])
+    return figures
+
+
 def log_figures(
     run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
 ) -> dict[str, float]:

@@ -21,11 +21,10 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import gain, imagine, policy_set, suite
 from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sources_of
-from mesocosm.evaluate.figures import RANKED, log_figures
+from mesocosm.evaluate.figures import log_figures, text_figures
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset
-from mesocosm.evaluate.metrics.ranking import firm
 from mesocosm.evaluate.policy_value import policy_value
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
@@ -271,15 +270,7 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
             values = {k: v for k, v in measured.items() if v is not None}
             about = (prepared, ledger, store, run)
             measured["agent"] = suite.agent_summary(values, result, world, policy, *about)
-    figures = texts.figures()
-    if measured["policy_value"] is not None:
-        ranking = measured["policy_value"]["ranking"]
-        figures |= {f"policy_value/{k}": ranking[k] for k in RANKED if ranking[k] is not None}
-        figures["policy_value/firm"] = float(firm(ranking["fifths"]))
-    if measured["agent"] is not None:
-        agent = measured["agent"]
-        figures |= {"return/mean": agent["real"], "return/imagined": agent["world"]}
-        figures |= gain.figures(agent["gain"])
+    figures = texts.figures() | text_figures(measured)
     run.log(figures)
     bill = report.bill_lines(None if ledger is None else ledger.totals(), _imagined(plan, run))
     summary = {

@@ -114,9 +114,9 @@ class StartNovelty:
     """Starts that equal one of training: a world that repeats its data draws more than reality."""
 
     copies: Share
-    """Of the world's starts."""
+    """The share of the world's starts."""
     copies_real: Share
-    """Of the held-out real starts."""
+    """The share of held-out real starts."""
 
 
 def start_novelty(
