@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 from safetensors.torch import load_file
 
@@ -21,6 +25,8 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate.judge import judge
 from mesocosm.jobs.clone import JOB
 from mesocosm.jobs.collect import JOB as COLLECT
+from mesocosm.jobs.import_logs import JOB as IMPORT
+from mesocosm.jobs.import_logs import ImportConfig
 from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 from mesocosm.policies.policy import TRAINING_STATE
 from mesocosm.policies.scorer import CandidatePolicy
@@ -82,6 +88,56 @@ def test_ppo_in_a_world_starts_from_a_clone(logs: Artifact, golden: Any) -> None
     golden.check("clone", {"last layer after one update": golden.of_numbers(last)})
 
 
+def test_a_clone_is_judged_in_the_logs_own_environment(
+    logs: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command; the same one finds the agent, and shows its table again."""
+    words = (f"candidates={FUNCTION}", "share=0.5", "steps=20", "episodes=5")
+    agent = run_clone(logs, *words)
+    metrics, rows = agent.meta["metrics"], agent.meta["rows"]
+    assert [row[0] for row in rows] == ["logs", "the best 0.5 of them", "agent, in reality"]
+    assert [row[2] for row in rows[:2]] != ["", ""] and rows[2][2] == f"{metrics['return']:.2f}"
+    assert " to " in rows[2][3] and 5 <= metrics["real_steps"] <= 100
+    storage = Storage(root_of(logs))
+    assert Ledger(storage, agent.id).totals().purposes["judge"].steps == metrics["real_steps"]
+    assert not storage.list("runs/episodes")
+    other = run_clone(logs, *words[:3], "reality.budget.steps=9", "episodes=5")
+    assert other.id == agent.id, "the budget changes no result"
+    plain = run_clone(logs, *words[:3])
+    assert plain.id != agent.id and "return" not in plain.meta["metrics"]
+    config = load(
+        CloneConfig, [], [f"storage.root={root_of(logs)}", f"datasets=[{logs.id}]", *words]
+    )
+    summary = JOB.plan(config)
+    assert summary["judged episodes"] == 5 and summary["judged real steps"] == "at most 100"
+    with tracking.start("clone", replace(config, max_candidates=8)) as run:
+        assert JOB.run(replace(config, max_candidates=8), run).id == agent.id
+    assert "agent, in reality" in capsys.readouterr().err
+
+
+def test_the_system_prompt_of_chats_is_no_option_of_the_environment(tmp_path: Path) -> None:
+    """Logs of chats have it as a task, which reality need not draw."""
+    env, lines = gymnasium.make(EASY), []
+    for seed in range(4):
+        text, info = env.reset(seed=seed)
+        messages = [dict(role="system", content="Obey."), dict(role="user", content=text)]
+        for _ in range(4):
+            command = info["admissible_commands"][-1]
+            text, reward, *_, info = env.step(command)
+            messages.append(dict(role="assistant", content=command))
+            messages.append(dict(role="user", content=text, reward=reward))
+        lines.append(json.dumps(dict(messages=messages, truncated=True)) + "\n")
+    (tmp_path / "chats.jsonl").write_text("".join(lines))
+    keys = [f"paths=[{tmp_path}/chats.jsonl]", f"reality.env={EASY}", f"storage.root={tmp_path}"]
+    config = load(ImportConfig, [], keys)
+    with tracking.start("import", config, quiet=True) as run:
+        logs = IMPORT.run(config, run)
+    assert [option.name for option in Dataset([logs.path]).options] == ["system"]
+    words = [f"storage.root={tmp_path}", f"datasets=[{logs.id}]", f"candidates={FUNCTION}"]
+    plan = JOB.resolve(load(CloneConfig, [], [*words, "episodes=2"]), Storage(str(tmp_path)))
+    assert plan.config.reality.env == EASY and plan.config.reality.task == []
+
+
 def test_only_the_share_with_the_highest_returns_is_read(logs: Artifact) -> None:
     dataset = Dataset([logs.path])
     candidates = Candidates(load_source(FUNCTION), CandidateShape(candidates=8))
@@ -101,6 +157,15 @@ def test_only_the_share_with_the_highest_returns_is_read(logs: Artifact) -> None
         (["candidates=nowhere:candidates"], "no module 'nowhere'"),
         ([f"candidates={FUNCTION}", "share=0"], r"share must be in \(0, 1\], got 0"),
         ([f"candidates={FUNCTION}", "datasets=[]"], "datasets must name at least one dataset"),
+        ([f"candidates={FUNCTION}", "episodes=1"], "episodes must be 0 or >= 2, got 1"),
+        (
+            [f"candidates={FUNCTION}", "reality.env=CartPole-v1"],
+            "episodes must be >= 2 with reality, got 0",
+        ),
+        (
+            [f"candidates={FUNCTION}", "episodes=2", "reality.env=CartPole-v1"],
+            "observation_space must be that of reality.env='CartPole-v1'",
+        ),
         (
             ["candidates=mesocosm.envs.text.company_text:candidates"],
             r"lists none of the .* actions of the best episodes",

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mesocosm import checks
-from mesocosm.config import JobConfig
+from mesocosm.config import ADDED, JobConfig
 from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.policies.candidates import INFOS, CandidateEpisodes, Candidates, check_spaces
 from mesocosm.policies.scorer import CandidatePolicy
@@ -48,6 +49,10 @@ class CloneConfig(JobConfig):
     """Updates, each on 128 logged choices."""
     lr: float = 1e-3
     """Adam's learning rate."""
+    episodes: int = field(default=0, metadata=ADDED)
+    """Real episodes in which the agent is judged, choosing greedily. 0 takes no real step."""
+    reality: RealityConfig = field(default_factory=RealityConfig, metadata=ADDED)
+    """The environment that judges the agent, with `episodes`. Defaults to that of the logs."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,28 @@ def check(config: CloneConfig) -> None:
     checks.at_least(config, 2, "max_candidates")
     checks.at_least(config, 1, "steps")
     checks.within(config, 0, math.inf, "lr", open="[]")
+    checks.at_least(config, 0, "episodes")
+    if config.episodes == 1:
+        raise UsageError("episodes must be 0 or >= 2, got 1: an interval needs two")
+    if not config.episodes and config.reality != RealityConfig():
+        raise UsageError("episodes must be >= 2 with reality, got 0; leave reality out, or set it")
     if config.candidates is None or config.candidates == INFOS:
         raise UsageError(
             f"candidates must be module:function, got {config.candidates}; logs hold no infos"
         )
+
+
+def best_episodes(dataset: Dataset, split: Split, share: float) -> NDArray[np.int64]:
+    """The numbers of the best episodes of a split, those of the highest returns first.
+
+    Args:
+        dataset: The logs.
+        split: `train` or `valid`.
+        share: The share of its episodes, rounded up; of equal returns the earlier ones.
+    """
+    numbers = dataset.episodes(split)
+    returns = dataset.table["total_reward"][numbers]
+    return numbers[np.argsort(-returns, kind="stable")][: math.ceil(share * len(numbers))]
 
 
 def logged_choices(
@@ -86,16 +109,14 @@ def logged_choices(
         dataset: Of text observations and actions.
         candidates: Lists the commands.
         split: `train` or `valid`.
-        share: The share of its episodes, rounded up; of equal returns the earlier ones.
+        share: As of `best_episodes`.
 
     Raises:
         UsageError: The spaces are no texts.
     """
     check_spaces(dataset.observation_space, dataset.action_space, "candidates")
     space: Any = dataset.action_space
-    numbers = dataset.episodes(split)
-    returns = dataset.table["total_reward"][numbers]
-    best = numbers[np.argsort(-returns, kind="stable")][: math.ceil(share * len(numbers))]
+    best = best_episodes(dataset, split, share)
     rows: list[NDArray[np.float32]] = []
     chosen: list[int] = []
     others = 0
