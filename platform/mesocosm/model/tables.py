@@ -4,7 +4,7 @@ A step's observation, action and task fall into the rest and the slots (`TableVi
 with the rest, passes one hidden layer. The mean and the maximum over the slots that are present,
 and the slot that the action points to, then reach all rows (as in Deep Sets, Zaheer et al. 2017,
 arXiv 1703.06114): a permutation of the slots permutes the results. Without the maximum, whether any
-slot is wrong was hardly learned: 78% of the rewards of `envs.items` were right instead of 95%.
+slot is wrong was hardly learned: 78% of the rewards of `envs.items` were right instead of 96%.
 """
 
 from __future__ import annotations
