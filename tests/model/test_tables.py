@@ -238,3 +238,23 @@ def test_spaces_without_a_table_have_none() -> None:
     flat = spaces.Dict({"present": spaces.MultiBinary(3), "x": spaces.Box(0, 1, (3,))})
     assert table_of(flat, spaces.Discrete(2)) is None
     assert table_of(spaces.Box(0, 1, (3,)), spaces.Discrete(2)) is None
+
+
+@families
+def test_a_direction_is_no_slot(family: str) -> None:
+    """5 directions beside 5 empty slots: their predictions differ."""
+    plain = spaces.Dict({name: SPACES[0][name] for name in ("goal", "items")})
+    for action in (spaces.Discrete(5), spaces.MultiDiscrete([2, 5])):
+        world = untrained(plain, action, family, members=2, context=W)
+        codec = Codec.from_json(world.codec)
+        table = codec.spec.observation.table
+        assert table is not None and table.pointer is None
+        empty = {name: np.zeros_like(x) for name, x in ITEMS.reset(seed=0)[0]["items"].items()}
+        rows = [{"goal": np.int64(1), "items": empty}] * 5
+        acts = [np.int64(i) if action.shape == () else np.array([0, i]) for i in range(5)]
+        o = codec.observation(stack(plain, rows))
+        a = codec.action(stack(action, acts))
+        transition = Transition(o, a, Parts.empty(codec.spec.task, 5))
+        with torch.no_grad():
+            heads = world.base.reward(head_inputs(transition, o))
+        assert (heads.diff(dim=1).abs().amax((0, 2)) > 1e-4).all()

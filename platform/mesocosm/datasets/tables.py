@@ -1,8 +1,9 @@
 """Element tables: a Dict in an observation whose entries are columns over shared slots.
 
 Every leaf of the entry has the same leading dimension N, its slots, and the leaf `present`, a
-MultiBinary(N), says which slots hold something. An action points to a slot where its last component
-has N values; an action mask is then a column of the table, too.
+MultiBinary(N), says which slots hold something. The last component of a MultiDiscrete action points
+to a slot if it has N values and the observation has an action mask, which then is a column of the
+table, too. Other actions point to none, whatever their number: 4 directions beside 4 slots.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def table_of(observation: Space, action: Space) -> ElementTable | None:
     slots = int(entry[PRESENT].shape[0])
     for name, leaf in entry.items():
         _check(f"observation.{keys[0]}.{name}", leaf, slots)
-    pointer = isinstance(action, spaces.Discrete | spaces.MultiDiscrete)
-    return ElementTable(keys[0], slots, pointer and counts(action)[-1] == slots)
+    pointer = isinstance(action, spaces.MultiDiscrete) and counts(action)[-1] == slots
+    return ElementTable(keys[0], slots, pointer and has_mask(observation))
 
 
 def _is_table(space: Space) -> bool:

@@ -7,6 +7,7 @@ of the slots permutes them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,21 +88,16 @@ class TableNetwork(nn.Module):
         assert table is not None
         columns = TableColumns.of(observation, table)
         components = counts(action)
-        self.pointer, self.joint = table.pointer, has_mask(observation)
-        of_rest = components[:-1] if table.pointer else components
-        size = 1
-        for n in of_rest:
-            size *= n
-        of_rest_size = size if self.joint else sum(of_rest)
         self.embed_rest = nn.Linear(len(columns.rest) + 1, width)
         self.embed_slot = nn.Linear(len(columns.slots[0]), width)
         self.blocks = nn.ModuleList(SetBlock(width) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(width)
         self.of_slots = self.of_rest = None
-        if table.pointer:
-            self.of_slots = nn.Linear(width, size if self.joint else 1)
-        if not (table.pointer and self.joint) and of_rest:
-            self.of_rest = nn.Linear(width, of_rest_size)
+        if table.pointer:  # beside a mask: the actions have one distribution together
+            self.of_slots = nn.Linear(width, math.prod(components[:-1]))
+        else:
+            joined = has_mask(observation)
+            self.of_rest = nn.Linear(width, math.prod(components) if joined else sum(components))
         self.value = nn.Linear(width, 1)
         self._slots = torch.tensor(columns.slots)
         self._rest = torch.tensor(columns.rest, dtype=torch.int64)
