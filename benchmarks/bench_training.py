@@ -1,11 +1,16 @@
 """`make bench-training`: what scripts and agents earn in `TrainingRun`, on the same episodes.
 
     python benchmarks/bench_training.py [--episodes N] [--agents FOLDER ...] [--plot FILE]
+    python benchmarks/bench_training.py --durations
 
 Each row is a policy over episodes with the seeds 10,000 to 9,999 + N, of at most 20 steps. FOLDER
 is a trained policy, such as `evaluations/ID/policy` of `mesocosm baseline`; it acts greedily. The
 last column is the mean paired difference from the best script whose plan is fixed. Errors are
 standard errors. FILE is a plot of the curves of three episodes.
+
+`--durations` fits one small network (scikit-learn's MLPRegressor) to the seconds of random steps,
+and to their logarithm, from observation and action, and prints its errors on a quarter of the
+episodes.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from sklearn.neural_network import MLPRegressor
 
 from mesocosm.envs.training import CHOICES, CONTINUE, TrainingRun
 from mesocosm.envs.training_policies import (
@@ -63,6 +69,39 @@ def episode(act: Act, seed: int) -> tuple[float, list[tuple[float, float]], dict
     return total, curve, info
 
 
+def durations(least: int = 1200) -> None:
+    """Compare durations learned in seconds and by their logarithm, on `least` random steps."""
+    env, act = TrainingRun(), RandomSettings()
+    inputs, seconds, episodes = list[Any](), list[float](), list[int]()
+    while len(seconds) < least:
+        number = episodes[-1] + 1 if episodes else 0
+        observation, _ = env.reset(seed=number)
+        rng, ended = np.random.default_rng(number), False
+        while not ended and (not episodes or episodes.count(number) < HORIZON):
+            action = act(observation, rng)
+            one_hot = [np.eye(n)[value] for n, value in zip(CHOICES, action, strict=True)]
+            inputs.append(np.concatenate([*(v.ravel() for v in observation.values()), *one_hot]))
+            observation, _, ended, _, info = env.step(action)
+            seconds.append(info["duration"])
+            episodes.append(number)
+    x, y, train = np.array(inputs), np.array(seconds), np.array(episodes) < 0.75 * episodes[-1]
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    table = Table("learned", "median factor", "90%", "median below 20 ms", "negative", "RMSE, s")
+    for name, apply, invert in (("seconds", np.array, np.array), ("logarithm", np.log, np.exp)):
+        target = apply(y)
+        mean, scale = target[train].mean(), target[train].std()
+        settings: Any = {"max_iter": 150, "early_stopping": True, "random_state": 0}
+        net = MLPRegressor(hidden_layer_sizes=(64, 64), **settings)
+        net.fit(x[train], (target[train] - mean) / scale)
+        predicted, true = invert(net.predict(x[~train]) * scale + mean), y[~train]
+        factor = np.exp(np.abs(np.log(np.maximum(predicted, 1e-4) / true)))
+        cells = [np.median(factor), np.quantile(factor, 0.9), np.median(factor[true < 0.02])]
+        rest = [f"{np.mean(predicted < 0):.0%}", f"{np.sqrt(np.mean((predicted - true) ** 2)):.3f}"]
+        table.add_row(name, *(f"{cell:.2f}" for cell in cells), *rest)
+    print(f"{len(y)} steps of {y.min():.4f} to {y.max():.2f} s")
+    Console(width=140).print(table)
+
+
 def spread(values: Any) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values) / len(values) ** 0.5:.2f}"
 
@@ -87,7 +126,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--agents", nargs="*", default=[], help="folders of trained policies")
     parser.add_argument("--plot", help="where to write the curves, as SVG")
+    parser.add_argument("--durations", action="store_true", help="how durations are learned")
     options = parser.parse_args()
+    if options.durations:
+        durations()
+        return
     scripts = (ConstantRate, FallingRate, LowRate, AdaptiveRate)
     acts: dict[str, Act] = {script.__name__: script() for script in scripts}
     everyone: dict[str, Act] = {"uniform": uniform, "RandomSettings": RandomSettings(), **acts}
