@@ -16,6 +16,7 @@ from mesocosm.datasets import masks
 from mesocosm.envs.browser import chromium
 from mesocosm.envs.browser.experts import page_expert
 from mesocosm.envs.browser.miniwob import PAGES
+from mesocosm.envs.browser.table import TAGS, Element, mask, observe, table_space
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import facts_of, make_env
 from mesocosm.errors import UsageError
@@ -118,3 +119,31 @@ def test_pages_that_do_not_exist_are_refused() -> None:
     for pages, problem in ((["login"], "got 'login'"), ([], r"got \[\]")):
         with pytest.raises(UsageError, match=rf"reality.kwargs.pages must name .*{problem}"):
             make_env(RealityConfig(env=MINIWOB, kwargs={"pages": pages}))
+
+
+def test_a_table_relates_elements_to_the_goal() -> None:
+    def element(tag: str, name: str = "", hints: str = "", value: str = "") -> Element:
+        return Element(tag, name, hints, value, False, False, False, [16.0, 32.0, 80.0, 8.0])
+
+    elements = [
+        element("text", value="ada"),
+        element("span", "Sed."),
+        element("span", "sed"),
+        element("div", "Reply"),
+        element("canvas", hints="email-trash"),
+        element("submit", "Go"),
+    ]
+    fields = [("name", "ada"), ("target", "sed"), ("task", "reply"), ("by", "delete")]
+    fields += [("", "")] * 3
+    table = observe(elements, fields, "Reply to ada, go.")
+    assert table in table_space()
+    assert table["present"].tolist() == [1] * 6 + [0] * 18
+    assert TAGS[table["tag"][4]] == "other" and TAGS[table["tag"][5]] == "button"
+    assert np.argwhere(table["holds"]).tolist() == [[0, 0]]
+    says = [[2, 1], [3, 2], [3, 7], [4, 3], [5, 7]]
+    assert np.argwhere(table["says"]).tolist() == says
+    np.testing.assert_allclose(table["box"][0], [0.1, 0.2, 0.5, 0.05], rtol=1e-6)
+    allowed = mask(table, fields).reshape(8, 24)
+    assert allowed[0].sum() == 6 and allowed[1:].sum(1).tolist() == [1, 1, 1, 1, 0, 0, 0]
+    many = observe(elements * 5, fields, "")
+    assert many["present"].all()

@@ -41,5 +41,5 @@ class Traps(PageEnv):
 
 def press(observation: Any, rng: Any) -> list[int]:
     """Type the name, then press the button."""
-    typed = observation["elements"]["holds"][0, 0]
-    return [0, 1] if typed else [1, 0]
+    place = int(observation["goal"].argmax())
+    return [0, 1] if observation["elements"]["holds"][0, place] else [1 + place, 0]

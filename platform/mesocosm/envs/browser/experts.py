@@ -16,6 +16,8 @@ from mesocosm.envs.browser.table import FIELDS, FLAGS, TAGS, TYPABLE
 Array = np.ndarray[Any, Any]
 ROW = 0.13
 """Elements whose tops differ by less are in one row of a list, in units of the page's width."""
+TYPED = ("username", "password", "target", "to", "message")
+"""Fields that are typed, in the order of their inputs."""
 CLICK = 0
 
 
@@ -48,7 +50,7 @@ class _View:
         self.flags = {name: table["flags"][:, i].astype(bool) for i, name in enumerate(FLAGS)}
         self._tags = np.where(table["present"], table["tag"], -1)
         names = ["", *NAMES, "other"]
-        self.fields = [names[i] for i in observation["goal"] if i]
+        self.fields = [names[i] for i in observation["goal"]]
 
     def tagged(self, *tags: str) -> list[int]:
         """The slots of elements of these kinds."""
@@ -70,7 +72,7 @@ Action = tuple[int, int] | None
 
 def _fill(view: _View) -> Action:
     """Type the next field into the input that does not hold it."""
-    texts = [name for name in view.fields if name not in ("by", "task", "button", "name")]
+    texts = [name for name in TYPED if name in view.fields]
     inputs = view.tagged(*(("textarea",) if "message" in texts else TYPABLE))
     if "to" in texts:
         inputs = view.tagged("text")
@@ -108,7 +110,7 @@ def _message(view: _View) -> Action:
 
 def _record(view: _View) -> Action:
     """Click on the target of the card of a name, or turn to the next card."""
-    if view.fields[:1] != ["name"]:
+    if "name" not in view.fields:
         return None
     if view.saying("name") and view.saying("target"):
         return CLICK, view.saying("target")[0]

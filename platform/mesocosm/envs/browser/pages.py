@@ -41,8 +41,9 @@ class PageEnv(gymnasium.Env[Observation, Any]):
     Observations: {page, goal [F], elements: a table of N slots (table.py), action_mask}. The page
     and the goal (the names of its fields) stay the same in an episode: they are its task. Actions:
     [verb, slot]: click (0), or type field k in place of the content (1 + k), where the mask allows
-    it. `info` has the goal as a sentence at the reset, and at each step `duration` in seconds and
-    `success`. A subclass defines `begin` and `outcome`.
+    it. A reset draws the places of the fields among F. `info` has the goal as a sentence at the
+    reset, and at each step `duration` in seconds and `success`. A subclass defines `begin` and
+    `outcome`.
 
     Args:
         pages: Names of the pages; a reset draws one, or takes `options["page"]`.
@@ -71,7 +72,7 @@ class PageEnv(gymnasium.Env[Observation, Any]):
         self.action_space = spaces.MultiDiscrete([VERBS, SLOTS])
         self.browser: Chromium | None = None
         self.page, self.goal = "", ""
-        self.fields: Fields = []
+        self.fields: list[tuple[str, str]] = []
 
     @classmethod
     def program_versions(cls) -> list[str]:
@@ -101,7 +102,11 @@ class PageEnv(gymnasium.Env[Observation, Any]):
         if self.browser is None or self.browser.closed:
             self.browser = Chromium()
         seed = int(self.np_random.integers(2**31))
-        self.goal, self.fields = self.begin(self.browser, self.page, seed)
+        self.goal, fields = self.begin(self.browser, self.page, seed)
+        self.fields = [("", "")] * FIELDS
+        places = self.np_random.permutation(FIELDS)  # no fixed script types the right fields
+        for place, field in zip(places, fields, strict=False):
+            self.fields[place] = field
         return self._observe(), {"goal": self.goal}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -125,8 +130,9 @@ class PageEnv(gymnasium.Env[Observation, Any]):
         nodes = self.browser.run(READER, self.ignored, SLOTS)
         elements = observe([Element(**node) for node in nodes], self.fields, self.goal)
         goal = np.zeros(FIELDS, np.int64)
-        for k, (name, _) in enumerate(self.fields[:FIELDS]):
-            goal[k] = 1 + (self.names.index(name) if name in self.names else len(self.names))
+        for k, (name, value) in enumerate(self.fields):
+            if value:
+                goal[k] = 1 + (self.names.index(name) if name in self.names else len(self.names))
         self._observation: Observation = {
             "page": np.int64(self.pages.index(self.page)),
             "goal": goal,

@@ -45,6 +45,8 @@ FLAGS = ("focused", "checked", "touched", "filled")
 """Touched: clicked in this episode. Filled: has a value that is not empty."""
 ALIASES = {"delete": "trash", "important": "star", "phone number": "phone"}
 """Words of goals, and the words that pages use for them."""
+COMMANDS = ("task", "button")
+"""Fields that name a command of the page, in capitals or not; other texts are compared exactly."""
 SIZE = 160.0
 """Boxes are in units of so many pixels, the width of a MiniWoB page."""
 
@@ -92,7 +94,7 @@ def observe(elements: Sequence[Element], fields: Fields, goal: str) -> dict[str,
 
     Args:
         elements: The visible elements; those after the first N are left out.
-        fields: The fields of the goal, by name; those after the first F are left out.
+        fields: The F fields of the goal, by name; the value of an empty place is empty.
         goal: The goal as a sentence.
 
     Returns:
@@ -103,17 +105,15 @@ def observe(elements: Sequence[Element], fields: Fields, goal: str) -> dict[str,
     table: dict[str, Any] = {
         name: np.zeros(space.shape, space.dtype) for name, space in table_space().items()
     }
-    values = [value for _, value in fields[:FIELDS]]
-    words = [_word(value) for value in values]
     for i, element in enumerate(elements[:SLOTS]):
-        name = _word(element.name)
-        names = {name, *re.split(r"[\s_-]+", element.hints.lower()), *element.hints.lower().split()}
         table["present"][i] = 1
         table["tag"][i] = TAGS.index(element.kind)
-        table["flags"][i] = (element.focused, element.checked, element.touched, bool(element.value))
-        for k, (word, value) in enumerate(zip(words, values, strict=True)):
-            table["says"][i, k] = bool(word) and word in names
+        flags = (element.focused, element.checked, element.touched, bool(element.value))
+        table["flags"][i] = flags
+        for k, (field, value) in enumerate(fields):
+            table["says"][i, k] = bool(value) and _says(element, field, value)
             table["holds"][i, k] = bool(value) and element.value == value
+        name = element.name.lower()
         table["says"][i, FIELDS] = len(name) > 1 and name in goal.lower()
         table["box"][i] = np.clip(np.asarray(element.box) / SIZE, -8.0, 8.0)
     return table
@@ -126,11 +126,15 @@ def mask(table: dict[str, Any], fields: Fields) -> np.ndarray[Any, Any]:
     allowed = np.zeros((VERBS, SLOTS), np.int8)
     allowed[0] = table["present"]
     typable = np.isin(table["tag"], [TAGS.index(kind) for kind in TYPABLE])
-    allowed[1 : 1 + len(fields[:FIELDS])] = table["present"] * typable
+    for k, (_, value) in enumerate(fields):
+        allowed[1 + k] = table["present"] * typable * bool(value)
     return allowed.ravel()
 
 
-def _word(text: str) -> str:
-    """A text as it is compared with others."""
-    word = " ".join(text.lower().split()).rstrip(".")
-    return ALIASES.get(word, word)
+def _says(element: Element, field: str, value: str) -> bool:
+    """True if an element's text is a value, or one of its ids and classes names it."""
+    word = ALIASES.get(value.lower(), value.lower())
+    hints = element.hints.lower()
+    if word in (*hints.split(), *re.split(r"[\s_-]+", hints)):
+        return True
+    return element.name == value or (field in COMMANDS and element.name.lower() == word)
