@@ -126,8 +126,8 @@ def findings(points: Sequence[TransferPoint], statistics: Mapping[str, Any]) -> 
         lines.append(
             f"Imagined and real gains of {len(points)} agents correlate with r ="
             f" {with_span(r, interval, share)}; choosing the agent by its imagined gain loses"
-            f" {percent(statistics['regret'])} of the range of the real gains. The world's gain is"
-            f" {statistics['bias']:+.3g} above the real one on average."
+            f" {percent(statistics['regret'])} of the range of the real gains. On average the"
+            f" imagined gain differs from the real one by {statistics['bias']:+.3g}."
         )
     flattered = [point.name for point in points if point.gain["unconfirmed"]]
     lines.append(
