@@ -27,7 +27,6 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.report import report
-from mesocosm.evaluate.report.page import money
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect as collecting
@@ -35,7 +34,7 @@ from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
 from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill
-from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources
+from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources, stage_table
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
@@ -90,7 +89,7 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
             "price": f"{prices}, by reality.price; the resets of collect, explore and baselines are"
             " not known yet",
             "budget": budget,
-            "stages": _stages(cfg, ready.limit),
+            "stages": stage_table(cfg, ready.limit),
         }
 
     def resources(self, plan: LoopPlan) -> Resources:
@@ -116,41 +115,6 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         if not run.quiet:
             console.print(report.curves_table(summary))
         run.say(f"report: {artifact.path / report.PAGE}")
-
-
-def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
-    """The work of each stage and its price in reality, and their total, for a dry run."""
-    price, agent, pretrain = cfg.reality.price, cfg.agent, cfg.pretrain
-    trained = f"{pretrain.model.family} {pretrain.model.size}, {pretrain.train.steps} steps each"
-    imagined = agent.iterations * agent.num_envs * agent.rollout
-    trainings = 2 * cfg.rounds - 1 if cfg.warm_start == "auto" else cfg.rounds
-    episodes = {
-        "judge agents": suite.most_episodes(cfg.evaluate, 2 + agent.snapshots)[1] * cfg.rounds,
-        "judge baselines": sum(map(model_free.judged, cfg.baselines)),
-    }
-    work = [  # stage, times, real steps, work
-        ("collect", 0 if cfg.datasets else 1, cfg.collect.steps, ""),
-        ("explore", cfg.rounds - 1, (cfg.rounds - 1) * cfg.explore.steps, ""),
-        ("pretrain", cfg.rounds, 0, trained),
-        ("train-agent", trainings, 0, f"{imagined:,} imagined steps each"),
-        *((f"baseline {b.algo}", 1, b.steps, "") for b in cfg.baselines),
-        *((name, int(n > 0), n * limit, f"{n} episodes") for name, n in episodes.items()),
-    ]
-    work = [row for row in work if row[1]]
-    work.append(("total", 1, sum(row[2] for row in work), ""))
-    rows = []
-    for stage, times, steps, text in work:
-        resets = sum(episodes.values()) if stage == "total" else episodes.get(stage, 0)
-        amount = price.of(steps, resets, (steps + resets) * (price.longest_s or 0.0))
-        exact = stage in ("collect", "explore") and price.longest_s is None
-        at_most = "" if exact else "at most "
-        cost = f"{at_most}{money(amount)} {price.currency}" if steps else "-"
-        if steps and price.per_second and price.longest_s is None:
-            cost += " and its time"
-        rows.append(
-            {"stage": stage, "times": times, "real steps": steps, "price": cost, "work": text}
-        )
-    return rows
 
 
 class _Loop:

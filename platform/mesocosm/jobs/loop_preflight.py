@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mesocosm.agents import validation as agents
 from mesocosm.data.collecting.acts import build_act
@@ -20,6 +21,7 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.judge import check_spaces
 from mesocosm.evaluate.metrics.ranking import FEWEST
+from mesocosm.evaluate.report.page import money
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
 from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
@@ -259,3 +261,38 @@ def check_port(cfg: LoopConfig) -> None:
     except OSError as error:
         message = f"serve.http={cfg.serve.http} cannot be used ({error.strerror})"
         raise UsageError(f"{message}; set another port") from error
+
+
+def stage_table(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
+    """The work of each stage and its price in reality, and their total, for a dry run."""
+    price, agent, pretrain = cfg.reality.price, cfg.agent, cfg.pretrain
+    trained = f"{pretrain.model.family} {pretrain.model.size}, {pretrain.train.steps} steps each"
+    imagined = agent.iterations * agent.num_envs * agent.rollout
+    trainings = 2 * cfg.rounds - 1 if cfg.warm_start == "auto" else cfg.rounds
+    episodes = {
+        "judge agents": suite.most_episodes(cfg.evaluate, 2 + agent.snapshots)[1] * cfg.rounds,
+        "judge baselines": sum(map(model_free.judged, cfg.baselines)),
+    }
+    work = [  # stage, times, real steps, work
+        ("collect", 0 if cfg.datasets else 1, cfg.collect.steps, ""),
+        ("explore", cfg.rounds - 1, (cfg.rounds - 1) * cfg.explore.steps, ""),
+        ("pretrain", cfg.rounds, 0, trained),
+        ("train-agent", trainings, 0, f"{imagined:,} imagined steps each"),
+        *((f"baseline {b.algo}", 1, b.steps, "") for b in cfg.baselines),
+        *((name, int(n > 0), n * limit, f"{n} episodes") for name, n in episodes.items()),
+    ]
+    work = [row for row in work if row[1]]
+    work.append(("total", 1, sum(row[2] for row in work), ""))
+    rows = []
+    for name, times, steps, text in work:
+        resets = sum(episodes.values()) if name == "total" else episodes.get(name, 0)
+        amount = price.of(steps, resets, (steps + resets) * (price.longest_s or 0.0))
+        exact = name in ("collect", "explore") and price.longest_s is None
+        at_most = "" if exact else "at most "
+        cost = f"{at_most}{money(amount)} {price.currency}" if steps else "-"
+        if steps and price.per_second and price.longest_s is None:
+            cost += " and its time"
+        rows.append(
+            {"stage": name, "times": times, "real steps": steps, "price": cost, "work": text}
+        )
+    return rows
