@@ -21,6 +21,7 @@ from mesocosm.jobs import baseline as model_free
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig
+from mesocosm.store.artifacts import Artifact
 from mesocosm.train.config import PretrainConfig
 
 J = TypeVar("J", bound=JobConfig)
@@ -171,6 +172,16 @@ def acting(block: CollectConfig, *policies: str) -> CollectConfig:
         for b in block.behaviours
     ]
     return replace(block, behaviours=list(itertools.chain.from_iterable(named)))
+
+
+def exploring(cfg: LoopConfig, agent: Artifact) -> CollectConfig:
+    """The collection by an agent, and by the last policy of its training where an earlier one was
+    chosen.
+    """
+    last = cfg.agent.iterations
+    chosen = agent.meta["metrics"].get("kept_iteration", last)
+    other = [] if chosen == last else [f"{agent.name}@{last}"]
+    return acting(cfg.explore, agent.name, *other)
 
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
