@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -23,13 +25,27 @@ def head(spec: Spec = SPEC) -> tuple[RewardHead, torch.Tensor]:
 
 def test_rewards_far_from_the_others_are_rare_and_large() -> None:
     rewards = np.random.default_rng(0).normal(0.1, 0.05, 1000)
-    assert not rare_rewards(rewards).any()
+    assert not rare_rewards(rewards)[0].any()
     rewards[[3, 500]] = -1000.0, -999.0
-    assert np.flatnonzero(rare_rewards(rewards)).tolist() == [3, 500]
+    rare, middle, distance = rare_rewards(rewards)
+    assert np.flatnonzero(rare).tolist() == [3, 500]
+    assert abs(middle - 0.1) < 0.01 and 2 < distance < 5, "50 of their spreads"
     rewards[:60] = -1000.0  # 6%
-    assert not rare_rewards(rewards).any()
-    assert not rare_rewards(np.where(np.arange(100) < 2, 9.0, 0.0)).any(), "nothing varies"
-    assert not rare_rewards(np.random.default_rng(0).standard_cauchy(1000) * 0.0).any()
+    assert not rare_rewards(rewards)[0].any()
+    assert not rare_rewards(np.where(np.arange(100) < 2, 9.0, 0.0))[0].any(), "nothing varies"
+
+
+def test_the_ends_of_heavy_tails_are_rare_and_large() -> None:
+    rewards = np.random.default_rng(0).standard_cauchy(1000)
+    rare, _, distance = rare_rewards(rewards)
+    assert 0 < rare.mean() < 0.03 and np.abs(rewards[rare]).min() > distance - 1 > 50
+    assert not rare_rewards(np.random.default_rng(0).laplace(size=1000))[0].any()
+
+
+def test_the_size_of_rewards_includes_the_rare_ones() -> None:
+    assert abs(SPEC.reward_size - 100.0) < 0.1, "1% of -1,000"
+    without = replace(SPEC, reward_rare=None)
+    assert abs(without.reward_size - 0.02**0.5) < 1e-9, "as before"
 
 
 def test_a_new_head_draws_them_at_their_rate() -> None:
@@ -57,18 +73,25 @@ def test_both_kinds_have_finite_nats_and_gradients() -> None:
 
 def test_specs_without_rare_rewards_are_written_as_before() -> None:
     plain = Spec(PartSpec(1, (1e-3,)), PartSpec())
-    assert "reward_rare" not in plain.to_json() and reward_outputs(plain) == 6
+    assert not {"reward_rare", "reward_far"} & set(plain.to_json()) and reward_outputs(plain) == 6
+    far = replace(SPEC, reward_far=(0.1, 3.0))
+    assert Spec.from_json(far.to_json()) == far
     assert Spec.from_json(plain.to_json()) == plain
     assert Spec.from_json(SPEC.to_json()) == SPEC and reward_outputs(SPEC) == 9
     assert head(plain)[0].gain is None
 
 
 def test_the_page_says_how_well_they_are_drawn() -> None:
-    class Rewards:
-        spec = SPEC
-
     true = np.array([0.1, 0.2, -1000.0, -990.0])
     drawn = np.array([[0.1], [0.3], [-1005.0], [0.1]])
-    text = _rare(Rewards(), LOST[1], true, drawn)  # type: ignore[arg-type]
-    assert "mean -999.9" in text and "2 of 4 here" in text and "due: 50%, elsewhere: 0.00%" in text
-    assert "other rewards: 0.05" in text
+    text = _rare((0.1, 3.0), true, drawn)
+    assert "more than 3 from 0.1" in text and "2 of 4 here" in text
+    assert "due: 50%, elsewhere: 0.00%" in text and "other rewards: 0.05" in text
+
+
+def test_rare_rewards_of_both_signs_differ_from_the_others() -> None:
+    rewards = np.random.default_rng(0).normal(0.1, 0.05, 1000)
+    rewards[:10], rewards[10:20] = 1000.0, -1000.0
+    rare, *far = rare_rewards(rewards)
+    text = _rare((far[0], far[1]), rewards, rewards[:, None])
+    assert rare.sum() == 20 and "20 of 1000 here" in text and "due: 100%" in text

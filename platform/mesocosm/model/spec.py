@@ -70,6 +70,10 @@ class Spec:
     """(share, mean, scale) of rare large rewards, the last two normalised: `reward_mean` and
     `reward_scale` are then those of all other rewards.
     """
+    reward_far: tuple[float, float] | None = None
+    """(middle, distance), raw: a reward farther than this from the middle is a rare large one. None
+    where none is, and in worlds older than this field.
+    """
     durations: bool = False
     duration_mean: float = 0.0
     duration_scale: float = 1.0
@@ -81,8 +85,9 @@ class Spec:
         values = asdict(self)
         if not self.duration_log:  # worlds are older than this field
             del values["duration_log"]
-        if self.reward_rare is None:
-            del values["reward_rare"]
+        for name in ("reward_rare", "reward_far"):
+            if values[name] is None:
+                del values[name]
         for name in ("observation", "action", "task"):
             if values[name]["table"] is None:
                 del values[name]["table"]
@@ -95,20 +100,27 @@ class Spec:
 
     @property
     def reward_size(self) -> float:
-        """Root mean square of the data's rewards, raw units; 1 if all are 0."""
+        """Root mean square of the data's rewards, the rare large ones included, raw units; 1 if all
+        are 0.
+        """
         constant = self.reward_values is not None and len(self.reward_values) == 1
-        return math.hypot(self.reward_mean, 0.0 if constant else self.reward_scale) or 1.0
+        size = math.hypot(self.reward_mean, 0.0 if constant else self.reward_scale) or 1.0
+        if self.reward_rare is None:
+            return size
+        share, mean, scale = self.reward_rare
+        rare = math.hypot(self.reward_mean + mean * self.reward_scale, scale * self.reward_scale)
+        return math.hypot(math.sqrt(1.0 - share) * size, math.sqrt(share) * rare)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Spec:
         """The inverse of `to_json`."""
 
-        added = ("duration_log", "reward_rare")
+        added = ("duration_log", "reward_rare", "reward_far")
         names = [field.name for field in fields(Spec) if field.name not in added]
         values = {name: data[name] for name in names}
         values["duration_log"] = data.get("duration_log", False)
-        rare = data.get("reward_rare")
-        values["reward_rare"] = None if rare is None else tuple(rare)
+        for name in ("reward_rare", "reward_far"):
+            values[name] = None if data.get(name) is None else tuple(data[name])
         for name in ("observation", "action", "task"):
             part: dict[str, Any] = {"grid": (), **data[name]}
             part["texts"] = [TextSpan(**text) for text in part["texts"]]

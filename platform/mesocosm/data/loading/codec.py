@@ -126,8 +126,7 @@ class Codec:
         task = part(self._task, self._task_scaling)
         rest, values = dict(self._rest), self._rest["reward_values"]
         rest["reward_values"] = None if values is None else tuple(values)
-        if "reward_rare" in rest:
-            rest["reward_rare"] = tuple(rest["reward_rare"])
+        rest |= {name: tuple(rest[name]) for name in ("reward_rare", "reward_far") if name in rest}
         return Spec(
             observation=replace(part(self._body, self._body_scaling), table=table),
             action=PartSpec(

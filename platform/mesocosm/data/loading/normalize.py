@@ -31,7 +31,8 @@ REWARD_VALUES = 64
 """Rewards with at most this many distinct values are exact categories."""
 RARE, FAR = 0.05, 50.0
 """Rewards farther from the median than FAR times their spread (1.48 MAD) are rare large ones, if
-they are at most this share: a lost plasma's -1,000 among rewards of .1.
+they are at most this share: a lost plasma's -1,000 among rewards of .1. The ends of heavy tails are
+rare large ones, too.
 """
 LEAST_SPREAD = 1e-3
 """The least spread of rare rewards, as a share of their mean's size"""
@@ -198,7 +199,7 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
     rare = None
     if len(rewards) > REWARD_VALUES:
         raw, in_first = (np.concatenate(column) for column in zip(*all_rewards, strict=True))
-        rare = rare_rewards(raw)
+        rare, *far = rare_rewards(raw)
         if rare.any():
             for moments, rows in ((every, ~rare), (first, ~rare & in_first)):
                 moments["reward"] = Moments(1)
@@ -226,6 +227,7 @@ def statistics(dataset: Dataset) -> tuple[dict[str, Scaling], Array, dict[str, A
         large = (raw[rare] - spec["reward_mean"]) / spec["reward_scale"]
         spread = max(float(large.std()), LEAST_SPREAD * abs(float(large.mean())))
         spec["reward_rare"] = [float(rare.mean()), float(large.mean()), spread]
+        spec["reward_far"] = far
     is_number = np.array([option.values is None for option in dataset.options], bool)
     scalings["options"] = scalings["options"].only(is_number)
     return scalings, change.std, spec
@@ -251,15 +253,20 @@ def mean_duration(dataset: Dataset) -> float | None:
     return total / count if count else None
 
 
-def rare_rewards(raw: Array) -> Array:
-    """[N] bool: the rare large ones of rewards [N]. Nothing is clipped: they have a density of
-    their own (`heads.RewardHead`), and the others' scale does not hold them.
+def rare_rewards(raw: Array) -> tuple[Array, float, float]:
+    """The rare large ones of rewards [N]. Nothing is clipped: they have a density of their own
+    (`heads.RewardHead`), and the others' scale does not hold them.
+
+    Returns:
+        [N] bool, and the middle and the distance from it beyond which a reward is rare, if any is.
     """
-    middle = np.median(raw)
-    far = np.abs(raw - middle)
-    spread = 1.4826 * np.median(far)
-    rare: Array = far > FAR * spread
-    return rare if spread > 0 and rare.mean() <= RARE else np.zeros(len(raw), bool)
+    middle = float(np.median(raw))
+    apart = np.abs(raw - middle)
+    distance = FAR * 1.4826 * float(np.median(apart))
+    rare: Array = apart > distance
+    if distance == 0 or rare.mean() > RARE:
+        rare = np.zeros(len(raw), bool)
+    return rare, middle, distance
 
 
 def _scalar(name: str, scaling: Scaling) -> dict[str, float]:

@@ -179,8 +179,8 @@ def one_step(
         notes.append("no termination was predicted: precision is undefined.")
     if r2 is None:
         notes.append("the rewards are constant here: R² is undefined.")
-    if (rare := world.spec.reward_rare) is not None:
-        notes.append(_rare(world, rare[1], reward.astype(np.float64), rewards))
+    if world.spec.reward_far is not None:
+        notes.append(_rare(world.spec.reward_far, reward.astype(np.float64), rewards))
     return OneStep(
         transitions=len(reward),
         terminals=int(terminated.sum()),
@@ -198,25 +198,21 @@ def one_step(
     )
 
 
-def _rare(world: World, mean: float, reward: Array, drawn: Array) -> str:
+def _rare(far: tuple[float, float], reward: Array, drawn: Array) -> str:
     """The note of the page on rare large rewards.
 
     Args:
-        world: The world.
-        mean: Of the rare rewards, normalised.
+        far: `Spec.reward_far`.
         reward: [N] the true ones, raw.
         drawn: [N, K] those of the members.
     """
-    spec = world.spec
-    half = abs(mean) / 2  # nearer to the rare rewards' mean than to the others'
-    true, predicted = (
-        np.abs(x - spec.reward_mean) / spec.reward_scale > half for x in (reward, drawn)
-    )
+    middle, distance = far
+    true, predicted = (np.abs(x - middle) > distance for x in (reward, drawn))
     rest = np.abs(drawn[~true] - reward[~true, None]).mean() if (~true).any() else float("nan")
     recall = f"{predicted[true].mean():.0%}" if true.any() else "none to judge"
     return (
-        f"rare large rewards (mean {spec.reward_mean + mean * spec.reward_scale:.4g}) have a"
-        f" density of their own: {true.sum()} of {len(true)} here; drawn where they are due:"
+        f"rare large rewards (more than {distance:.4g} from {middle:.4g}) have a density of their"
+        f" own: {true.sum()} of {len(true)} here; drawn where they are due:"
         f" {recall}, elsewhere: {predicted[~true].mean():.2%}; mean error of the other rewards:"
         f" {rest:.3g}."
     )
