@@ -17,7 +17,7 @@ from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.ray_workers import DEATHS, LostWorkers, run_on_ray
 from mesocosm.data.collecting.workers import CollectTask, LaneRunner, split
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.memory import resident_bytes
+from mesocosm.envs.memory import SUPERVISOR, resident_bytes
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig
@@ -111,6 +111,21 @@ def test_the_memory_of_a_process_is_that_of_its_children_too() -> None:
         assert resident_bytes(os.getpid()) - before > 100 << 20
         child.kill()
     assert resident_bytes(2**30) == 0
+
+
+def test_the_memory_of_a_browser_is_its_owners() -> None:
+    """The supervisor leaves the process tree of its owner."""
+    before = resident_bytes(os.getpid())
+    code = "import time; x = bytearray(b'1' * (100 << 20)); print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-I", "-S", SUPERVISOR, str(os.getpid()), sys.executable, "-c", code]
+    pipe: Any = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as supervisor:
+        supervisor.wait(60)
+        supervisor.stdout.readline()  # type: ignore[union-attr]
+        assert resident_bytes(os.getpid()) - before > 100 << 20
+        supervisor.stdin.close()  # type: ignore[union-attr]
+        assert supervisor.stdout.read() == b""  # type: ignore[union-attr]
+    assert resident_bytes(os.getpid()) - before < 100 << 20
 
 
 def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(

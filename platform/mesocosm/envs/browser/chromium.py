@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gymnasium.error import DependencyNotInstalled
 
+from mesocosm.envs.memory import SUPERVISOR
 from mesocosm.errors import UsageError
 from mesocosm.user_code import one_line
 
@@ -110,8 +110,7 @@ class Chromium:
 
     def __init__(self) -> None:
         browser, driver, _ = programs()
-        supervisor = str(Path(__file__).with_name("supervisor.py"))
-        command = [sys.executable, "-I", "-S", supervisor, str(os.getpid()), driver, "--port=0"]
+        command = [sys.executable, "-I", "-S", SUPERVISOR, str(os.getpid()), driver, "--port=0"]
         self._supervisor = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
