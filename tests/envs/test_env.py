@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
 from mesocosm.config import load
 from mesocosm.datasets.episode import Episode
+from mesocosm.envs.api import package_versions
 from mesocosm.envs.config import DrawnOption, RealityConfig, check, parse_success
 from mesocosm.envs.episode import EpisodeError, episode_seed, run_episode
 from mesocosm.envs.guard import GuardedEnv
+from mesocosm.envs.items import Items
 from mesocosm.envs.make import draw_options, environment_version, facts_of, make_env, task_keys
+from mesocosm.envs.training import TrainingRun
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.user_code import source_hash
 
 
 def still(observation: Any, rng: np.random.Generator) -> Any:
@@ -89,6 +95,19 @@ def test_an_environment_of_a_user_module(user_module: None, name: str, limit: in
     assert line.outcome == ("unfinished" if limit is None else "truncated")
     assert episode(reality(name, horizon=5), act=still, max_steps=40).outcome == "truncated"
     assert environment_version(make_env(reality(name))).startswith("ownenvs ")
+
+
+def test_the_version_of_our_environment_names_its_source_and_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, source = RealityConfig(env="mesocosm.envs.items:Items"), source_hash(Items)
+    assert environment_version(make_env(config)).endswith(f", mesocosm.envs.items {source}")
+    assert "scikit-learn" in TrainingRun.program_versions()[1]
+    monkeypatch.setattr(Items, "program_versions", lambda: package_versions("torch"), raising=False)
+    torch = f"torch {version('torch')}"
+    assert environment_version(make_env(config)).endswith(f"{source}, {torch}")
+    with pytest.raises(gymnasium.error.DependencyNotInstalled, match="no-such-package is missing"):
+        package_versions("no-such-package")
 
 
 def test_an_episode_is_a_function_of_config_seed_and_k(user_module: None) -> None:

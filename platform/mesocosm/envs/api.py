@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 import traceback
@@ -18,6 +19,19 @@ Env = gymnasium.Env[Any, Any]
 
 _warned: set[str] = set()
 """Environments whose failing `close()` was reported."""
+
+
+def package_versions(*names: str) -> list[str]:
+    """The names of packages with their installed versions, for an environment's `program_versions`.
+
+    Raises:
+        DependencyNotInstalled: One is missing.
+    """
+    try:
+        return [f"{name} {importlib.metadata.version(name)}" for name in names]
+    except importlib.metadata.PackageNotFoundError as error:
+        problem = f"the package {error.name} is missing; pip install {error.name}"
+        raise gymnasium.error.DependencyNotInstalled(problem) from error
 
 
 def close(env: Env) -> None:

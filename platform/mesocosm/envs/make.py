@@ -211,9 +211,9 @@ def _unknown(env: str, name: str, module: Any) -> UsageError:
 
 
 def environment_version(env: Env) -> str:
-    """The version of the environment's package, or the hash of a single module's source, and those
-    of the programs that its class lists (`program_versions`). A server at an address names its
-    version.
+    """The version of the environment's package, or the hash of a single module's source, the hashes
+    of those files of its classes that are Mesocosm's own, and the versions of the programs that its
+    class lists (`program_versions`). A server at an address names its version.
     """
     if isinstance(env.unwrapped, RemoteEnv):
         return env.unwrapped.environment_version
@@ -222,7 +222,8 @@ def environment_version(env: Env) -> str:
 
 def _version(kind: type) -> str:
     names = [kind.__module__.partition(".")[0]]
-    if "mujoco" in kind.__module__ and names != ["mujoco"]:
+    classes = [f"{base.__module__}.{base.__qualname__}".lower() for base in kind.__mro__]
+    if any("mujoco" in name for name in classes) and names != ["mujoco"]:
         names.append("mujoco")
     versions = []
     for name in names:
@@ -230,6 +231,8 @@ def _version(kind: type) -> str:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{kind.__module__} {source_hash(kind)}")
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("mesocosm.")]
+    versions += [f"{base.__module__} {source_hash(base)}" for base in ours]
     programs = kind.program_versions() if hasattr(kind, "program_versions") else []
     return ", ".join([*versions, *programs])
 

@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.error import DependencyNotInstalled
 
+from mesocosm.envs.api import package_versions
 from mesocosm.errors import UsageError, nearest
 
 Observation = dict[str, Any]
@@ -40,6 +41,11 @@ class MetaWorld(gymnasium.Env[Observation, Any]):
     """
 
     metadata = {"render_modes": []}
+
+    @classmethod
+    def program_versions(cls) -> list[str]:
+        """The versions of programs that are a part of the environment's version."""
+        return package_versions("metaworld", "mujoco")
 
     def __init__(self, task: str = "reach", repeat: int = 5):
         try:

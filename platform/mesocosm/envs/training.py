@@ -28,6 +28,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mesocosm.envs.api import package_versions
+
 CONTINUE, FROM_BEST, FROM_SCRATCH, STOP = range(4)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 BATCHES = (16, 64, 256)
@@ -151,6 +153,11 @@ class TrainingRun(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     """
 
     metadata = {"render_modes": []}
+
+    @classmethod
+    def program_versions(cls) -> list[str]:
+        """The versions of programs that are a part of the environment's version."""
+        return package_versions("torch", "scikit-learn")
 
     def __init__(self, budget_s: float = 2.0, cost: float = 2.0):
         self.budget_s, self.cost = budget_s, cost
