@@ -249,7 +249,8 @@ def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) ->
             raise UsageError(
                 f"reality.task names {name!r}, which is no key of the observation (it has {keys})"
                 f" and has no reality.task_options.{name} to draw it"
-                f" from{nearest(name, [*keys, *config.task_options])}"
+                f" from{nearest(name, [*keys, *config.task_options])}; draw it, or leave it out and"
+                " set reality.env, whose own task is then drawn"
             )
     return [name for name in config.task if name in keys]
 
