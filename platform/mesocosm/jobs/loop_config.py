@@ -91,7 +91,7 @@ def check(cfg: LoopConfig) -> None:
     names = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
     blocks: dict[str, JobConfig] = {name: getattr(cfg, name) for name in names}
     blocks |= {f"baselines[{i}]": block for i, block in enumerate(cfg.baselines)}
-    refuse_filled(blocks, FILLED, "the loop")
+    refuse_filled(blocks, FILLED, "loop")
     if cfg.pretrain.data.datasets:
         raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")
     budget = cfg.reality.budget.steps
@@ -136,7 +136,7 @@ def refuse_filled(
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
                 fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
                 fix = "set reality.known" if key == "known" else fix
-                raise UsageError(f"{name}.{key} is set by {by}; {fix}")
+                raise UsageError(f"{name}.{key} is set by the {by}; {fix}")
 
 
 @contextmanager

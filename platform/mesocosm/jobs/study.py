@@ -229,7 +229,7 @@ def check(config: StudyConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
     check_reality(config.reality)
     blocks = {"pretrain": config.pretrain, "agent": config.agent, "evaluate": config.evaluate}
-    refuse_filled(blocks, FILLED, "the study")
+    refuse_filled(blocks, FILLED, "study")
     if len(config.worlds) < FEWEST:
         raise UsageError(
             f"worlds must name at least {FEWEST}, got {config.worlds}; try"
