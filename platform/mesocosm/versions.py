@@ -14,10 +14,10 @@ VERSIONS = {
     "sweep": 5,
     "plan": 4,
     "clone": 1,
-    "train-agent": 6,
+    "train-agent": 5,
     "baseline": 2,
     "evaluate": 5,
     "propose": 5,
-    "loop": 8,
+    "loop": 7,
     "study": 1,
 }

@@ -196,16 +196,11 @@ def test_ppo_trained_in_the_world_gains_in_reality(
     assert metrics["kept_former"] and metrics["former_return"] > metrics["greedy_return"]
     for name in WHOLE:  # training failed: the artifact is the earlier agent
         assert (ruined.path / name).read_bytes() == (artifact.path / name).read_bytes()
-    assert [path.name for path in (ruined.path / "snapshots").iterdir()] == ["1"], "its last policy"
 
-    collapsed, _, _ = train_agent(agent_config(root, "iterations=3 snapshots=8 params.lr=10"))
+    collapsed, _, _ = train_agent(agent_config(root, "iterations=3 snapshots=3 params.lr=10"))
     metrics = collapsed.meta["metrics"]
     best = int(metrics["kept_iteration"])
     assert best < 3 and metrics["best_return"] > metrics["greedy_return"], "not the last policy"
-    last = Policy.load(collapsed.path / "snapshots" / "3")
-    assert real_return(last) < real_return(Policy.load(collapsed.path)), (
-        "the last one is a snapshot"
-    )
     for name in WHOLE[1:]:
         snapshot = collapsed.path / "snapshots" / str(best) / name
         assert (collapsed.path / name).read_bytes() == snapshot.read_bytes()

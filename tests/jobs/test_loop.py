@@ -25,7 +25,6 @@ from mesocosm.errors import UsageError
 from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
 from mesocosm.jobs.loop_config import check
 from mesocosm.jobs.loop_preflight import Ready
-from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
@@ -314,34 +313,6 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
     ]
     assert compared == [("first", True, 5, 2), ("second", True, 5, 2), ("kept", False, 0, 0)]
     assert "collected some of this world's data" in (started.folder / "log.txt").read_text()
-
-
-def test_a_last_policy_that_was_not_chosen_collects_half(
-    root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have lost to errors of the world, which its own data correct."""
-    storage = Storage(root)
-    for name, chosen in (("last", 4.0), ("snapshot", 2.0), ("former", -1.0)):
-        meta = {"metrics": {"kept_iteration": chosen}}
-        storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
-    cfg = _load(root, "reality.env=CartPole-v1", "agent.iterations=4")
-    cfg.explore.behaviours = [BehaviourConfig("random"), BehaviourConfig("trained", weight=3.0)]
-    acts: list[Any] = []
-
-    def collect(self: _Loop, job: Any, config: Any, round: int) -> None:
-        acts.append([(b.kind, b.policy, b.weight) for b in config.behaviours])
-
-    monkeypatch.setattr(_Loop, "_stage", collect)
-    with tracking.start("loop", cfg, quiet=True) as started:
-        loop = _Loop(JOB, _plan(cfg), started)
-        for name in ("last", "snapshot", "former"):
-            loop.collect(1, storage.artifact("agents", name))
-    random = ("random", None, 1.0)
-    assert acts == [
-        [random, ("trained", "agents/last", 3.0)],
-        [random, ("trained", "agents/snapshot", 1.5), ("trained", "agents/snapshot@4", 1.5)],
-        [random, ("trained", "agents/former", 1.5), ("trained", "agents/former@4", 1.5)],
-    ]
 
 
 def _plan(cfg: LoopConfig) -> LoopPlan:

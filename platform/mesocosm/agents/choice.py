@@ -20,7 +20,6 @@ from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
-POLICY_FILES = (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE)
 COMPARED = 64
 """Imagined episodes of each policy in a comparison"""
 
@@ -35,9 +34,7 @@ def choose_best(
     """Replace the agent in `folder` by the policy with the highest return in this world.
 
     Candidates are the last policy, the snapshots, and `former`, the initial agent or the rival;
-    among equals the latest wins. PPO sometimes collapses after it has solved the world. A last
-    policy that loses becomes a snapshot: it may have lost to errors of the world, which more data
-    of its own would correct.
+    among equals the latest wins. PPO sometimes collapses after it has solved the world.
 
     Returns:
         The metrics of the comparison; {} without other candidates.
@@ -70,18 +67,13 @@ def choose_best(
     if former is not None:
         metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
+        for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
+            if (candidates[iteration] / name).is_file():  # scorers of commands have no value.json
+                shutil.copyfile(candidates[iteration] / name, folder / name)
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:
             source = former.name
             shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of the discarded training
-        last = folder / SNAPSHOTS / str(config.iterations)
-        last.mkdir(parents=True, exist_ok=True)
-        for name in POLICY_FILES:
-            if (folder / name).is_file():  # scorers of commands have no value.json
-                shutil.copyfile(folder / name, last / name)
-        for name in POLICY_FILES:
-            if (candidates[iteration] / name).is_file():
-                shutil.copyfile(candidates[iteration] / name, folder / name)
         run.say(
             f"the last policy earns {means[0]:.1f} in the world, {source}, {means[best]:.1f}: that"
             " one is kept"

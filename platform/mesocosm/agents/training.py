@@ -312,7 +312,6 @@ def _train_from(
     config = plan.config
     algorithm = _build(plan, run, arguments)
     snapshots = {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
-    snapshots.discard(config.iterations)  # the end is no snapshot
 
     def snapshot(iteration: int) -> None:
         if iteration in snapshots:

@@ -33,7 +33,7 @@ from mesocosm.jobs import collect as collecting
 from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
-from mesocosm.jobs.loop_config import FREE, LoopConfig, exploring, fill
+from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill
 from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources, stage_table
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
@@ -172,7 +172,7 @@ class _Loop:
         return self._report(points, judged, curves)
 
     def collect(self, round: int, agent: Artifact | None) -> Artifact:
-        block = self.cfg.collect if agent is None else exploring(self.cfg, agent)
+        block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
         config = replace(fill(block, self.cfg, round), ledger=self.ledger_id)
         return self._stage(collecting.JOB, config, round)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,6 @@ from mesocosm.jobs import baseline as model_free
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig
-from mesocosm.store.artifacts import Artifact
 from mesocosm.train.config import PretrainConfig
 
 J = TypeVar("J", bound=JobConfig)
@@ -49,8 +47,7 @@ class LoopConfig(JobConfig):
         )
     )
     """The collection of later rounds, by default with draws of the agent's policy. A behaviour that
-    needs a policy and names none gets the last round's agent. Where an earlier policy was chosen
-    over the last one of its training, half the behaviour's episodes are of the last one.
+    needs a policy and names none gets the last round's agent.
     """
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -163,25 +160,13 @@ def _check_pretrain(cfg: LoopConfig) -> None:
         replace(cfg.pretrain, data=data).validate()
 
 
-def acting(block: CollectConfig, *policies: str) -> CollectConfig:
-    """Give behaviours that need a policy and name none each of `policies`, in equal shares."""
+def acting(block: CollectConfig, policy: str) -> CollectConfig:
+    """Give `policy` to behaviours that need a policy and name none."""
     named = [
-        [b]
-        if b.kind == "random" or b.function or b.policy
-        else [replace(b, policy=p, weight=b.weight / len(policies)) for p in policies]
+        b if b.kind == "random" or b.function or b.policy else replace(b, policy=policy)
         for b in block.behaviours
     ]
-    return replace(block, behaviours=list(itertools.chain.from_iterable(named)))
-
-
-def exploring(cfg: LoopConfig, agent: Artifact) -> CollectConfig:
-    """The collection by an agent, and by the last policy of its training where an earlier one was
-    chosen.
-    """
-    last = cfg.agent.iterations
-    chosen = agent.meta["metrics"].get("kept_iteration", last)
-    other = [] if chosen == last else [f"{agent.name}@{last}"]
-    return acting(cfg.explore, agent.name, *other)
+    return replace(block, behaviours=named)
 
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:

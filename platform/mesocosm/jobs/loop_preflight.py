@@ -215,7 +215,7 @@ def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
             check_spaces(
                 policy_set.named(policy, storage, *facts.spaces).policy, facts, cfg.reality
             )
-        suite.check_steps(block, 2 + cfg.agent.snapshots, ready.limit)
+        suite.check_steps(block, 1 + cfg.agent.snapshots, ready.limit)
         _check_held_out(cfg, storage, ready.datasets, policies)
 
 
@@ -270,7 +270,7 @@ def stage_table(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
     imagined = agent.iterations * agent.num_envs * agent.rollout
     trainings = 2 * cfg.rounds - 1 if cfg.warm_start == "auto" else cfg.rounds
     episodes = {
-        "judge agents": suite.most_episodes(cfg.evaluate, 2 + agent.snapshots)[1] * cfg.rounds,
+        "judge agents": suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds,
         "judge baselines": sum(map(model_free.judged, cfg.baselines)),
     }
     work = [  # stage, times, real steps, work
