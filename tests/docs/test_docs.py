@@ -51,6 +51,7 @@ LACKING = (
     "is no file, folder or pattern",
     "no server answers there",
     "is not installed",
+    "no module 'gymnasium_robotics'",
 )
 """Of these a dry run may say that they are not there: an earlier command would have made them, or
 the reader.
