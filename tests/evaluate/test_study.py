@@ -73,7 +73,9 @@ def test_overrides_change_the_world_and_not_the_other(lab: Lab) -> None:
     assert first.model.size == second.model.size == "10k"
 
 
-def test_worlds_that_exist_are_studied_and_found_again(lab: Lab, ray_local: None) -> None:
+def test_worlds_that_exist_are_studied_and_found_again(
+    lab: Lab, ray_local: None, golden: Any
+) -> None:
     lab.copy_world("w1", ["walks"])
     cfg = study(lab, "worlds=[w0,w1]")
     artifact = JOB.run(cfg, lab.run)
@@ -83,6 +85,7 @@ def test_worlds_that_exist_are_studied_and_found_again(lab: Lab, ray_local: None
     assert point["gain"]["start"] == f"{point['agent']}@0"
     assert (point["gain"]["real"]["pairs"], point["gain"]["world"]["pairs"]) == (3, 4)
     assert point["passes"] is None and point["nats"] > 0
+    golden.check("study", {name: point[name] for name in ("nats", "imagined", "real")})
     assert summary["statistics"]["pearson"] is None, "two worlds are no correlation"
     plan = JOB.resolve(cfg, lab.storage)
     totals = Ledger(lab.storage, plan.ledger).totals().purposes["judge"]
