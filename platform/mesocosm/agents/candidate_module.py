@@ -6,12 +6,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from ray.rllib.core.columns import Columns
-from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
+from mesocosm.agents.actor_critic import ActorCriticModule
 from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 from mesocosm.policies.scorer import CandidatePolicy, CandidateScorer
 
@@ -19,31 +17,19 @@ ALGORITHM = "PPO"
 """The algorithm that trains it."""
 
 
-class CandidateModule(TorchRLModule, ValueFunctionAPI):
+class CandidateModule(ActorCriticModule):
     """A `CandidateScorer` between rows of candidates and Discrete(K)."""
 
     def setup(self) -> None:
         config: Any = self.model_config
         self.scorer = CandidateScorer(CandidateShape(**config["shape"]))
 
-    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        logits, values = self.scorer(batch[Columns.OBS])
-        return {Columns.ACTION_DIST_INPUTS: logits, Columns.EMBEDDINGS: values}
-
-    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = super()._forward_inference(batch, **kwargs)
-        outputs.pop(Columns.EMBEDDINGS)
+    def logits_and_values(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = self.scorer(observations)
         return outputs
 
-    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = super()._forward_exploration(batch, **kwargs)
-        outputs.pop(Columns.EMBEDDINGS)  # the runner would store them with the episode
-        return outputs
-
-    def compute_values(self, batch: dict[str, Any], embeddings: Any | None = None) -> Tensor:
-        """The values [B] of a batch; `embeddings` are those of the same forward pass."""
-        values: Tensor = self.scorer(batch[Columns.OBS])[1] if embeddings is None else embeddings
-        return values
+    def start_even(self) -> None:
+        self.scorer.start_even()
 
 
 def module_spec(candidates: Candidates) -> RLModuleSpec:

@@ -30,6 +30,7 @@ from torch import nn
 
 from mesocosm import checks
 from mesocosm.agents import durations, mbpo
+from mesocosm.agents.actor_critic import ActorCriticModule
 from mesocosm.agents.candidate_module import (
     ALGORITHM,
     CandidateModule,
@@ -236,8 +237,8 @@ def _start_small(algorithm: Algorithm) -> None:
 
 def _start_learner_small(learner: Any) -> None:
     module: Any = learner.module[DEFAULT_MODULE_ID].unwrapped()
-    if isinstance(module, CandidateModule | TableModule):
-        (module.scorer if isinstance(module, CandidateModule) else module.table).start_even()
+    if isinstance(module, ActorCriticModule):
+        module.start_even()
         return
     pi = module.pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]

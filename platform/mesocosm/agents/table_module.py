@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
-from ray.rllib.core.columns import Columns
-from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
+from mesocosm.agents.actor_critic import ActorCriticModule
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.policies.attention import HEADS, TableNetwork
 from mesocosm.policies.heads import mask_columns
@@ -19,7 +17,7 @@ from mesocosm.policies.policy import Layout, Policy, masked
 Space = gym.Space[Any]
 
 
-class TableModule(TorchRLModule, ValueFunctionAPI):
+class TableModule(ActorCriticModule):
     """A `TableNetwork`, whose width is the first of `fcnet_hiddens`, with masked logits."""
 
     def setup(self) -> None:
@@ -28,27 +26,14 @@ class TableModule(TorchRLModule, ValueFunctionAPI):
         self.mask = mask_columns(spaces[0])
         self.table = TableNetwork(spaces[0], spaces[1], config["width"])
 
-    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        observations = batch[Columns.OBS]
+    def logits_and_values(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         logits, values = self.table(observations)
         if self.mask is not None:
             logits = masked(logits, observations[:, slice(*self.mask)])
-        return {Columns.ACTION_DIST_INPUTS: logits, Columns.EMBEDDINGS: values}
+        return logits, values
 
-    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = super()._forward_inference(batch, **kwargs)
-        outputs.pop(Columns.EMBEDDINGS)
-        return outputs
-
-    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        outputs: dict[str, Any] = super()._forward_exploration(batch, **kwargs)
-        outputs.pop(Columns.EMBEDDINGS)  # the runner would store them with the episode
-        return outputs
-
-    def compute_values(self, batch: dict[str, Any], embeddings: Any | None = None) -> Tensor:
-        """The values [B] of a batch; `embeddings` are those of the same forward pass."""
-        values: Tensor = self.table(batch[Columns.OBS])[1] if embeddings is None else embeddings
-        return values
+    def start_even(self) -> None:
+        self.table.start_even()
 
 
 def table_spec(spaces: tuple[Space, Space], hidden: list[int]) -> RLModuleSpec:

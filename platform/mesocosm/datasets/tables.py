@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.datasets.masks import MASK, counts, has_mask
+from mesocosm.datasets.masks import counts, has_mask
 from mesocosm.errors import UsageError
 
 PRESENT = "present"
@@ -30,7 +30,9 @@ class ElementTable:
     key: str
     slots: int
     pointer: bool
-    """True if the last component of an action points to a slot."""
+    """True if the last component of an action points to a slot. The action mask is then a column of
+    the table, too.
+    """
 
 
 def table_of(observation: Space, action: Space) -> ElementTable | None:
@@ -89,8 +91,3 @@ def slot_columns(columns: slice, slots: int, mask: bool = False) -> NDArray[np.i
     """
     flat = np.arange(columns.start, columns.stop, dtype=np.int64)
     return flat.reshape(-1, slots).T if mask else flat.reshape(slots, -1)
-
-
-def masks_slots(observation: Space, table: ElementTable) -> bool:
-    """True if the action mask is a column of the table."""
-    return table.pointer and has_mask(observation) and table.key != MASK

@@ -15,6 +15,8 @@ from mesocosm.errors import UsageError
 
 BOUNDS = ("drop", "clip", "ignore")
 """Values of `reality.bounds`."""
+ROUNDING = 1e-9
+"""Relative error of a sum of prices, which must not cost a step."""
 PAID = (
     "reality.budget",
     "reality.price",
@@ -180,7 +182,7 @@ def check_affordable(config: RealityConfig, steps: int) -> None:
     reset, without their time.
     """
     money, least = config.budget.money, config.price.of(steps, 1, 0.0)
-    if money is not None and steps and least > money * (1 + 1e-9):
+    if money is not None and steps and least > money * (1 + ROUNDING):
         raise UsageError(
             f"reality.budget.money must be >= {least:g} {config.price.currency}, the price of"
             f" {steps} steps and a reset, got {money:g}; raise it, or lower the steps"

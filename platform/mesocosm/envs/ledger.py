@@ -42,15 +42,13 @@ from mesocosm.envs.amounts import (
     held_by,
     price_of,
 )
-from mesocosm.envs.config import BudgetConfig, PriceConfig
+from mesocosm.envs.config import ROUNDING, BudgetConfig, PriceConfig
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.store.artifacts import Storage
 
 SNAPSHOT_EVERY = 64
 """Records between two snapshots: opening a ledger reads one snapshot and at most this many."""
 RECORD = re.compile(r"(\d{8})\.json")
-ROUNDING = 1e-9
-"""Relative error of a sum of prices, which must not cost a step."""
 
 
 class Ledger:

@@ -287,18 +287,7 @@ def agent_summary(
         unexplained = logs.unexplained(mean, float(lengths.mean()))
     gained = None
     if (start := plan.start) is not None:
-        segments = store.segments("start", start.policy, seed=cfg.seed, limit=limit)
-        with run.progress("judge its start", cfg.episodes) as update:
-            before = judge(
-                start.policy,
-                cfg.reality,
-                ledger,
-                episodes=cfg.episodes,
-                seed=cfg.seed,
-                max_episode_steps=limit,
-                progress=update,
-                segments=segments,
-            )
+        before = judge_one("start", start.policy, plan, ledger, store, run, "judge its start")
         pair = returns, imagine("start", start.policy)[0]
         gained = gain.gain(start.name, (judged, before), pair).to_json()
     return {
@@ -308,6 +297,31 @@ def agent_summary(
         "unexplained": unexplained,
         "gain": gained,
     }
+
+
+def judge_one(
+    name: str,
+    policy: Acts,
+    plan: Prepared,
+    ledger: Ledger,
+    store: JudgeStore,
+    run: Run,
+    title: str = "judge",
+) -> JudgeResult:
+    """Judge a policy in reality, in the episodes of the agent. `name` is its own in `store`."""
+    cfg, limit = plan.cfg, plan.limit
+    segments = store.segments(name, policy, seed=cfg.seed, limit=limit)
+    with run.progress(title, cfg.episodes) as update:
+        return judge(
+            policy,
+            cfg.reality,
+            ledger,
+            episodes=cfg.episodes,
+            seed=cfg.seed,
+            max_episode_steps=limit,
+            progress=update,
+            segments=segments,
+        )
 
 
 def with_adversary(

@@ -28,8 +28,8 @@ from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.amounts import time_price
-from mesocosm.envs.config import PAID, check_affordable
-from mesocosm.envs.ledger import ROUNDING, Ledger
+from mesocosm.envs.config import PAID, ROUNDING, check_affordable
+from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.memory import GIB
 from mesocosm.envs.segments import Attempt

@@ -22,7 +22,7 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate import gain, imagine, policy_set, suite
 from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sources_of
 from mesocosm.evaluate.figures import log_figures, text_figures
-from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset
 from mesocosm.evaluate.policy_value import policy_value
@@ -180,7 +180,7 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
 
             prepared = suite.with_adversary(prepared, run, plan.artifact, training.JOB.run)
         if policy is not None:
-            result = _judged(cfg, run, policy, prepared, ledger, store)
+            result = suite.judge_one(policy_set.AGENT, policy, prepared, ledger, store, run)
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
     if policy is not None and result is not None and prepared is not None and ledger is not None:
@@ -217,30 +217,6 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
     return artifact
 
 
-def _judged(
-    cfg: EvaluateConfig,
-    run: Run,
-    policy: StoredPolicy,
-    prepared: suite.Prepared,
-    ledger: Ledger,
-    store: JudgeStore,
-) -> JudgeResult:
-    """Judge the agent in reality."""
-    limit = prepared.limit
-    segments = store.segments(policy_set.AGENT, policy, seed=cfg.seed, limit=limit)
-    with run.progress("judge", cfg.episodes) as update:
-        return judge(
-            policy,
-            cfg.reality,
-            ledger,
-            episodes=cfg.episodes,
-            seed=cfg.seed,
-            max_episode_steps=limit,
-            progress=update,
-            segments=segments,
-        )
-
-
 def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) -> Artifact:
     """Evaluate a text world, its agent and its policy values."""
     cfg, prepared, policy = plan.config, plan.suite, plan.policy
@@ -252,7 +228,7 @@ def _evaluate_text(job: Evaluate, plan: Evaluation, world: TextWorld, run: Run) 
     if prepared is not None:
         ledger, result = _ledger(cfg, run, plan.id, prepared, store), None
         if policy is not None:
-            result = _judged(cfg, run, policy, prepared, ledger, store)
+            result = suite.judge_one(policy_set.AGENT, policy, prepared, ledger, store, run)
         if cfg.compares:
             with run.progress("policy value", prepared.most_policies) as update:
                 measured["policy_value"] = policy_value(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.datasets.masks import MASK, counts, has_mask
-from mesocosm.datasets.tables import PRESENT, ElementTable, masks_slots, table_of
+from mesocosm.datasets.tables import PRESENT, ElementTable, table_of
 from mesocosm.policies.heads import flat_size
 
 LAYERS, HEADS = 2, 4
@@ -49,7 +49,7 @@ class TableColumns:
                 if name == table.key:
                     rows = columns.view(table.slots, -1)
                     present = len(slots[0]) if leaf == PRESENT else present
-                elif name == MASK and masks_slots(observation, table):
+                elif name == MASK and table.pointer:
                     rows = columns.view(-1, table.slots).T
                 else:
                     rest += columns.tolist()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mesocosm.datasets.masks import MASK, mask_size
 from mesocosm.datasets.spaces import SpaceCodec
-from mesocosm.datasets.tables import PRESENT, masks_slots, slot_columns, table_of
+from mesocosm.datasets.tables import PRESENT, slot_columns, table_of
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import TableSpan
 
@@ -59,7 +59,7 @@ def table_span(
     of_categories: list[Array] = []
     present = 0
     for leaf in observation.leaves:
-        mask = leaf.path == (MASK,) and masks_slots(observation.space, table)
+        mask = leaf.path == (MASK,) and table.pointer
         if leaf.path[0] != table.key and not mask:
             continue
         if leaf.path == (table.key, PRESENT):
