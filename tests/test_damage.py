@@ -174,13 +174,13 @@ def test_a_job_on_a_full_disk_and_again_with_room(small_disk: Path) -> None:
         f"storage.root={small_disk}/root",
     ]
     command = [sys.executable, "-m", "mesocosm", "collect", "tracking.uri=none", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("mesocosm: ") and "no space is left on the disk" in last
     assert not DIRTY.search(done.stderr), done.stderr
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

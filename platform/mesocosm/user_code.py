@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import UsageError, nearest
+from mesocosm.extras import fix_missing
 
 IMPORTS = "MESOCOSM_IMPORTS"
 """The environment variable with the user's folder, from which their modules are imported."""
@@ -69,7 +70,7 @@ def _add_folders() -> None:
 def _missing(name: str, setting: str) -> UsageError:
     return UsageError(
         f"{setting}: there is no module {name!r} in {os.getcwd()!r} or among the installed"
-        " packages; check its name"
+        f" packages; {fix_missing(name) or 'check its name'}"
     )
 
 

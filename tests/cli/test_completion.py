@@ -73,7 +73,7 @@ def ask(*lines: str, folder: Path = REPOSITORY) -> list[list[str]]:
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert shell_output.returncode == 0 and not shell_output.stderr, shell_output.stderr
     return [line.split() for line in shell_output.stdout.splitlines()]

@@ -38,7 +38,7 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
         [*command, address, *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env={**terminal, **env},
     )
     assert done.stdout, done.stderr

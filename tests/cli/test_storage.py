@@ -66,7 +66,7 @@ def _killed(root: str, what: str) -> None:
         "import os, signal\nfrom pathlib import Path\nfrom mesocosm.store.artifacts import"
         f" Storage\nstorage = Storage({root!r})\n{what}\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == -signal.SIGKILL
 
 
 HALF = """

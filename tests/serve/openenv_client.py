@@ -21,7 +21,7 @@ class Socket:
     def __init__(self, client: Any):
         address = client.url.replace("http://", "ws://") + "/ws"
         headers = {"Authorization": f"Bearer {client.token}"}
-        self.connection = connect(address, additional_headers=headers, open_timeout=60)
+        self.connection = connect(address, additional_headers=headers, open_timeout=300)
 
     def send(self, message: Any) -> Any:
         """The reply to a message, or to the text itself."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import wait_until
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import StorageConfig
@@ -144,20 +145,24 @@ def test_job(served: str) -> None:
     answers: list[str] = []
 
     def use_the_world() -> None:
-        while not log.exists() or "make_vec" not in log.read_text():
-            time.sleep(0.2)
+        wait_until(lambda: log.exists() and "make_vec" in log.read_text(), 300)
         printed = log.read_text().splitlines()
         code = [line for line in printed if "import gymnasium" in line or "make_vec" in line]
         code = [line[line.index("import" if i == 0 else "envs") :] for i, line in enumerate(code)]
         code += ["envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"]
         # Another terminal inherits nothing of this process's Ray.
         terminal = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        pipes: Any = {"capture_output": True, "text": True, "timeout": 120, "env": terminal}
+        pipes: Any = {"capture_output": True, "text": True, "timeout": 300, "env": terminal}
         done = subprocess.run([sys.executable, "-c", "\n".join(code)], **pipes)
         answers.append(done.stdout + done.stderr)
-        os.kill(os.getpid(), signal.SIGINT)
 
-    user = threading.Thread(target=use_the_world)
+    def use_and_stop() -> None:
+        try:
+            use_the_world()
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=use_and_stop)
     user.start()
     with tracking.start("serve", job_config, id="visited", quiet=True) as job:
         JOB.run(job_config, job)

@@ -235,7 +235,7 @@ def few_descriptors(seconds: float) -> Iterator[tuple[int, list[socket.socket]]]
         port = int(process.stdout.readline())
         held = [connected(port) for _ in range(60)]
         yield port, held
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
         for line in held:
             line.close()
     assert errors.decode().splitlines() == NO_DESCRIPTOR

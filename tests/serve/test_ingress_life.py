@@ -86,7 +86,7 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             while not log.exists() or "curl" not in log.read_text():
                 time.sleep(0.1)
             command = next(line for line in log.read_text().splitlines() if "curl" in line).strip()
-            done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+            done = subprocess.run(command, shell=True, capture_output=True, timeout=600)
             answers.extend((json.loads(done.stdout)["world"], LISTENERS["job"].url))
         finally:
             os.kill(os.getpid(), signal.SIGINT)

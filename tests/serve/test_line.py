@@ -83,6 +83,6 @@ def test_survives_without_free_descriptors() -> None:
         assert_echo(last, b"still here")
         assert last is not None
         last.close()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert b"Too many open files" in errors and b"ulimit -n" in errors
     assert b"Traceback" not in errors

@@ -67,7 +67,7 @@ def test_only_units_in_use_are_fetched_and_once_for_all_processes(bucket: Storag
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
     code = OPEN + 'print(open_partial(storage, "datasets", "cart").hold("shards/00002"))'
-    out, errors = python(code.format(root=bucket.root)).communicate(timeout=60)
+    out, errors = python(code.format(root=bucket.root)).communicate(timeout=600)
     assert Path(out.strip()).is_dir(), errors
     folder = bucket.folder_of("datasets", "cart")
     damaged = bucket._path(f"datasets/cart/{folder}/shards/00003/obs_num.npy")
@@ -92,7 +92,7 @@ storage.fetch = half
 open_partial(storage, "datasets", "cart").hold("shards/00001")
 """
     killed = python((OPEN + code).format(root=bucket.root))
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=600)
     assert killed.returncode == -signal.SIGKILL
     assert cached(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
     folder = open_partial(bucket, "datasets", "cart").hold("shards/00001")
@@ -253,7 +253,7 @@ print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me
         python((OPEN + code).format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in both]
+        outputs = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()

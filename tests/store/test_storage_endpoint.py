@@ -142,7 +142,7 @@ print(Storage({root!r}).make("laws", "l", {{"maker": {me!r}}}, fill).meta["maker
     names = {"at": str(tmp_path), "root": any_root}
     pairs = (("1", "2"), ("2", "1"))
     makers = [python(code.format(me=me, other=other, **names)) for me, other in pairs]
-    outputs = [maker.communicate(timeout=120) for maker in makers]
+    outputs = [maker.communicate(timeout=600) for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0], outputs
     (winner,) = {out.strip() for out, _ in outputs}
     lost = ["laws/l was finished by another process meanwhile" in err for _, err in outputs]

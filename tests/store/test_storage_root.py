@@ -34,7 +34,7 @@ def test_an_unknown_scheme_is_one_sentence_of_a_job(tmp_path: Path) -> None:
     """No thread prints a traceback before it."""
     words = ["collect", "reality.env=CartPole-v1", "steps=5", "storage.root=gs://b/x"]
     command = [sys.executable, "-m", "mesocosm", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "gs://" in done.stderr, done.stderr
 

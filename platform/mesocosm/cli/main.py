@@ -28,6 +28,7 @@ from mesocosm.cli.jobs import jobs
 from mesocosm.cli.storage import storage
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError
+from mesocosm.extras import fix_missing
 from mesocosm.jobs.registry import JOBS
 
 
@@ -52,17 +53,6 @@ for name, registered in JOBS.items():
     commands.add_command(JobCommand(name, registered))
 for tool in (fit, cluster, jobs, data, storage, configs, doctor, completion):
     commands.add_command(tool)
-
-EXTRAS = {
-    "ray": "all",
-    "mlflow": "all",
-    "sklearn": "all",
-    "matplotlib": "all",
-    "deepspeed": "train",
-    "mujoco": "agents",
-    "s3fs": "s3",
-}
-"""The extra of pyproject.toml that installs a package."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,8 +100,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return error.exit_code, f"mesocosm: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "mesocosm: interrupted; run the same command again to go on"
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        fix = f"run pip install 'mesocosm[{EXTRAS[error.name]}]'"
+    if isinstance(error, ModuleNotFoundError) and (fix := fix_missing(error.name)):
         return 2, f"mesocosm: the package {error.name} is not installed; {fix}"
     return 1, f"mesocosm: {describe_error(error)}{_write_traceback(error)}"
 

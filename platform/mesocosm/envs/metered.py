@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from mesocosm.datasets.texts import utf8_bytes
-from mesocosm.envs.api import close
+from mesocosm.envs.api import close, take_reset, take_step
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.guard import GuardedEnv
 from mesocosm.envs.ledger import Ledger
@@ -72,14 +72,14 @@ class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         with self.meter.use(resets=1) as report:
-            result = self.env.reset(seed=seed, options=options)
+            result = take_reset(self.env, seed=seed, options=options)
             report.reset(result[1])
             report.text_bytes = utf8_bytes(result[0])
         return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         with self.meter.use(steps=1) as report:
-            result = self.env.step(action)
+            result = take_step(self.env, action)
             report.step(result[4])
             report.text_bytes = utf8_bytes((action, result[0]))
         return result

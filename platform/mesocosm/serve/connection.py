@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import sys
+import threading
 import time
 import uuid
 from typing import Any, Protocol
@@ -28,6 +30,8 @@ DIAL_S, REDIAL_S = 5.0, 60.0
 """Seconds to open a line, and before one that could not be opened is tried again (a firewall that
 drops packets makes each attempt take DIAL_S)
 """
+CLOSE_S = 5.0
+"""The longest wait for the end of a handle's reports."""
 
 
 class NotServed(UsageError):
@@ -180,6 +184,16 @@ class Served:
                     self._line.settimeout(1.0)
                     send_frame(self._line, pack(last | {"number": 0}))
                     receive_frame(self._line)
-            # Or it reports to the autoscaler for ever, for which Ray would be started again.
-            self._handle.shutdown()
+            self._shut_down_router()
         self._hang_up()
+
+    def _shut_down_router(self) -> None:
+        """End the handle's reports to the autoscaler, for which Ray would be started again.
+
+        Its thread has ended where Python is finalizing, and may be the one that collects a
+        connection: neither is waited for without end.
+        """
+        if not sys.is_finalizing():
+            ending = threading.Thread(target=self._handle.shutdown, daemon=True)
+            ending.start()
+            ending.join(CLOSE_S)
