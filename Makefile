@@ -60,7 +60,7 @@ test: install
 # Slow tests wait much: for nodes, for killed processes, for the end of an outage.
 test-all: WORKERS := 3
 test-all: install
-	$(PYTEST)
+	$(PYTEST) --durations 40
 
 coverage: install
 	$(PYTEST) -m 'not slow' --cov --cov-report term --cov-report html

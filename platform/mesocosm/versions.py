@@ -16,7 +16,7 @@ VERSIONS = {
     "clone": 1,
     "train-agent": 5,
     "baseline": 2,
-    "evaluate": 5,
+    "evaluate": 6,
     "propose": 5,
     "loop": 7,
     "study": 1,

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,30 +103,44 @@ def test_a_worker_that_leaks_is_replaced_between_episodes(
     check_ledger(task, 100)
 
 
-def test_the_memory_of_a_process_is_that_of_its_children_too() -> None:
-    before = resident_bytes(os.getpid())
-    code = "x = bytearray(b'1' * (100 << 20)); print(flush=True); input()"
+HOLDS = "x = bytearray(b'1' * (100 << 20)); print(flush=True); input()"
+"""A process of 100 MiB that ends with its standard input."""
+
+
+@contextmanager
+def piped(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose standard input and output are pipes; it is killed at the end."""
     pipe: Any = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as child:
-        child.stdout.readline()  # type: ignore[union-attr]
-        assert resident_bytes(os.getpid()) - before > 100 << 20
-        child.kill()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        yield process
+        process.kill()
+
+
+def test_the_memory_of_a_process_is_that_of_its_children_too() -> None:
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLDS!r}])"
+    with piped(sys.executable, "-c", code) as parent:
+        parent.stdout.readline()  # type: ignore[union-attr]
+        assert resident_bytes(parent.pid) > 100 << 20
     assert resident_bytes(2**30) == 0
 
 
 def test_the_memory_of_a_browser_is_its_owners() -> None:
     """The supervisor leaves the process tree of its owner."""
-    before = resident_bytes(os.getpid())
-    code = "import time; x = bytearray(b'1' * (100 << 20)); print(flush=True); time.sleep(60)"
-    command = [sys.executable, "-I", "-S", SUPERVISOR, str(os.getpid()), sys.executable, "-c", code]
-    pipe: Any = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as supervisor:
-        supervisor.wait(60)
-        supervisor.stdout.readline()  # type: ignore[union-attr]
-        assert resident_bytes(os.getpid()) - before > 100 << 20
-        supervisor.stdin.close()  # type: ignore[union-attr]
-        assert supervisor.stdout.read() == b""  # type: ignore[union-attr]
-    assert resident_bytes(os.getpid()) - before < 100 << 20
+    with piped(sys.executable, "-c", "input()") as owner:
+        assert resident_bytes(owner.pid) < 100 << 20
+        supervise = [sys.executable, "-I", "-S", SUPERVISOR, str(owner.pid)]
+        with piped(
+            *supervise,
+            sys.executable,
+            "-c",
+            HOLDS.replace("input()", "import time; time.sleep(60)"),
+        ) as supervisor:
+            supervisor.wait(60)
+            supervisor.stdout.readline()  # type: ignore[union-attr]
+            assert resident_bytes(owner.pid) > 100 << 20
+            supervisor.stdin.close()  # type: ignore[union-attr]
+            assert supervisor.stdout.read() == b""  # type: ignore[union-attr]
+        assert resident_bytes(owner.pid) < 100 << 20
 
 
 def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(

@@ -20,7 +20,7 @@ from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.judge import judge
 from mesocosm.evaluate.metrics.ranking import LEAST, PER_FIFTH, ranking
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.policies.policy import RandomPolicy
+from mesocosm.policies.policy import SNAPSHOTS, RandomPolicy
 from mesocosm.store.artifacts import Artifact, Storage
 
 
@@ -155,3 +155,21 @@ def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> 
         message = r"agents/ab12 collected datasets/d1.*judge another agent"
         with pytest.raises(UsageError, match=message):
             policy_set.held_out([same], storage, [data])
+
+
+@pytest.mark.parametrize(("config", "first"), [({}, "agent@5"), ({"rival": True}, "agent@0")])
+def test_snapshot_0_of_an_agent_that_went_on_is_the_earlier_agent(
+    config: dict[str, Any], first: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is judged only where the earlier agent was a rival and training began anew."""
+
+    def write(folder: Path) -> None:
+        for iteration in ("0", "5"):
+            (folder / SNAPSHOTS / iteration).mkdir(parents=True)
+
+    storage = Storage(root)
+    meta = {"inputs": {"agents": ["ab12"]}, "config": {"iterations": 10, **config}}
+    storage.make("agents", "cd34", meta, write)
+    monkeypatch.setattr(policy_set, "policy_of", lambda *_: None)
+    names = [p.name for p in policy_set.snapshots(storage.artifact("agents", "cd34"), storage)]
+    assert names[0] == first and names[-2:] == ["agent@5", "agent"]

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.judge import JudgeResult
 from mesocosm.evaluate.metrics import stats
-from mesocosm.evaluate.policy_set import ComparedPolicy
+from mesocosm.evaluate.policy_set import ComparedPolicy, initial_agent
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.policies.stored import policy_of
 from mesocosm.store.artifacts import Artifact, Storage
@@ -63,9 +63,8 @@ def start_of(agent: Artifact, storage: Storage) -> ComparedPolicy:
     Raises:
         UsageError: The agent does not have it.
     """
-    earlier = agent.meta.get("inputs", {}).get("agents", [])
-    if earlier and "rival" not in agent.meta.get("config", {}):
-        name = f"agents/{earlier[0]}"
+    if (initial := initial_agent(agent)) is not None:
+        name = f"agents/{initial}"
     elif (agent.path / SNAPSHOTS / "0").is_dir():
         name = f"{agent.name}@0"
     else:

@@ -170,12 +170,18 @@ def named(
     return ComparedPolicy(behaviours.label(config), policy)
 
 
+def initial_agent(agent: Artifact) -> str | None:
+    """The id of the agent that an agent's training began with, its `init`, or None."""
+    earlier = agent.meta.get("inputs", {}).get("agents", [])
+    return earlier[0] if earlier and "rival" not in agent.meta.get("config", {}) else None
+
+
 def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
     """An agent's policies along its training, then the agent itself, the best of them. Snapshot 0
     of an agent that began with another agent is left out: it is that one.
     """
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
-    if agent.meta["config"].get("init") is not None:
+    if initial_agent(agent) is not None:
         iterations = [i for i in iterations if i]
     last = agent.meta["config"].get("iterations", 0)  # a clone has none
     best = int(agent.meta.get("metrics", {}).get("kept_iteration", last))
@@ -222,7 +228,7 @@ def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple
     agent = storage.artifact("agents", name)
     same = [agent.id]
     if iteration:
-        is_copy = iteration == "0" and agent.meta.get("config", {}).get("rival") is None
+        is_copy = iteration == "0" and initial_agent(agent) is not None
     else:
         is_copy = agent.meta.get("metrics", {}).get("kept_former")
     while is_copy and (earlier := agent.meta.get("inputs", {}).get("agents")):
