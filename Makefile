@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: install browser domains run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
     bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
-    bench-language bench-training clean
+    bench-language bench-training bench-domains clean
 
 install: $(STAMP)
 
@@ -83,6 +83,9 @@ bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench
 bench-agents: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/bench_agents.py
+
+bench-domains: domains
+	$(BIN)/python benchmarks/bench_domains.py
 
 clean:
 	rm -rf $(VENV)

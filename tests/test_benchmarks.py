@@ -1,4 +1,4 @@
-"""The tables of `make bench-agents` from cells and published curves."""
+"""The tables of `make bench-agents` and `make bench-domains` from their cells."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import agent_report
+import domain_report
 
 
 def cell(points: list[list[float]], reached: int | None) -> dict[str, Any]:
@@ -58,3 +59,24 @@ def test_a_return_at_fixed_steps_is_the_last_one_measured_within_them(
 
 def test_without_published_curves_the_tables_have_none(tmp_path: Path) -> None:
     assert agent_report.published(tmp_path) == {}
+
+
+def domain_cell(reached: int | None, *points: tuple[int, float, float, float]) -> dict[str, Any]:
+    keys = ("real_steps", "price", "seconds", "return")
+    rows = [dict(zip(keys, each, strict=True)) | {"error": 0.5} for each in points]
+    return {"points": rows, "reached": reached, "wall_seconds": 60.0, "others": {}}
+
+
+def test_a_domain_s_spending_is_that_at_the_target_or_more_than_all(capsys: Any) -> None:
+    early, late = (600, 0.05, 90.0, 12.0), (900, 0.1, 180.0, 14.0)
+    results = {
+        "training/world/0": domain_cell(900, early, late),
+        "training/world/1": domain_cell(600, early, late),
+        "training/PPO/0": domain_cell(None, early, late),
+        "training/expert/0": domain_cell(0, (0, 0.0, 0.0, 13.8)),
+    }
+    domain_report.table(results)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["training", name] for name in ("expert", "PPO", "world")]
+    assert rows[1][2:6] == ["0 of 1", "> 900", "> 180", "> 0.1"]
+    assert rows[2][2:7] == ["2 of 2", "900, 600", "135", "0.075", "14.00 ± 0.50, 12.00 ± 0.50"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.envs import training_policies
+from mesocosm.envs import known, training_policies
 from mesocosm.envs.config import PriceConfig, RealityConfig
 from mesocosm.envs.make import facts_of
 from mesocosm.envs.training import (
@@ -123,6 +123,29 @@ def test_the_scripts_act_within_the_space(name: str) -> None:
         if ended:
             break
     assert ended
+
+
+def test_its_known_reward_and_ending_are_its_own() -> None:
+    """Also where it is stopped, and where the budget is spent."""
+    act, rng, rows = training_policies.RandomSettings(), np.random.default_rng(0), list[Any]()
+    env = TrainingRun(budget_s=0.4)
+    for seed in range(8):
+        observation, ended = env.reset(seed=seed)[0], False
+        while not ended:
+            action = np.array((STOP, 0, 0, 0, 0)) if seed < 3 else act(observation, rng)
+            following, reward, ended, *_ = env.step(action)
+            rows.append((observation, action, following, reward, ended))
+            observation = following
+    before, actions, after, rewards, ends = zip(*rows, strict=True)
+    raw = [
+        {key: torch.from_numpy(np.stack([row[key] for row in part])).double() for key in before[0]}
+        for part in (before, after)
+    ]
+    arguments = raw[0], torch.from_numpy(np.stack(actions)), raw[1]
+    expected = torch.tensor(rewards, dtype=torch.float64)
+    torch.testing.assert_close(known.training_reward(*arguments), expected, rtol=1e-5, atol=1e-5)
+    assert known.training_terminated(*arguments).tolist() == list(ends)
+    assert sum(ends) == 8 and len(ends) > 12
 
 
 def test_its_spaces_and_its_shipped_config() -> None:

@@ -152,7 +152,7 @@ def test_only_the_share_with_the_highest_returns_is_read(logs: Artifact) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "candidates must be module:function, got None; logs hold no infos"),
+        ([], "candidates must be module:function with logs of texts, got None"),
         (["candidates=infos"], "got infos; logs hold no infos"),
         (["candidates=nowhere:candidates"], "no module 'nowhere'"),
         ([f"candidates={FUNCTION}", "share=0"], r"share must be in \(0, 1\], got 0"),
@@ -179,7 +179,53 @@ def test_a_clone_that_cannot_be_made_is_refused(
         run_clone(logs, *words)
 
 
-def test_numbers_are_refused(cart_root: Any, tmp_path: Any) -> None:
+LEAN = """
+import numpy as np
+
+def lean(observation, rng):
+    return np.clip(np.array([8.0 * observation[1] + 1.5 * observation[3]]), -3, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "function", "horizon", "least"),
+    [
+        ("mesocosm.envs.items:Items", "mesocosm.envs.items:expert", 20, 0.7),
+        ("InvertedPendulum-v5", LEAN, 60, 15),
+    ],
+)
+def test_an_expert_in_a_table_and_one_in_numbers_are_cloned(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    env: str,
+    function: str,
+    horizon: int,
+    least: float,
+) -> None:
+    """PPO in a world may start from the clone."""
+    if function == LEAN:
+        (tmp_path / "lean_expert.py").write_text(LEAN)
+        monkeypatch.syspath_prepend(tmp_path)
+        function = "lean_expert:lean"
+    root = [f"storage.root={tmp_path}", f"reality.env={env}", f"reality.horizon={horizon}"]
+    behaviour = f"behaviours=[{{kind: scripted, function: '{function}'}}]"
+    collection = load(CollectConfig, [], [*root, "steps=600", behaviour, "workers=0"])
+    with tracking.start("collect", collection, quiet=True) as run:
+        logs = COLLECT.run(collection, run)
+    words = [*root, f"datasets=[{logs.id}]", "share=1", "lr=3e-3", "steps=150", "episodes=8"]
+    config = load(CloneConfig, [], words)
+    with tracking.start("clone", config, quiet=True) as run:
+        agent = JOB.run(config, run)
+    metrics = agent.meta["metrics"]
+    assert metrics["return"] > least and metrics["valid_loss"] < 2.0
+    module = check_agent(
+        replace(imagined(AgentConfig()), spaces=(spaces := facts_of(config.reality).spaces)), spaces
+    )
+    check_init(module, agent.path, agent.name)
+    module.load_state_dict(load_file(agent.path / TRAINING_STATE))
+
+
+def test_numbers_have_no_commands(cart_root: Any, tmp_path: Any) -> None:
     root = cart_root(tmp_path)
     words = [f"storage.root={root}", "datasets=[cart]", f"candidates={FUNCTION}"]
     config = load(CloneConfig, [], words)

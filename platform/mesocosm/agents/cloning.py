@@ -18,7 +18,8 @@ from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.policies.candidates import INFOS, CandidateEpisodes, Candidates, check_spaces
-from mesocosm.policies.scorer import CandidatePolicy
+from mesocosm.policies.scorer import SCORER, CandidatePolicy
+from mesocosm.policies.stored import StoredPolicy
 from mesocosm.runs.tracking import Run
 
 BATCH = 128
@@ -36,12 +37,13 @@ CLONED = "clone"
 @dataclass
 class CloneConfig(JobConfig):
     datasets: list[str] = field(default_factory=list)
-    """The logs: datasets of text observations and actions."""
+    """The logs."""
     share: float = 0.2
     """The share of the training split's episodes that is cloned: those of the highest returns."""
     candidates: str | None = None
-    """`module:function`, which lists the commands among which the logs chose, as the key of
-    `train-agent`. Logs hold no infos, so that it cannot be `infos`.
+    """`module:function`, which lists the commands among which logs of texts chose, as the key of
+    `train-agent`. Logs hold no infos, so that it cannot be `infos`. None for logs of numbers,
+    categories and tables.
     """
     max_candidates: int = 32
     """The most candidates of a step; more are left out."""
@@ -68,6 +70,16 @@ class LoggedChoices:
     """Steps whose action was not a candidate"""
 
 
+@dataclass(frozen=True)
+class Cloned:
+    """A clone, before it is stored."""
+
+    policy: StoredPolicy
+    weights: dict[str, Tensor]
+    """The training state, from which PPO may start (`init`)"""
+    metrics: dict[str, float]
+
+
 def check(config: CloneConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
     if not config.datasets:
@@ -81,10 +93,8 @@ def check(config: CloneConfig) -> None:
         raise UsageError("episodes must be 0 or >= 2, got 1: an interval needs two")
     if not config.episodes and config.reality != RealityConfig():
         raise UsageError("episodes must be >= 2 with reality, got 0; leave reality out, or set it")
-    if config.candidates is None or config.candidates == INFOS:
-        raise UsageError(
-            f"candidates must be module:function, got {config.candidates}; logs hold no infos"
-        )
+    if config.candidates == INFOS:
+        raise UsageError("candidates must be module:function, got infos; logs hold no infos")
 
 
 def best_episodes(dataset: Dataset, split: Split, share: float) -> NDArray[np.int64]:
@@ -136,9 +146,7 @@ def logged_choices(
     return LoggedChoices(torch.from_numpy(stacked), torch.tensor(chosen), len(best), others)
 
 
-def clone(
-    config: CloneConfig, dataset: Dataset, candidates: Candidates, run: Run
-) -> tuple[CandidatePolicy, dict[str, float]]:
+def clone(config: CloneConfig, dataset: Dataset, candidates: Candidates, run: Run) -> Cloned:
     """Train a scorer on the choices of the best episodes.
 
     Args:
@@ -148,9 +156,9 @@ def clone(
         run: Receives the progress.
 
     Returns:
-        The policy, and its metrics: `episodes`, `choices` and `others` (`LoggedChoices`),
-        `accuracy` and `valid_accuracy`, the shares of choices that it makes too, in the cloned and
-        in the best held-out episodes.
+        The clone. Its metrics: `episodes`, `choices` and `others` (`LoggedChoices`), `accuracy` and
+        `valid_accuracy`, the shares of choices that it makes too, in the cloned and in the best
+        held-out episodes.
 
     Raises:
         UsageError: No logged action is a candidate.
@@ -195,7 +203,9 @@ def clone(
     }
     if len(held_out.rows):
         metrics["valid_accuracy"] = _accuracy(policy, held_out)
-    return policy, metrics
+    state = network.state_dict().items()
+    weights = {f"{SCORER}.{name}": tensor.detach().contiguous() for name, tensor in state}
+    return Cloned(policy, weights, metrics)
 
 
 @torch.no_grad()

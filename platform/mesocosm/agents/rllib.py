@@ -282,7 +282,24 @@ def export(
     """The current policy of an algorithm and its `module_of`, between the environment's
     (observation, action) spaces.
     """
-    algo = type(algorithm).__name__
+    policy = export_module(type(algorithm).__name__, module, spaces)
+    if isinstance(algorithm, mbpo.WorldSAC):
+        assert isinstance(policy, Policy)
+        first: Any = policy.network.trunk[0]
+        first.load_state_dict(unnormalized(first, module))
+    return policy
+
+
+def export_module(
+    algo: str, module: Any, spaces: tuple[gym.Space[Any], gym.Space[Any]]
+) -> StoredPolicy:
+    """The policy of an RLModule, between the environment's (observation, action) spaces.
+
+    Args:
+        algo: Its name in the policy: an algorithm, whose module it is, or `clone` for PPO's.
+        module: The module.
+        spaces: The spaces.
+    """
     if isinstance(module, CandidateModule):
         return exported_scorer(algo, module, spaces)
     if isinstance(module, TableModule):
@@ -324,9 +341,6 @@ def export(
         getattr(policy.network, name).load_state_dict(part.state_dict())
     if log_std is not None:
         policy.network.load_state_dict({"log_std": log_std}, strict=False)
-    if isinstance(algorithm, mbpo.WorldSAC):
-        first: Any = policy.network.trunk[0]
-        first.load_state_dict(unnormalized(first, module))
     return policy
 
 

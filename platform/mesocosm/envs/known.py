@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mesocosm.envs.training import RUN_S, STOP
+
 
 def never(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """Termination of an environment whose episodes end only by their time limit: Reacher-v5,
@@ -77,3 +79,22 @@ def fetch_dense_reward(
     """
     distance = following["achieved_goal"] - following["desired_goal"]
     return -torch.linalg.vector_norm(distance, dim=-1)
+
+
+def training_terminated(
+    observation: Mapping[str, Tensor], action: Tensor, following: Mapping[str, Tensor]
+) -> Tensor:
+    """`mesocosm.envs.training:TrainingRun`: it was stopped, or its budget is spent."""
+    return (action[:, 0] == STOP) | (following["now"][:, 5] <= 0)
+
+
+def training_reward(
+    observation: Mapping[str, Tensor], action: Tensor, following: Mapping[str, Tensor]
+) -> Tensor:
+    """`mesocosm.envs.training:TrainingRun`: 10 ln(error before / error now) of the best held-out
+    accuracy, minus 2 for each second, which the latest run of `past` holds.
+    """
+    error, smaller = (1.005 - each["now"][:, 4].clamp(max=1.0) for each in (observation, following))
+    seconds = 10.0 ** following["past"][:, 0, 6].clamp(max=2.0)
+    seconds = torch.where(action[:, 0] == STOP, RUN_S, seconds)
+    return 10.0 * (error / smaller).log() - 2.0 * seconds

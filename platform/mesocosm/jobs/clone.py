@@ -12,24 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Text
 from numpy.typing import NDArray
 from rich.table import Table
 from safetensors.torch import save_file
 
 from mesocosm.agents.cloning import CloneConfig, best_episodes, check, clone
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.network_cloning import clone_network
+from mesocosm.agents.rllib import check_agent
+from mesocosm.agents.settings import imagined
 from mesocosm.config import identity
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS
 from mesocosm.envs.config import PAID
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
+from mesocosm.errors import UsageError
 from mesocosm.evaluate import judge
 from mesocosm.evaluate.config import reality_of
 from mesocosm.evaluate.metrics.stats import Interval
 from mesocosm.job import Job, Plan
 from mesocosm.policies.candidates import Candidates, CandidateShape, check_spaces, load_source
 from mesocosm.policies.policy import TRAINING_STATE
-from mesocosm.policies.scorer import SCORER, CandidatePolicy
+from mesocosm.policies.stored import StoredPolicy
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -42,26 +48,25 @@ class ClonePlan(Plan[CloneConfig]):
     """`config.reality` names the environment where episodes are judged."""
 
     dataset: Dataset
-    candidates: Candidates
+    candidates: Candidates | None
+    """None where the logs hold no texts."""
 
 
 class CloneJob(Job[CloneConfig, ClonePlan]):
     """Clone the best episodes of logs, and judge the agent in `episodes` real episodes.
 
     Raises:
-        UsageError: The config is invalid, a dataset is missing or holds no texts, or no logged
-            action is a candidate. Before a real step, where reality has other spaces.
+        UsageError: The config is invalid, a dataset is missing, or no logged action is a candidate.
+            Before a real step, where reality has other spaces.
     """
 
     name, kind, config = "clone", "agents", CloneConfig
 
     def resolve(self, config: CloneConfig, storage: Storage) -> ClonePlan:
         check(config)
-        assert config.candidates is not None
-        source = load_source(config.candidates)
         artifacts = [storage.artifact("datasets", name) for name in config.datasets]
         dataset = Dataset([artifact.path for artifact in artifacts])
-        check_spaces(dataset.observation_space, dataset.action_space, "candidates")
+        candidates = _candidates(config, dataset)
         without, versions = ["datasets"], list[str]()
         if config.episodes:
             known = dataset.environment.model_dump()
@@ -73,7 +78,9 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
             environment = facts_of(config.reality)
             judge.check_spaces(dataset, environment, config.reality)
             without, versions = [*without, *PAID], [environment.version]
-        facts = identity(config, without=without) | {"candidates": source.identity}
+        facts = identity(config, without=without)
+        if candidates is not None:
+            facts |= {"candidates": candidates.source.identity}
         inputs = {"datasets": [artifact.id for artifact in artifacts]}
         return ClonePlan(
             config=config,
@@ -81,7 +88,7 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
             facts=facts,
             id=self.hash("clone", facts, inputs, *versions),
             dataset=dataset,
-            candidates=Candidates(source, CandidateShape(candidates=config.max_candidates)),
+            candidates=candidates,
         )
 
     def summary(self, plan: ClonePlan) -> dict[str, Any]:
@@ -98,7 +105,11 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
 
     def make(self, plan: ClonePlan, run: Run) -> Artifact:
         config, dataset = plan.config, plan.dataset
-        policy, metrics = clone(config, dataset, plan.candidates, run)
+        if plan.candidates is None:
+            cloned = clone_network(config, dataset, run)
+        else:
+            cloned = clone(config, dataset, plan.candidates, run)
+        policy, metrics = cloned.policy, dict(cloned.metrics)
         logged = dataset.episodes("train")
         rows = [_row("logs", dataset, logged)]
         best = best_episodes(dataset, "train", config.share)
@@ -111,9 +122,7 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
 
         def fill(folder: Path) -> None:
             policy.save(folder)
-            state = policy.network.state_dict().items()
-            weights = {f"{SCORER}.{name}": tensor.detach().contiguous() for name, tensor in state}
-            save_file(weights, folder / TRAINING_STATE)
+            save_file(cloned.weights, folder / TRAINING_STATE)
 
         run.log({f"clone/{name}": value for name, value in metrics.items()})
         artifact = self.commit(plan, run, fill, metrics=metrics, rows=rows)
@@ -130,8 +139,26 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
             console.print(table)
 
 
+def _candidates(config: CloneConfig, dataset: Dataset) -> Candidates | None:
+    """How texts list their commands; None for other logs. Raises UsageError where `candidates`
+    does not fit the logs.
+    """
+    spaces = dataset.observation_space, dataset.action_space
+    if config.candidates is None:
+        if isinstance(spaces[1], Text):
+            raise UsageError(
+                "candidates must be module:function with logs of texts, got None; give the function"
+                " that lists their commands"
+            )
+        check_agent(replace(imagined(AgentConfig()), spaces=spaces), spaces)
+        return None
+    check_spaces(*spaces, "candidates")
+    shape = CandidateShape(candidates=config.max_candidates)
+    return Candidates(load_source(config.candidates), shape)
+
+
 def _judged(
-    plan: ClonePlan, policy: CandidatePolicy, store: judge.JudgeStore, run: Run
+    plan: ClonePlan, policy: StoredPolicy, store: judge.JudgeStore, run: Run
 ) -> judge.JudgeResult:
     """Judge the agent in reality, after the stored episodes of an interrupted attempt."""
     config = plan.config

@@ -1,0 +1,126 @@
+"""Behaviour cloning of numbers, categories and tables: PPO's own network, fitted to the actions of
+the best logged episodes. It needs RLlib's module and starts no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space
+from ray.rllib.core.columns import Columns
+from torch import Tensor
+from torch.distributions import Normal
+from torch.nn import functional
+
+from mesocosm.agents import settings
+from mesocosm.agents.cloning import BATCH, CLONED, REPORT_EVERY, CloneConfig, Cloned, best_episodes
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.learners import copied_weights
+from mesocosm.agents.rllib import check_agent, export_module
+from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.masks import has_mask
+from mesocosm.policies.heads import ActionMap, flatten_batch, stack
+from mesocosm.runs.tracking import Run
+
+Rows = tuple[Tensor, Tensor]
+"""Flat observations [N, width] float32, and head actions [N] or [N, n] (`heads.ActionMap`)"""
+
+
+def logged_rows(dataset: Dataset, actions: ActionMap, split: Split, share: float) -> Rows:
+    """The steps of the best episodes of a split.
+
+    Args:
+        dataset: The logs, with at least one episode in the split.
+        actions: Between its actions and those of a network.
+        split: `train` or `valid`.
+        share: As of `cloning.best_episodes`.
+    """
+    spaces: tuple[Space[Any], Space[Any]] = dataset.observation_space, dataset.action_space
+    seen, taken = list[Any](), list[Any]()
+    for number in best_episodes(dataset, split, share).tolist():
+        episode = dataset.episode(number)
+        seen += episode.observations[: len(episode.actions)]
+        taken += episode.actions
+    rows = torch.from_numpy(flatten_batch(spaces[0], stack(spaces[0], seen)))
+    return rows, torch.from_numpy(np.ascontiguousarray(actions.to_head(stack(spaces[1], taken))))
+
+
+def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
+    """Fit PPO's network, as `train-agent` makes it by default, to the best episodes.
+
+    The loss is the negative log likelihood of the logged actions under the policy's distribution.
+    The value function is not trained.
+
+    Args:
+        config: The settings; `candidates` is None.
+        dataset: Logs whose spaces an agent of `train-agent` takes.
+        run: Receives the progress.
+
+    Returns:
+        The clone. Its metrics: `episodes`, `choices` (steps), `loss` and `valid_loss`, the mean
+        nats of an action in the cloned and in the best held-out episodes, and for discrete actions
+        `accuracy` and `valid_accuracy`, the shares of steps whose whole action is the likeliest.
+
+    Raises:
+        UsageError: An agent cannot use the spaces.
+    """
+    spaces: tuple[Any, Any] = dataset.observation_space, dataset.action_space
+    setup = replace(settings.imagined(AgentConfig()), spaces=spaces)
+    actions = ActionMap(spaces[1], has_mask(spaces[0]))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        module = check_agent(setup, spaces)
+    rows, chosen = logged_rows(dataset, actions, "train", config.share)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr)
+    with run.progress("clone", config.steps) as update:
+        for step in range(1, config.steps + 1):
+            batch = torch.randint(len(rows), (BATCH,), generator=generator)
+            loss = _nats(_outputs(module, rows[batch]), chosen[batch], actions)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step % REPORT_EVERY == 0 or step == config.steps:
+                run.log({"clone/loss": loss.item()}, step=step)
+                update(step, f"loss {loss.item():.3f}")
+    metrics = {"episodes": float(len(best_episodes(dataset, "train", config.share)))}
+    metrics |= {"choices": float(len(rows))} | _measured(module, (rows, chosen), actions, "")
+    if len(dataset.episodes("valid")):
+        held_out = logged_rows(dataset, actions, "valid", config.share)
+        metrics |= _measured(module, held_out, actions, "valid_")
+    return Cloned(export_module(CLONED, module, spaces), copied_weights(module), metrics)
+
+
+def _outputs(module: Any, rows: Tensor) -> Tensor:
+    """The parameters of the policy's distribution."""
+    outputs: Tensor = module.forward_train({Columns.OBS: rows})[Columns.ACTION_DIST_INPUTS]
+    return outputs
+
+
+def _nats(outputs: Tensor, chosen: Tensor, actions: ActionMap) -> Tensor:
+    """The mean negative log likelihood of head actions."""
+    if actions.counts is None:
+        mean, log_std = outputs.chunk(2, -1)
+        return -Normal(mean, log_std.exp()).log_prob(chosen).sum(-1).mean()  # type: ignore[no-untyped-call]
+    pairs = zip(outputs.split(actions.counts, -1), _components(chosen), strict=True)
+    return torch.stack([functional.cross_entropy(part, value) for part, value in pairs]).sum()
+
+
+def _components(chosen: Tensor) -> tuple[Tensor, ...]:
+    """Each component [N] of discrete actions."""
+    return chosen.reshape(len(chosen), -1).unbind(-1)
+
+
+@torch.no_grad()
+def _measured(module: Any, data: Rows, actions: ActionMap, prefix: str) -> dict[str, float]:
+    rows, chosen = data
+    outputs = _outputs(module, rows)
+    metrics = {f"{prefix}loss": float(_nats(outputs, chosen, actions))}
+    if actions.counts is not None:
+        parts = zip(outputs.split(actions.counts, -1), _components(chosen), strict=True)
+        hits = torch.stack([part.argmax(-1) == value for part, value in parts]).all(0)
+        metrics[f"{prefix}accuracy"] = float(hits.float().mean())
+    return metrics
