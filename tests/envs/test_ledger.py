@@ -13,7 +13,7 @@ from factories import wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.envs.amounts import PURPOSES, Amount, Usage
+from mesocosm.envs.amounts import BUDGETED, PURPOSES, Amount, Usage
 from mesocosm.envs.config import BudgetConfig, PriceConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
@@ -145,7 +145,7 @@ def test_any_interleaving_agrees_with_a_plain_count(
         return waiting + sum(confirmed[p] for p in purposes)
 
     def left(purpose: str) -> int | None:
-        limits = [budget - spent("collect", "select")] if purpose in ("collect", "select") else []
+        limits = [budget - spent(*BUDGETED)] if purpose in BUDGETED else []
         limits += [bound - spent(purpose)] if purpose in ("judge", "select") else []
         return min(limits, default=None)
 
@@ -174,7 +174,7 @@ def test_any_interleaving_agrees_with_a_plain_count(
     for ledger in ledgers:
         totals = ledger.totals()
         assert {p: totals.purposes[p].steps for p in PURPOSES} == {p: spent(p) for p in PURPOSES}
-        assert totals.spent == spent("collect", "select") <= budget
+        assert totals.spent == spent(*BUDGETED) <= budget
         assert sorted(r.number for r in totals.unconfirmed) == sorted(r.number for r in held)
 
 
@@ -264,6 +264,15 @@ def test_a_ledger_without_snapshots_gets_one_when_it_is_opened(root: str) -> Non
     (folder / "00000200.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"snapshots/00000200\.json.*damaged.*remove"):
         opened(root).totals()
+
+
+def test_a_snapshot_of_before_a_purpose_existed_is_read(root: str) -> None:
+    spend(opened(root), 100)
+    (path,) = (Path(root) / "ledgers" / "x" / "snapshots").glob("00000192.json")
+    state = json.loads(path.read_text())
+    del state["confirmed"]["play"]
+    path.write_text(json.dumps(state))
+    assert opened(root).totals().steps == 200
 
 
 class NoSnapshots(Storage):

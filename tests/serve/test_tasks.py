@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import gymnasium
 import pytest
@@ -24,8 +22,7 @@ def test_logged_tasks(tmp_path: Path) -> None:
     meta = {"inputs": {"datasets": ["cart"]}}
     storage.make("worlds", "w", meta, lambda to: (to / "world.json").write_text("{}") and None)
     codec = Codec.fit(data)
-    sessions: Any = SimpleNamespace(storage=storage, id="w", codec=codec)
-    tasks = Tasks(sessions)
+    tasks = Tasks(storage, "w", codec)
     assert tasks.splits() == ["generated", "logged"]
     episodes = data.episodes("train")
     assert tasks.count("logged") == len(episodes)
@@ -34,6 +31,7 @@ def test_logged_tasks(tmp_path: Path) -> None:
     first = data.episode(int(episodes[2])).observations[0]
     decoded = codec.decode_observation(observation, task)[0]
     assert decoded.tolist() == pytest.approx(first.tolist(), abs=1e-6)
+    assert tasks.episode(2).seed == data.episode(int(episodes[2])).seed
     assert tasks.listed("logged", 1, 3) == [{"split": "logged", "index": i} for i in (1, 2)]
     with pytest.raises(
         UnknownTask, match=f"index must be from 0 to {len(episodes) - 1} in 'logged'"

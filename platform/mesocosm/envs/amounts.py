@@ -8,8 +8,8 @@ from typing import Any
 
 from mesocosm.envs.config import BudgetConfig, PriceConfig
 
-PURPOSES = ("collect", "baseline", "select", "judge")
-BUDGETED = ("collect", "select")
+PURPOSES = ("collect", "baseline", "select", "judge", "play")
+BUDGETED = ("collect", "select", "play")
 """The purposes that `reality.budget` bounds together."""
 
 
@@ -133,11 +133,11 @@ class LedgerTotals:
     unconfirmed: tuple[Reservation, ...]
     """Open reservations, of crashed processes or of live ones."""
     spent: int
-    """Steps of collect and select, the unconfirmed included."""
+    """Steps of the BUDGETED purposes, the unconfirmed included."""
     remaining: int | None
-    """Steps that the budget leaves to collect and select; None without a budget."""
+    """Steps that the budget leaves to them; None without a budget."""
     spent_money: float
-    """The price of collect and select, the unconfirmed included."""
+    """The price of the BUDGETED purposes, the unconfirmed included."""
     remaining_money: float | None
     """Money that the budget leaves to them; None without a budget of money."""
 

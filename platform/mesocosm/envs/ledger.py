@@ -57,7 +57,7 @@ class Ledger:
     The budget and the prices are not part of the journal: a later run may raise a budget.
 
     Args:
-        budget: Bounds collect and select together.
+        budget: Bounds the purposes BUDGETED together.
         bounds: Bounds of single purposes, e.g. `{"baseline": 20000}`.
     """
 
@@ -240,7 +240,7 @@ class Ledger:
         path = self._path(number, "snapshots/")
         try:
             state = json.loads(self.storage.read(path) or b"")
-            self._confirmed = {p: Amount(**state["confirmed"][p]) for p in PURPOSES}
+            self._confirmed = {p: Amount(**state["confirmed"].get(p, {})) for p in PURPOSES}
             self._open = {r["number"]: Reservation(**r) for r in state["open"]}
             self._next, self._nonce = number, state["nonce"]
         except (ValueError, TypeError, KeyError) as error:
@@ -343,7 +343,7 @@ class Ledger:
         unconfirmed = held_by(self._open.values(), *purposes).steps
         return (
             f"ledger {self.id!r}: {name}={bound} is spent ({spent} real steps by"
-            f" {' and '.join(purposes)}, {unconfirmed} of them unconfirmed; {steps} more requested"
+            f" {', '.join(purposes)}, {unconfirmed} of them unconfirmed; {steps} more requested"
             f" for {purpose}, {left} left); raise it or use another ledger"
         )
 
@@ -351,7 +351,7 @@ class Ledger:
         spent, held = self._money_spent(None), held_by(self._open.values(), *BUDGETED)
         return (
             f"ledger {self.id!r}: reality.budget.money={self.budget.money:g} {self.price.currency}"
-            f" is spent ({spent:.6g} by {' and '.join(BUDGETED)}, {price_of(self.price, held):.6g}"
+            f" is spent ({spent:.6g} by {', '.join(BUDGETED)}, {price_of(self.price, held):.6g}"
             f" of them unconfirmed; {max(left, 0.0):.6g} left for {purpose}, less than the next"
             " step may cost); raise it or use another ledger"
         )

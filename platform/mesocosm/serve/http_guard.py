@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import Response
@@ -29,18 +30,23 @@ class Guard:
 
     A body without a length is counted while it is read, and never stored beyond its limit. The
     size of a WebSocket's messages is limited by the server.
+
+    Args:
+        app: The application.
+        token: The bearer token.
+        public: Paths that anybody may GET.
     """
 
-    def __init__(self, app: ASGIApp, token: bytes):
+    def __init__(self, app: ASGIApp, token: bytes, public: Collection[str] = ("/health",)):
         self.app = app
-        self._token = token
+        self._token, self._public = token, frozenset(public)
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind not in ("http", "websocket"):
             return
-        if kind == "http" and scope["path"] == "/health" and scope["method"] == "GET":
+        if kind == "http" and scope["path"] in self._public and scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
         limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON

@@ -13,16 +13,11 @@ FastAPI's security dependencies cannot replace `Guard`: they run after the body 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import logging
-import socket
-import threading
 import time
 from functools import partial
 from typing import Annotated, Any
 
-import uvicorn
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,9 +29,9 @@ from mesocosm.datasets.space_json import space_to_json
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.bearer import read_token
 from mesocosm.serve.check import shown
-from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
-from mesocosm.serve.http_connection import HttpConnection, serve
-from mesocosm.serve.http_guard import BINARY, LARGEST_JSON, Guard, problem_reply
+from mesocosm.serve.connection import NotServed, ReplicaFailed
+from mesocosm.serve.http_guard import BINARY, Guard, problem_reply
+from mesocosm.serve.http_server import LoopbackServer
 from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession, to_json
 from mesocosm.serve.openenv import add_openenv
 from mesocosm.serve.plan_route import add_route
@@ -47,8 +42,6 @@ from mesocosm.store.artifacts import Storage
 logger = logging.getLogger(__name__)
 HEALTH_S = 1.0
 """Seconds for which a health answer is reused: anybody may ask"""
-PING_S = 20.0
-"""Seconds between two pings of a WebSocket, and in which a client must answer one"""
 
 
 # -- the bodies
@@ -257,33 +250,18 @@ def validation_message(error: RequestValidationError) -> str:
 # -- the server
 
 
-class Listener:
-    """A bound port of loopback, which answers nobody until `serve`.
+class Listener(LoopbackServer):
+    """The ingress of a world, which answers nobody until `serve`.
 
     Raises:
         UsageError: The port is not available, or the token is not secret.
     """
 
-    _server: uvicorn.Server | None = None
-    _thread: threading.Thread | None = None
     sessions: HttpSessions | None = None
 
     def __init__(self, port: int):
         self._token, self.token_source = read_token()
-        try:
-            self._socket = socket.create_server((LOOPBACK, port), backlog=128)
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            reason = "is taken" if taken else f"cannot be opened ({error.strerror})"
-            fix = "set serve.http to another one, or to 0 for any free one"
-            raise UsageError(
-                f"serve.http={port}: the port {reason} on {LOOPBACK}; {fix}"
-            ) from error
-        self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
-
-    @property
-    def alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        super().__init__(port, "serve.http")
 
     def serve(self, app: str, world: str, storage: Storage | None = None) -> None:
         """Answer for `world` of the application `app`, from a thread of this process.
@@ -294,25 +272,10 @@ class Listener:
             storage: Where the world's data lie, whose starts clients may ask for; None for none.
         """
         self.sessions = HttpSessions(app, world, storage)
-        guarded = Guard(routes(self.sessions), self._token)
-        # The log level: uvicorn would log bugs twice, and the broken requests of strangers.
-        options: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
-        options |= {"http": HttpConnection, "lifespan": "off", "server_header": False}
-        options |= {"ws": "websockets-sansio", "ws_max_size": LARGEST_JSON}
-        options |= {"ws_ping_interval": PING_S, "ws_ping_timeout": PING_S}
-        options["ws_per_message_deflate"] = False
-        config = uvicorn.Config(guarded, timeout_graceful_shutdown=5, **options)
-        self._server = uvicorn.Server(config)
-        running = serve(self._server, self._socket)
-        self._thread = threading.Thread(target=asyncio.run, args=(running,), daemon=True)
-        self._thread.start()
+        self.start(Guard(routes(self.sessions), self._token))
 
     def close(self) -> None:
         """Stop. Requests that are being answered have a few seconds to finish."""
-        if self._server is not None and self._thread is not None:
-            self._server.should_exit = True
-            self._thread.join(10.0)
-        with contextlib.suppress(OSError):
-            self._socket.close()
+        super().close()
         if self.sessions is not None:
             self.sessions.close()

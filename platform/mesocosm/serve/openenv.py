@@ -88,7 +88,8 @@ class TaskList(TaskRange):
 
 def add_openenv(app: FastAPI, sessions: HttpSessions, responses: dict[int | str, Any]) -> None:
     """Add the routes to the ingress of `sessions`; `responses` are their errors, for OpenAPI."""
-    tasks, codec = Tasks(sessions), sessions.codec
+    codec = sessions.codec
+    tasks = Tasks(sessions.storage, sessions.id, codec)
     action, state = action_schema(codec.action_space), EpisodeState.model_json_schema()
     # As many threads as sessions: the replicas batch what arrives together.
     workers = ThreadPoolExecutor(MAX_SESSIONS, thread_name_prefix="openenv")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from mesocosm.data.loading.text_batch import TextBatchCodec, start_texts
-from mesocosm.data.loading.windows import start_parts
+from mesocosm.data.loading.text_batch import AnyBatchCodec, TextBatchCodec, start_texts
+from mesocosm.data.loading.windows import spread_episodes, start_parts
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.serve.check import shown
-from mesocosm.serve.http_sessions import HttpSessions
 from mesocosm.serve.protocol import AnyStarts, batch_rows
+from mesocosm.store.artifacts import Storage
 
 GENERATED, LOGGED = "generated", "logged"
 COUNT = 1 << 31
@@ -31,12 +32,17 @@ class Tasks:
 
     Task i of `generated` is the episode of the seed i. Task i of `logged` begins like the i-th
     training episode of the world's data, which are read when they are first asked for.
+
+    Args:
+        storage: Where the world's data lie; None for nowhere.
+        world: The world's id.
+        codec: Of the world.
     """
 
-    def __init__(self, sessions: HttpSessions):
-        self._sessions = sessions
+    def __init__(self, storage: Storage | None, world: str, codec: AnyBatchCodec):
+        self._storage, self._world, self._codec = storage, world, codec
         self._lock = threading.Lock()
-        self._loaded: AnyStarts | None = None
+        self._loaded: tuple[Dataset, AnyStarts] | None = None
 
     def splits(self) -> list[str]:
         """The names of the splits: `logged` only where the world's data are in the storage."""
@@ -45,7 +51,7 @@ class Tasks:
     def count(self, split: str) -> int:
         """The number of tasks of a split. Raises UnknownTask where it does not exist."""
         self._check(split)
-        return COUNT if split == GENERATED else batch_rows(self._starts()[1])
+        return COUNT if split == GENERATED else batch_rows(self._starts()[1][1])
 
     def start(self, split: str, index: int) -> AnyStarts | None:
         """(task, observation), parts [1, ...], that a task begins with; None: the world draws it.
@@ -58,8 +64,14 @@ class Tasks:
             raise UnknownTask(f"index must be from 0 to {count - 1} in {split!r}, got {index}")
         if split == GENERATED:
             return None
-        task, observation = self._starts()
+        task, observation = self._starts()[1]
         return task[[index]], observation[[index]]
+
+    def episode(self, index: int) -> Episode:
+        """The logged episode whose beginning is task `index` of `logged`. Raises UnknownTask."""
+        self.start(LOGGED, index)
+        dataset = self._starts()[0]
+        return dataset.episode(int(spread_episodes(dataset, "train", MAX_LOGGED)[index]))
 
     def listed(self, split: str, start: int | None, stop: int | None) -> list[dict[str, Any]]:
         """The tasks from `start` to `stop` as a slice has them, of which the first MAX_LISTED. Each
@@ -79,25 +91,27 @@ class Tasks:
 
     def _datasets(self) -> list[str]:
         """The ids of the datasets that the world was trained on and that the storage has."""
-        storage = self._sessions.storage
-        if storage is None:
+        if self._storage is None:
             return []
         try:
-            world = storage.artifact("worlds", self._sessions.id)
+            world = self._storage.artifact("worlds", self._world)
             names = world.meta.get("inputs", {}).get("datasets", [])
-            return [storage.artifact("datasets", name).id for name in names]
+            return [self._storage.artifact("datasets", name).id for name in names]
         except MesocosmError:
             return []
 
-    def _starts(self) -> AnyStarts:
+    def _starts(self) -> tuple[Dataset, AnyStarts]:
+        """The data, and the starts of its training episodes."""
         with self._lock:
             if self._loaded is None:
-                storage = self._sessions.storage
+                storage, codec = self._storage, self._codec
                 assert storage is not None
-                paths = [storage.artifact("datasets", name).path for name in self._datasets()]
-                codec = self._sessions.codec
+                names = self._datasets()
+                dataset = Dataset([storage.artifact("datasets", name).path for name in names])
+                starts: AnyStarts
                 if isinstance(codec, TextBatchCodec):
-                    self._loaded = start_texts(Dataset(paths), codec.codec, "train", MAX_LOGGED)
+                    starts = start_texts(dataset, codec.codec, "train", MAX_LOGGED)
                 else:
-                    self._loaded = start_parts(Dataset(paths), codec, "train", MAX_LOGGED)
+                    starts = start_parts(dataset, codec, "train", MAX_LOGGED)
+                self._loaded = dataset, starts
             return self._loaded

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
-import numpy as np
 from gymnasium.vector.utils import batch_space, iterate
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.texts import TextCodec
+from mesocosm.data.loading.windows import spread_episodes
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.errors import MesocosmError, UsageError
@@ -104,12 +104,9 @@ def start_texts(
     """The (task, observation) of the first row of the episodes of a split, in order: of at most
     `limit` episodes, spread evenly.
     """
-    numbers = dataset.episodes(split)
-    if limit is not None and len(numbers) > limit:
-        numbers = numbers[np.arange(limit) * len(numbers) // limit]
     tasks: list[str] = []
     observations: list[str] = []
-    for number in numbers.tolist():
+    for number in spread_episodes(dataset, split, limit).tolist():
         first = dataset.episode(number)
         tasks.append(codec.task(first.observations[0], first.task))
         observations.append(codec.observation(first.observations[0]))

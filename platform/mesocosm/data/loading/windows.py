@@ -109,15 +109,21 @@ def runs(array: Array, first: Index, size: int) -> Array:
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
 
 
+def spread_episodes(dataset: Dataset, split: Split, limit: int | None) -> Array:
+    """The numbers of the episodes of a split, in order: at most `limit`, spread evenly."""
+    episodes = dataset.episodes(split)
+    if limit is None or len(episodes) <= limit:
+        return episodes
+    return episodes[np.arange(limit) * len(episodes) // limit]
+
+
 def start_parts(
     dataset: Dataset, codec: Codec, split: Split = "train", limit: int | None = None
 ) -> tuple[Parts, Parts]:
     """The (task, observation) of the first row of the episodes of a split, in order, [n, ...]: of
     at most `limit` episodes, spread evenly.
     """
-    episodes = dataset.episodes(split)
-    if limit is not None and len(episodes) > limit:
-        episodes = episodes[np.arange(limit) * len(episodes) // limit]
+    episodes = spread_episodes(dataset, split, limit)
     return _parts(dataset, codec, episodes, np.zeros(len(episodes), np.int64))
 
 
