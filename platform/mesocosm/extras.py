@@ -10,6 +10,8 @@ EXTRAS = {
     "deepspeed": "train",
     "mujoco": "agents",
     "s3fs": "s3",
+    "fastapi": "serve",
+    "uvicorn": "serve",
     "gymnasium_robotics": "robotics",
     "metaworld": "robotics",
 }

@@ -52,7 +52,8 @@ class PriceConfig:
 @dataclass
 class BudgetConfig:
     steps: int | None = None
-    """Real steps that the purposes collect, select and play may spend together; None for no bound."""
+    """Real steps that the purposes collect, select and play may spend together; None for no bound.
+    """
     money: float | None = field(default=None, metadata=ADDED)
     """The money that these steps and their resets may cost together, by `reality.price`; None for
     no bound. It is not passed while no step takes longer than `reality.price.longest_s`.

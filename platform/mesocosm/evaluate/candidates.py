@@ -128,7 +128,7 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     datasets = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     reality = _reality(cfg.reality, codec, datasets)
-    facts = facts_for(reality, world, codec)
+    facts = facts_for(reality, world.name, codec)
     agents = [acting.full_name(storage, agent) for agent in cfg.agents]
     cfg = replace(cfg, reality=reality, agents=agents)
     acting.check_tasks(cfg.behaviours, reality)

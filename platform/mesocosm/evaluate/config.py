@@ -138,14 +138,16 @@ def reality_of(reality: RealityConfig, known: Mapping[str, Any]) -> RealityConfi
     )
 
 
-def facts_for(reality: RealityConfig, world: Artifact, codec: AnyBatchCodec) -> EnvFacts:
-    """The facts of `reality`. Raises UsageError where its spaces differ from the world's."""
+def facts_for(reality: RealityConfig, world: str, codec: AnyBatchCodec) -> EnvFacts:
+    """The facts of `reality`. Raises UsageError where its spaces differ from those of the codec of
+    `world`.
+    """
     facts = facts_of(reality)
     spaces = (codec.observation_space, codec.action_space)
     for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
         if real != expected:
             raise UsageError(
-                f"reality.env={reality.env!r} has the {name} space {real}, and {world.name}"
+                f"reality.env={reality.env!r} has the {name} space {real}, and {world}"
                 f" {expected}; use the world's own environment"
             )
     return facts

@@ -108,7 +108,7 @@ def prepare(
             or collected the world's own data; judging might take more than `judge_steps`.
         TooFewPolicies: The policies make no ranking.
     """
-    facts = facts_for(cfg.reality, world, codec)
+    facts = facts_for(cfg.reality, world.name, codec)
     if cfg.adversary and members_of(world) == 1:
         raise UsageError(
             f"adversary must be 0 for {world.name}, whose one member cannot disagree, got"

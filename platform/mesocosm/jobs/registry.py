@@ -40,6 +40,7 @@ _ENTRIES = (
         "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
     ("serve", "Serve a world with Ray Serve, until Ctrl-C.", "-c pendulum world=ID replicas=2"),
+    ("play", "Step through a world on a local web page, until Ctrl-C.", "world=ID"),
     (
         "clone",
         "Clone the best episodes of text logs into an agent.",

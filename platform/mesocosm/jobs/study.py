@@ -258,7 +258,7 @@ def _cell(config: StudyConfig, world: str, environment: EnvFacts, storage: Stora
     if "=" not in world:
         artifact = storage.artifact("worlds", world)
         codec = batch_codec(json.loads((artifact.path / "codec.json").read_text()))
-        facts_for(config.reality, artifact, codec)
+        facts_for(config.reality, artifact.name, codec)
         return StudyCell(artifact.name, None, artifact.id)
     with stage(f"worlds, {world}"):
         pretrain = override(share(config.pretrain, config), world.split())

@@ -1,4 +1,5 @@
-"""Configs and clusters that come with the package: links to `configs/` and `clusters/`.
+"""Files that come with the package: configs and clusters, which are links to `configs/` and
+`clusters/`, and the style of its pages.
 
 A wheel holds copies of them, so that `mesocosm loop -c loop/quickstart` works anywhere.
 """
@@ -11,6 +12,7 @@ from mesocosm.errors import UsageError, nearest
 
 CONFIGS = Path(__file__).parent / "configs"
 CLUSTERS = Path(__file__).parent / "clusters"
+PAGE_STYLE = Path(__file__).parent / "page.css"
 
 
 def configs() -> dict[str, Path]:

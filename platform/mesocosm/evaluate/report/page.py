@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mesocosm.evaluate.report import figures
+from mesocosm.shipped import PAGE_STYLE
 
 UNDEFINED = "–"
 
@@ -127,4 +129,5 @@ PAGES = Environment(
 )
 FORMATS = (count, number, share, percent, ratio, times, span, with_span, seconds, price)
 PAGES.globals |= {form.__name__: form for form in (*FORMATS, at_horizon)}
+PAGES.globals["style"] = Markup(PAGE_STYLE.read_text())
 PAGES.filters["number"] = number

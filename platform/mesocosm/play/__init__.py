@@ -1,0 +1,1 @@
+"""A world stepped through by a person, on a local web page."""
