@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: install browser domains run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
     bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
-    bench-language bench-training bench-domains clean
+    bench-language bench-training bench-domains bench-images clean
 
 install: $(STAMP)
 
@@ -77,7 +77,7 @@ docs: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language bench-training: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language bench-training bench-images: install
 	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install

@@ -10,6 +10,7 @@ VERSIONS = {
     "import": 1,
     "curate": 1,
     "coverage": 2,
+    "tokenize": 1,
     "pretrain": 6,
     "sweep": 5,
     "plan": 4,

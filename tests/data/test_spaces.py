@@ -172,8 +172,8 @@ def test_decoding_clips_nothing_to_bounds_and_rounds_integers() -> None:
     ("space", "words"),
     [
         (
-            spaces.Dict(cam=spaces.Dict(rgb=spaces.Box(0, 255, (8, 8, 3), np.uint8))),
-            ["observation.cam.rgb", "images"],
+            spaces.Dict(cam=spaces.Dict(rgb=spaces.Box(0, 255, (8, 8, 4), np.uint8))),
+            ["observation.cam.rgb", "alpha channel"],
         ),
         (
             spaces.Dict(seq=spaces.Sequence(spaces.Discrete(3))),

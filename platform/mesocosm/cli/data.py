@@ -172,7 +172,9 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
             new = ", ".join(f"{share:.1%} of the {unit}" for unit, share in shares)
             print(f"{name}: {new} of {other} are not in {one}")
     if coverage is None:
-        print("their spaces differ, so distances between them have no meaning")
+        alike = spaces[0] == spaces[1]
+        reason = "only images are observed" if alike else "their spaces differ"
+        print(f"{reason}, so distances between them have no meaning")
         return
     for key, one, other in (("a_lacks", *ids), ("b_lacks", *reversed(ids))):
         lacks = coverage[key]

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.datasets.spaces import FLOAT32, children
+from mesocosm.datasets.leaf import FLOAT32, children
 from mesocosm.datasets.texts import text_problem
 
 Array = NDArray[Any]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.images import ImageRows, image_names
 from mesocosm.datasets.manifest import (
     ARRAYS,
     EPISODES,
@@ -28,6 +29,7 @@ from mesocosm.datasets.manifest import (
     lengths_of,
 )
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.places import episode_rows, grouped
 from mesocosm.datasets.slots import IN_MEMORY, SlotRows
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
@@ -144,10 +146,12 @@ class Dataset:
             files.release([unit])
 
     def array(self, shard: int, name: str) -> Array:
-        """One of a shard's `manifest.ARRAYS` or `texts.TEXTS`, memory-mapped. Texts, and categories
-        with slots of texts, are decoded where they are read. Raises ArtifactError where it is
-        missing or damaged.
+        """One of a shard's `manifest.ARRAYS`, `texts.TEXTS` or `image_names`, memory-mapped. Texts,
+        categories with slots of texts, and frames are decoded where they are read. Raises
+        ArtifactError where it is missing or damaged.
         """
+        if name in self.image_names:
+            return self.images(shard, name)  # type: ignore[return-value]
         codec = self.observation_codec if name.startswith("obs") else self.action_codec
         if name in TEXTS:
             return self.texts(shard, name)  # type: ignore[return-value]
@@ -172,6 +176,20 @@ class Dataset:
             columns = columns[:count] if name == "obs_text" else columns[count:]
             rows = len(self.plain(shard, "reward"))
             arrays[name] = TextRows(columns, rows)  # type: ignore[assignment]
+        return arrays[name]  # type: ignore[return-value]
+
+    @cached_property
+    def image_names(self) -> list[str]:
+        """The names of the observation's images among the arrays."""
+        return image_names(len(self.observation_codec.image_leaves))
+
+    def images(self, shard: int, name: str) -> ImageRows:
+        """The frames of one of `image_names` in a shard."""
+        folder, arrays = self._hold(shard)
+        if name not in arrays:
+            leaf = self.observation_codec.image_leaves[self.image_names.index(name)]
+            rows = len(self.plain(shard, "reward"))
+            arrays[name] = ImageRows.open(folder, name, rows, leaf.space)  # type: ignore[assignment]
         return arrays[name]  # type: ignore[return-value]
 
     def plain(self, shard: int, name: str) -> Array:
@@ -349,13 +367,14 @@ class Dataset:
 
     def rows(self, number: int, length: int) -> dict[str, Array]:
         """The rows of the first `length` transitions of episode `number`, as they are stored:
-        copies of `manifest.ARRAYS`, and `texts.TEXTS`.
+        copies of `manifest.ARRAYS`, `texts.TEXTS` and the frames of `image_names`.
         """
         record = self.table[number]
         shard, first = int(record["shard"]), int(record["first_row"])
         rows = slice(first, first + length + 1)
         data = {name: np.array(self.plain(shard, name)[rows]) for name in ARRAYS}
-        return data | {name: self.texts(shard, name)[rows] for name in TEXTS}
+        data |= {name: self.texts(shard, name)[rows] for name in TEXTS}
+        return data | {name: self.images(shard, name)[rows] for name in self.image_names}
 
     def task(self, number: int) -> dict[str, bool | int | float | str]:
         """The reset options of episode `number`."""
@@ -369,26 +388,6 @@ class Dataset:
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):
             yield self.episode(int(number))
-
-
-def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
-    """Each distinct value of [K] and its positions."""
-    if not len(shards):
-        return
-    if (shards == shards[0]).all():  # the usual case, which needs no sorting
-        yield int(shards[0]), slice(None)
-        return
-    order = np.argsort(shards, kind="stable")
-    for positions in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-        yield int(shards[positions[0]]), positions
-
-
-def episode_rows(first: Array, lengths: Array) -> tuple[Array, Array]:
-    """The rows within their shards of whole episodes one after the other, [R], and the end of each
-    episode among them, [E]; from first rows [E] and transitions [E].
-    """
-    ends = np.cumsum(lengths + 1)
-    return np.arange(ends[-1]) + np.repeat(first - (ends - lengths - 1), lengths + 1), ends
 
 
 def _load(path: Path, mapped: bool = False) -> Array:

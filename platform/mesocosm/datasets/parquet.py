@@ -17,6 +17,8 @@ One row an observation (T+1 rows an episode of T transitions), in order of episo
     seed         int64           of `env.reset`
     success      bool            of the episode; null where unknown
     task         struct          the episode's reset options; only where the task has any
+
+Images are left out: their frames are in the shards (`images`), which `Dataset.episode` reads.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ import pyarrow as pa
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.images import is_image
+from mesocosm.datasets.leaf import children
 from mesocosm.datasets.manifest import OUTCOMES
-from mesocosm.datasets.spaces import SpaceCodec, children
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.texts import stored
 
 Array = NDArray[Any]
@@ -56,12 +60,17 @@ def episodes_table(
     truncated[(np.cumsum(repeats) - 2)[by_limit]] = True
     each = np.repeat(np.arange(len(records)), repeats)
     success = records["success"][each]
-    observations = observation.decode_stored(*stored(arrays, "obs"))
     actions = action.decode_stored(*stored(arrays, "act"))
     columns: dict[str, pa.Array] = {
         "episode": pa.array(records["index"][each]),
         "step": pa.array(arrays["step"]),
-        "observation": arrow(observation.space, observations),
+    }
+    visible = without_images(observation.space)
+    if visible is not None:
+        none = [np.zeros((len(last), 0))] * len(observation.image_leaves)
+        observations = observation.decode_stored(*stored(arrays, "obs"), *none)
+        columns["observation"] = arrow(visible, observations)
+    columns |= {
         "action": arrow(action.space, actions, last),
         "reward": pa.array(arrays["reward"], mask=last),
         "terminated": pa.array(arrays["terminated"], mask=last),
@@ -76,6 +85,19 @@ def episodes_table(
     if tasks and tasks[0]:
         columns["task"] = pa.array(tasks).take(pa.array(each))
     return pa.table(columns)
+
+
+def without_images(space: gymnasium.Space[Any]) -> gymnasium.Space[Any] | None:
+    """A space without its images; None where nothing else is in it. A Tuple's other parts keep
+    their numbers as names.
+    """
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return None if is_image(space) else space
+    parts = [(key, without_images(child)) for key, child in children(space)]
+    if not any(child is None for _, child in parts):
+        return space
+    rest = {key: child for key, child in parts if child is not None}
+    return spaces.Dict(list(rest.items())) if rest else None  # type: ignore[arg-type]
 
 
 def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:

@@ -9,7 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.datasets.spaces import Space, unsupported
+from mesocosm.datasets.leaf import Space
+from mesocosm.datasets.spaces import unsupported
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -8,73 +8,40 @@ A Text has two forms. Datasets store it as it is: `encode_stored` gives [B, t] o
 numbers and the other categories (`texts`). Families of tensors read it as slots: a short Text
 of at most L characters becomes L categories, 0 after its end, c for the c-th character of its
 sorted charset. A longer one has no slots (`slots`).
+
+An image (`images.is_image`) is stored as it is, too: `encode_stored` gives its frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.images import check_layout, is_image
+from mesocosm.datasets.leaf import (
+    AGREE,
+    Leaf,
+    Path,
+    Space,
+    check_numbers,
+    checked_categories,
+    checked_frames,
+    checked_texts,
+    children,
+)
 from mesocosm.datasets.masks import mask_size
 from mesocosm.datasets.slots import LONGEST, MOST, decode_texts, encode_texts, has_slots
 from mesocosm.datasets.tables import table_of
-from mesocosm.datasets.texts import SHOWN, check_text
+from mesocosm.datasets.texts import SHOWN
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.spec import TextSpan
 
-EXACT = 2**53
-"""Integers beyond this have no exact float64."""
-FLOAT32 = float(np.nextafter((2 - 2.0**-24) * 2.0**127, 0))
-"""The largest number that a world can compute with."""
-AGREE = "make the environment and its space agree"
-
 Array = NDArray[Any]
-Space = gymnasium.Space[Any]
-Path = tuple[str | int, ...]
-
-
-def children(space: Space) -> list[tuple[Any, Space]]:
-    """The (key, space) of each part of a Dict or Tuple, in the space's own order."""
-    if isinstance(space, spaces.Dict):
-        return list(space.spaces.items())
-    return list(enumerate(space.spaces)) if isinstance(space, spaces.Tuple) else []
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One Box, Discrete, MultiDiscrete, MultiBinary or Text inside a space, and its columns."""
-
-    name: str
-    """For messages: `observation.camera.pose`"""
-    path: Path
-    space: Space
-    numbers: slice
-    categories: slice
-    cardinalities: tuple[int, ...] = ()
-    start: Array | None = None  # [m] int64: the raw value of category 0
-    characters: Array | None = None  # Text: sorted code points, uint32; empty without slots
-    text: int | None = None
-    """Text: its column in the texts of a dataset."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.space.shape or ())
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self.space.dtype)
-
-    def labels(self) -> list[str]:
-        """The name of each number column: `observation.pose[2]`."""
-        columns = range(self.numbers.stop - self.numbers.start)
-        return [f"{self.name}[{i}]" if self.shape else self.name for i in columns]
 
 
 class SpaceCodec:
@@ -85,6 +52,8 @@ class SpaceCodec:
         self.leaves: list[Leaf] = []
         self.text_leaves: list[Leaf] = []
         """The t leaves that are texts."""
+        self.image_leaves: list[Leaf] = []
+        """The leaves that are images (`images`)."""
         self.numbers = 0
         """n"""
         self.cardinalities: tuple[int, ...] = ()
@@ -117,8 +86,19 @@ class SpaceCodec:
         """The texts that are too long for slots."""
         return [leaf for leaf in self.text_leaves if not has_slots(leaf.space)]
 
+    def check_images(self) -> None:
+        """Raise UsageError where a leaf is an image."""
+        for leaf in self.image_leaves:
+            raise UsageError(
+                f"{leaf.name} is an image {list(leaf.shape)}, which datasets store and no world"
+                " learns yet; give features instead, or drop this key with a wrapper"
+            )
+
     def check_slots(self) -> None:
-        """Raise UsageError where a text is too long for the families of tensors."""
+        """Raise UsageError where a leaf is an image, or a text too long for the families of
+        tensors.
+        """
+        self.check_images()
         for leaf in self.long_texts:
             space: Any = leaf.space
             raise UsageError(
@@ -150,15 +130,14 @@ class SpaceCodec:
                 self._append(child, (*path, key), f"{name}.{key}")
             return
         m, numbers, start, characters, text = self.categories, 0, None, None, None
+        image = len(self.image_leaves) if is_image(space) else None
         size = int(np.prod(space.shape or ()))
         cardinalities: tuple[int, ...] = ()
         box = isinstance(space, spaces.Box)
         if isinstance(space, spaces.MultiBinary) or (box and space.dtype == np.bool_):
             cardinalities, start = (2,) * size, np.zeros(size, np.int64)
-        elif isinstance(space, spaces.Box):
-            if space.dtype == np.uint8 and len(space.shape) >= 3:
-                fix = "give features instead, or drop this key with a wrapper"
-                raise UsageError(f"{name}: images ({space}) are not supported yet; {fix}")
+        elif isinstance(space, spaces.Box) and image is None:
+            check_layout(space, name)
             dtype = np.dtype(space.dtype)
             if dtype.kind == "f" and dtype.itemsize > 8:
                 raise UsageError(f"{name}: dtype {dtype} is wider than float64; use float64")
@@ -173,13 +152,14 @@ class SpaceCodec:
             if has_slots(space):
                 characters = np.array(sorted(map(ord, space.character_set)), np.uint32)
                 cardinalities = (len(characters) + 1,) * space.max_length
-        else:
+        elif image is None:
             raise unsupported(space, name)
         columns = slice(self.numbers, self.numbers + numbers), slice(m, m + len(cardinalities))
         self.leaves.append(
-            Leaf(name, path, space, *columns, cardinalities, start, characters, text)
+            Leaf(name, path, space, *columns, cardinalities, start, characters, text, image)
         )
         self.text_leaves += self.leaves[-1:] if text is not None else []
+        self.image_leaves += self.leaves[-1:] if image is not None else []
         self.numbers += numbers
         self.cardinalities += cardinalities
 
@@ -202,21 +182,24 @@ class SpaceCodec:
 
     def encode_leaves(self, columns: Sequence[Any], size: int) -> tuple[Array, Array]:
         """Encode `size` values given leaf by leaf, in the order of `leaves`, as `encode`."""
+        self.check_images()
         numbers, plain, texts = self.encode_stored(columns, size)
         return numbers, self.slots(plain, texts)
 
-    def encode_stored(self, columns: Sequence[Any], size: int) -> tuple[Array, Array, Array]:
+    def encode_stored(self, columns: Sequence[Any], size: int) -> tuple[Array, ...]:
         """Encode `size` values given leaf by leaf, as a dataset stores them.
 
         Returns:
-            (numbers [B, n] float64, categories [B, len(plain)] int64, texts [B, t] of `str`).
+            (numbers [B, n] float64, categories [B, len(plain)] int64, texts [B, t] of `str`, and
+            for each image frames [B, height, width, channels]).
         """
         numbers = np.empty((size, self.numbers), np.float64)
         categories = np.empty((size, self.categories), np.int64)
         texts = np.empty((size, len(self.text_leaves)), object)
+        images: list[Array] = []
         for leaf, values in zip(self.leaves, columns, strict=True):
             if leaf.text is not None:
-                texts[:, leaf.text] = _checked_texts(leaf, values, size)
+                texts[:, leaf.text] = checked_texts(leaf, values, size)
                 continue
             try:
                 array = np.asarray(values)
@@ -227,16 +210,18 @@ class SpaceCodec:
                 problem = f"must have shape {leaf.shape}, got {array.shape[1:]}"
                 raise MesocosmError(f"{leaf.name} {problem}; {AGREE}")
             flat = array.reshape(size, int(np.prod(leaf.shape)))
-            if leaf.start is None:
-                _check_numbers(leaf, flat)
+            if leaf.image is not None:
+                images.append(checked_frames(leaf, array))
+            elif leaf.start is None:
+                check_numbers(leaf, flat)
                 numbers[:, leaf.numbers] = flat
             else:
-                categories[:, leaf.categories] = _checked_categories(leaf, leaf.start, flat)
+                categories[:, leaf.categories] = checked_categories(leaf, leaf.start, flat)
         if self.text_leaves:
             categories = categories.take(self.plain, axis=1)
-        return numbers, categories, texts
+        return numbers, categories, texts, *images
 
-    def stored_list(self, values: Sequence[Any]) -> tuple[Array, Array, Array]:
+    def stored_list(self, values: Sequence[Any]) -> tuple[Array, ...]:
         """Encode a list of B raw values, as `encode_stored`."""
         columns = [[_descend(value, leaf) for value in values] for leaf in self.leaves]
         return self.encode_stored(columns, len(values))
@@ -255,17 +240,19 @@ class SpaceCodec:
                 categories[:, leaf.categories] = slots
         return categories
 
-    def decode_stored(self, numbers: Array, plain: Array, texts: Array) -> Any:
+    def decode_stored(self, numbers: Array, plain: Array, texts: Array, *images: Array) -> Any:
         """As `decode`, of what `encode_stored` gave."""
         categories = np.zeros((len(plain), self.categories), np.int64)
         categories[:, self.plain] = plain
-        columns = (
-            _decode_leaf(leaf, numbers, categories)
-            if leaf.text is None
-            else tuple(texts[:, leaf.text].tolist())
-            for leaf in self.leaves
-        )
-        return _build(self.space, columns)
+
+        def column(leaf: Leaf) -> Any:
+            if leaf.image is not None:
+                return images[leaf.image]
+            if leaf.text is not None:
+                return tuple(texts[:, leaf.text].tolist())
+            return _decode_leaf(leaf, numbers, categories)
+
+        return _build(self.space, map(column, self.leaves))
 
     def decode(self, numbers: Array, categories: Array) -> Any:
         """Decode numbers [B, n] and categories [B, m] into a vector environment's batch
@@ -290,19 +277,10 @@ class SpaceCodec:
 def check_spaces(observation: Space, action: Space) -> None:
     """Raise UsageError where a world cannot hold one of them."""
     SpaceCodec(observation, "observation")
-    SpaceCodec(action, "action")
+    for leaf in SpaceCodec(action, "action").image_leaves:
+        raise UsageError(f"{leaf.name} must not be an image, got {leaf.space}; act in numbers")
     mask_size(observation, action)
     table_of(observation, action)
-
-
-def first_beyond_float32(values: Array) -> tuple[int, int] | None:
-    """The (row, column) of the first finite number of `values` [B, n] that float32 cannot hold."""
-    if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or not values.size:
-        return None
-    if max(values.max(), -values.min()) <= FLOAT32:  # false where a number is NaN
-        return None
-    places = np.argwhere(np.isfinite(values) & (np.abs(values) > FLOAT32)).tolist()
-    return (places[0][0], places[0][1]) if places else None
 
 
 def _build(space: Space, leaves: Iterator[Any]) -> Any:
@@ -320,43 +298,6 @@ def _descend(value: Any, leaf: Leaf) -> Any:
         except (KeyError, IndexError, TypeError) as error:
             raise MesocosmError(f"{leaf.name}: the value has no key {key!r}; {AGREE}") from error
     return value
-
-
-def _check_numbers(leaf: Leaf, flat: Array) -> None:
-    if flat.dtype.kind not in "fiub":
-        raise MesocosmError(f"{leaf.name} must have dtype {leaf.dtype}, got {flat.dtype}; {AGREE}")
-    if flat.dtype.kind in "iu" and flat.dtype.itemsize == 8 and flat.size:
-        for extreme in (flat.max(), flat.min()):
-            if abs(int(extreme)) > EXACT:
-                problem = f"the integer {extreme} is beyond 2**53 and has no exact float64"
-                fix = "rescale it, or split it with a wrapper"
-                raise MesocosmError(f"{leaf.name}: {problem}; {fix}")
-    if (place := first_beyond_float32(flat)) is not None:
-        problem = f"holds {flat[place]:g}, and a world computes in float32"
-        raise MesocosmError(f"{leaf.labels()[place[1]]} {problem}; rescale it")
-
-
-def _checked_categories(leaf: Leaf, start: Array, flat: Array) -> Array:
-    if flat.dtype.kind not in "iub":
-        problem = f"must hold integers of {leaf.space}, got dtype {flat.dtype}"
-        raise MesocosmError(f"{leaf.name} {problem}; {AGREE}")
-    categories = flat.astype(np.int64) - start
-    bad = (categories < 0) | (categories >= np.array(leaf.cardinalities, np.int64))
-    if bad.any():
-        problem = f"the value {flat[bad][0]} is outside the space {leaf.space}"
-        raise MesocosmError(f"{leaf.name}: {problem}; {AGREE}")
-    return categories
-
-
-def _checked_texts(leaf: Leaf, values: Any, size: int) -> Sequence[str]:
-    space = leaf.space
-    assert isinstance(space, spaces.Text)
-    strings = not isinstance(values, str) and all(isinstance(value, str) for value in values)
-    if not strings or len(values) != size:
-        raise MesocosmError(f"{leaf.name} must be {size} strings, got {values!r}; {AGREE}")
-    for value in values:
-        check_text(space, value, leaf.name)
-    return [str(value) for value in values]
 
 
 def shown_space(space: Space) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.images import is_image
 from mesocosm.datasets.masks import counts, has_mask
 from mesocosm.errors import UsageError
 
@@ -67,6 +68,8 @@ def _is_table(space: Space) -> bool:
 
 
 def _check(name: str, leaf: Any, slots: int) -> None:
+    if is_image(leaf):
+        raise UsageError(f"{name} must not be an image, got {leaf}; move it out of the table")
     kinds = spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete
     if not isinstance(leaf, kinds) or not leaf.shape or leaf.shape[0] != slots:
         raise UsageError(

@@ -18,6 +18,7 @@ import pyarrow as pa
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.datasets.images import images_of
 from mesocosm.errors import ArtifactError, MesocosmError
 
 Array = NDArray[Any]
@@ -137,14 +138,18 @@ class TextRows:
 
 
 def stored(rows: Mapping[str, Array], part: str, end: int | None = None) -> tuple[Array, ...]:
-    """The numbers, categories and texts of a part of the rows, for `SpaceCodec.decode_stored`.
+    """The numbers, categories, texts and frames of a part of the rows, for
+    `SpaceCodec.decode_stored`.
 
     Args:
         rows: Of an episode or a shard, by the names in `manifest.ARRAYS` and `TEXTS`.
         part: `obs` or `act`.
         end: The row that ends it; None for all.
     """
-    return tuple(rows[f"{part}_{kind}"][:end] for kind in ("num", "cat", "text"))
+    names = [f"{part}_{kind}" for kind in ("num", "cat", "text")]
+    if part == "obs":
+        names += images_of(rows)
+    return tuple(rows[name][:end] for name in names)
 
 
 def pack(texts: Array) -> tuple[Array, Array]:

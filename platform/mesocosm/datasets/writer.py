@@ -7,6 +7,8 @@ tables/00000.task_numbers.npy, tables/00000.task_values.npy
                           [episodes, options] float64 and int32, where the task has reset options
 shards/00000/*.npy        memory-mapped training arrays (`manifest.ARRAYS`)
 shards/00000/texts.arrow  the texts of the spaces' Text leaves, where they have any (`texts`)
+shards/00000/obs_image0.bin, obs_image0.idx.npy
+                          the frames of the observation's images, where it has any (`images`)
 episodes/00000.parquet    the same episodes for people and other tools (`parquet`)
 """
 
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.images import FrameWriter, image_names
 from mesocosm.datasets.manifest import (
     ARRAYS,
     EPISODES,
@@ -92,6 +95,8 @@ class DatasetWriter:
         action = SpaceCodec(action_space, "action")
         self._codecs = observation, action
         self._text_names = [leaf.name for codec in self._codecs for leaf in codec.text_leaves]
+        self._images = image_names(len(observation.image_leaves))
+        self._frames = self._new_frames()
         self._options = [name for name in environment.task if not observation.matching(name)]
         numbers, categories = observation.numbers + action.numbers, observation.categories
         row_bytes = 8 * (numbers + 4) + 4 * (categories + action.categories)
@@ -107,6 +112,9 @@ class DatasetWriter:
         self._splits: list[int] = []
         self._durations = True
         self._empty = 0
+
+    def _new_frames(self) -> dict[str, FrameWriter]:
+        return {name: FrameWriter() for name in self._images}
 
     def add(
         self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None
@@ -146,10 +154,13 @@ class DatasetWriter:
         if split is not None:
             self._splits.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
-        self._buffer.append(rows)
+        for name in self._images:  # compressed at once, so that memory holds no raw frames
+            self._frames[name].add(rows[name])
+        self._buffer.append({name: rows[name] for name in (*ARRAYS, *TEXTS)})
         self._rows += len(episode) + 1
         self._characters += sum(len(text) for name in TEXTS for text in rows[name].flat)
-        if self._rows >= self._shard_rows or self._characters >= SHARD_BYTES:
+        compressed = sum(frames.bytes for frames in self._frames.values())
+        if self._rows >= self._shard_rows or max(self._characters, compressed) >= SHARD_BYTES:
             self._flush()
 
     @property
@@ -196,8 +207,11 @@ class DatasetWriter:
         for field in ARRAYS:
             np.save(folder / f"{field}.npy", arrays[field], allow_pickle=False)
         if self._text_names:
-            texts = np.concatenate([arrays[name] for name in TEXTS], 1)
+            texts = np.concatenate([arrays[field] for field in TEXTS], 1)
             write_texts(folder / FILE, self._text_names, texts)
+        for image, frames in self._frames.items():
+            frames.write(folder, image)
+        self._frames = self._new_frames()
         records = np.array(self._table[-count:], EPISODES)
         tasks = self._tasks[-count:]
         table = episodes_table(self._codecs, arrays, records, list(self._behaviours), tasks)
@@ -291,8 +305,8 @@ class DatasetWriter:
 def encode_episode(
     episode: Episode, observation: SpaceCodec, action: SpaceCodec
 ) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS` and `texts.TEXTS`, texts apart from the categories. Raises
-    MesocosmError where a value is not of its space.
+    """The rows of `manifest.ARRAYS` and `texts.TEXTS`, texts apart from the categories, and the
+    frames of images. Raises MesocosmError where a value is not of its space.
     """
     where, length = _where(episode), len(episode)
     counts = len(episode.observations), len(episode.actions)
@@ -306,12 +320,13 @@ def encode_episode(
         ("act", action, episode.actions),
     ):
         try:
-            numbers, categories, texts = codec.stored_list(values)
+            numbers, categories, texts, *images = codec.stored_list(values)
         except MesocosmError as error:
             raise MesocosmError(f"{where}: {error}") from error
         _check_finite(numbers, codec.labels(), where)
         rows[f"{prefix}_num"], rows[f"{prefix}_text"] = numbers, texts
         rows[f"{prefix}_cat"] = categories.astype(codec.plain_dtype)
+        rows |= zip(image_names(len(images)), images, strict=True)
     rows["reward"] = np.asarray(episode.rewards, np.float64)
     _check_finite(rows["reward"][:, None], ["reward"], where)
     rows["terminated"] = episode.terminated

@@ -13,7 +13,7 @@ import numpy as np
 
 from mesocosm.datasets.bounds import FIX, first_outside
 from mesocosm.datasets.episode import Episode, Outcome
-from mesocosm.datasets.spaces import FLOAT32
+from mesocosm.datasets.leaf import FLOAT32
 from mesocosm.envs.api import Env, take_reset, take_step
 from mesocosm.envs.config import RealityConfig, parse_success
 from mesocosm.envs.make import draw_options

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.images import images_of, pack_frames, unpack_frames
 from mesocosm.datasets.manifest import ARRAYS
 from mesocosm.datasets.texts import TEXTS, pack, unpack
 from mesocosm.envs.amounts import NOTHING, Amount, Reservation, Usage
@@ -33,8 +34,8 @@ from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import Storage
 
 Rows = dict[str, NDArray[Any]]
-"""The arrays of `manifest.ARRAYS` and `texts.TEXTS` of one episode, as `encode_episode` returns
-them.
+"""The arrays of `manifest.ARRAYS` and `texts.TEXTS` and the frames of one episode, as
+`encode_episode` returns them.
 """
 FOLDER = "runs/episodes"
 NAME = re.compile(r"(\d+)-(\d+)\.npz")
@@ -153,6 +154,8 @@ class Segments:
             for name in TEXTS:
                 texts = pack(np.concatenate([row[name] for row in rows]))
                 arrays[name], arrays[f"{name}_ends"] = texts
+            for name in images_of(rows[0]):
+                arrays |= pack_frames(name, [row[name] for row in rows])
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
@@ -178,6 +181,7 @@ class Segments:
                 for name in TEXTS:
                     if name in file:
                         arrays[name] = unpack(file[name], file[f"{name}_ends"])
+                arrays |= unpack_frames(file)
                 return _Segment(**about, arrays=arrays)
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(

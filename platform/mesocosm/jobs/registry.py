@@ -25,6 +25,11 @@ _ENTRIES = (
     ("import", "Import logs as a dataset.", "'logs/*.parquet' --env CartPole-v1"),
     ("curate", "Filter and combine datasets into a new one.", "-c pendulum data.datasets=[ID]"),
     (
+        "tokenize",
+        "Fit a tokenizer to the images of datasets, and encode them.",
+        "data.datasets=[ID] patch=8",
+    ),
+    (
         "pretrain",
         "Train a world with DeepSpeed under Ray Train.",
         "-c pendulum data.datasets=[ID] model.size=1m",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
-from mesocosm.datasets.spaces import EXACT, children
+from mesocosm.datasets.leaf import EXACT, children
 
 
 class Model(BaseModel):

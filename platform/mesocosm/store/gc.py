@@ -27,7 +27,11 @@ from mesocosm.store.artifacts import COMMIT, KINDS, Storage
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names of the temporary files of `Storage.write`, `create` and `check_writable`."""
 RECORDS = ("runs", "ledgers", "cells", lease.FOLDER)
-STATE = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets", "evaluations")}
+STATE = {
+    "runs/checkpoints": ("worlds", "agents"),
+    "runs/episodes": ("datasets", "evaluations"),
+    "runs/tokens": ("tokenizers",),
+}
 """Folders that hold the state of unfinished artifacts by artifact id, and the artifacts' kinds."""
 CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
 """Folders in the temporary folder: a rank's part of a checkpoint before its upload, and a

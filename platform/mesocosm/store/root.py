@@ -20,7 +20,7 @@ from mesocosm import faults
 from mesocosm.errors import MesocosmError, StorageError, UsageError
 from mesocosm.store.files import cache_folder, make_folder, sync, write_synced, write_whole
 
-KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
+KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations", "tokenizers")
 
 
 class Root:

@@ -18,7 +18,8 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset, Split
-from mesocosm.datasets.spaces import Space, SpaceCodec
+from mesocosm.datasets.leaf import Space
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
@@ -50,16 +51,17 @@ def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = No
 
 
 def check_texts(observation: Space, action: Space, family: str) -> None:
-    """Raise UsageError where a text is too long for a family of tensors.
+    """Raise UsageError where a leaf is an image, or a text too long for a family of tensors.
 
     Args:
         observation: The observation space.
         action: The action space.
         family: `model.family`.
     """
-    if family != LANGUAGE:
-        SpaceCodec(observation, "observation").check_slots()
-        SpaceCodec(action, "action").check_slots()
+    for codec in (SpaceCodec(observation, "observation"), SpaceCodec(action, "action")):
+        codec.check_images()
+        if family != LANGUAGE:
+            codec.check_slots()
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mesocosm.datasets.dataset import Dataset, Split, episode_rows
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.permutation import key
+from mesocosm.datasets.places import episode_rows
 from mesocosm.datasets.texts import SHOWN
 
 Array = NDArray[Any]

@@ -339,6 +339,8 @@ def _part(step: Step, episodes: Array, name: str, bins: int) -> Groups:
             return Groups(name, list(map(str, option.values)), dataset.option_values[episodes, i])
     parts: list[Groups] = []
     for leaf in dataset.observation_codec.matching(name):
+        if leaf.image is not None:
+            raise UsageError(f"{leaf.name} is an image, which has no groups; name another key")
         if leaf.text is not None:
             texts = _first(step, episodes, "obs_text", slice(leaf.text, leaf.text + 1))[:, 0]
             labels, codes = np.unique(texts.astype(str), return_inverse=True)

@@ -26,6 +26,8 @@ POINTS = 16
 SKETCH = 8
 """Numbers an episode that show which pairs may be near."""
 BLOCK = 1024
+FRAMES = 256
+"""Frames that are hashed at once."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class ExactDuplicates(Operation):
 
 
 def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
-    """digest [e, 2] uint64: BLAKE2b of 128 bits of all of an episode's arrays."""
+    """digest [e, 2] uint64: BLAKE2b of 128 bits of all of an episode's arrays and frames."""
     rows = Rows(dataset, piece)
     digests = [hashlib.blake2b(digest_size=16) for _ in rows.lengths]
     texts = [name for name in TEXTS if rows[name].size]
@@ -65,6 +67,12 @@ def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
             array = array + 0.0  # -0.0 becomes 0.0
         for digest, start, length in zip(digests, rows.starts, rows.lengths, strict=True):
             digest.update(array[start : start + length + 1].tobytes())
+    places = zip(digests, piece.shards.tolist(), piece.first.tolist(), strict=True)
+    for (digest, shard, first), length in zip(places, piece.length.tolist(), strict=True):
+        for name in dataset.image_names:
+            frames = dataset.images(shard, name)
+            for start in range(first, first + length + 1, FRAMES):
+                digest.update(frames[start : min(start + FRAMES, first + length + 1)].tobytes())
     every = b"".join(digest.digest() for digest in digests)
     return {"digest": np.frombuffer(every, np.uint64).reshape(-1, 2)}
 
@@ -76,8 +84,8 @@ class NearDuplicates(Operation):
     Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
     longer, are compared at 16 evenly spaced steps (first and last among them): in every number of
     observation, action and reward, in units of its standard deviation over the kept episodes, and
-    in every category, where a difference counts 1; a text too long for slots is one
-    category. The distance is the root mean square of these.
+    in every category, where a difference counts 1; a text too long for slots is one category, and
+    so is a frame. The distance is the root mean square of these.
     """
 
     tolerance: float = 0.01
@@ -94,6 +102,7 @@ class NearDuplicates(Operation):
         sketch = step.measure(partial(sketched, scale=scale), episodes)["sketch"]
         codecs = step.dataset.observation_codec, step.dataset.action_codec
         categories = sum(codec.categories + len(codec.long_texts) for codec in codecs)
+        categories += len(step.dataset.image_names)
         width = POINTS * (len(scale) + categories)
         reach = self.tolerance * math.sqrt(width) * (1 + 1e-6) + 1e-9
         tree = cKDTree(sketch)
@@ -173,8 +182,21 @@ def _vectors(dataset: Dataset, piece: EpisodePiece, scale: Array) -> tuple[Array
             texts = take(name, ends)[..., columns]
             hashes = [hashed_text(text) & 0x7FFFFFFFFFFFFFFF for text in texts.flat]
             codes.append(np.array(hashes, np.int64).reshape(texts.shape))
+    for name in dataset.image_names:
+        steps = (fractions * piece.length[:, None] + (POINTS - 1) // 2) // (POINTS - 1)
+        codes.append(_frame_hashes(dataset, name, piece, steps)[..., None])
     categories = np.concatenate([code.astype(np.int64) for code in codes], -1)
     return numbers.reshape(len(numbers), -1), categories.reshape(len(categories), -1)
+
+
+def _frame_hashes(dataset: Dataset, name: str, piece: EpisodePiece, steps: Array) -> Array:
+    """[e, POINTS] int64: a hash of each episode's frames at some steps; a few are in memory."""
+    hashes = np.empty(steps.shape, np.int64)
+    for i, shard in enumerate(piece.shards.tolist()):
+        for j, frame in enumerate(dataset.images(shard, name).take(piece.first[i] + steps[i])):
+            digest = hashlib.blake2b(frame.tobytes(), digest_size=8).digest()
+            hashes[i, j] = int.from_bytes(digest, "little") & 0x7FFFFFFFFFFFFFFF
+    return hashes
 
 
 def _distance(step: Step, one: int, others: Array, scale: Array, width: int) -> Array:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
 from mesocosm.data.parallel import ordered
-from mesocosm.datasets.dataset import Dataset, episode_rows
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.places import episode_rows
 from mesocosm.store.artifacts import Storage
 
 Array = NDArray[Any]

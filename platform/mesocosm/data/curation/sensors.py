@@ -37,6 +37,7 @@ class Stuck(Operation):
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()
+        _note_images(step)
         episodes = step.episodes()
         episodes = episodes[step.table.length[episodes] >= self.steps]
         if not names or not len(episodes):
@@ -94,6 +95,7 @@ class Saturated(Operation):
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()
+        _note_images(step)
         episodes = step.episodes()
         if not names:
             return
@@ -126,6 +128,11 @@ def saturated(
     values = rows["obs_num"]
     counts = np.add.reduceat(((values == low) | (values == high)).astype(np.int64), rows.starts)
     return {"saturated": (counts > share * (rows.lengths[:, None] + 1)) & (counts > 1)}
+
+
+def _note_images(step: Step) -> None:
+    for leaf in step.dataset.observation_codec.image_leaves:
+        step.notes.append(f"{leaf.name} is an image, whose pixels are not examined")
 
 
 def _columns(

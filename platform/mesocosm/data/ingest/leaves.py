@@ -174,6 +174,11 @@ def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list
     """The leaves of an environment's space, with the columns that hold them."""
     leaves = []
     for leaf in SpaceCodec(space, part).leaves:
+        if leaf.image is not None:
+            raise UsageError(
+                f"{leaf.name} is an image, which no log format is imported with yet; collect it, or"
+                " drop this key with a wrapper"
+            )
         path = tuple(map(str, leaf.path))
         name = SEPARATOR.join((part, *path))
         below = columns_of(name, head.column_names)

@@ -29,7 +29,8 @@ from mesocosm.data.ingest.readers import PROBLEM, LogPiece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
 from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
 from mesocosm.datasets.bounds import FIX, outside
-from mesocosm.datasets.spaces import EXACT, FLOAT32, SpaceCodec, shown_space
+from mesocosm.datasets.leaf import EXACT, FLOAT32
+from mesocosm.datasets.spaces import SpaceCodec, shown_space
 from mesocosm.datasets.texts import text_problem
 
 Key = int | str

@@ -24,9 +24,10 @@ from mesocosm.data.loading.groups import mask_span, table_span
 from mesocosm.data.loading.normalize import SHORTEST_S, Scaling, integer_columns, statistics
 from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
-from mesocosm.datasets.spaces import Leaf, SpaceCodec
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.model.known import Known, KnownFunction, RawSpace
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.datasets.dataset import Dataset, Split, grouped
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.manifest import OUTCOMES, SPLITS
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.places import grouped
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

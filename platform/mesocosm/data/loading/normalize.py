@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mesocosm.data.loading.groups import number_groups
 from mesocosm.datasets.dataset import Chunk, Dataset
-from mesocosm.datasets.spaces import SpaceCodec, first_beyond_float32
+from mesocosm.datasets.leaf import first_beyond_float32
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.datasets.spaces import Leaf, SpaceCodec
+from mesocosm.datasets.leaf import Leaf
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.model.known import RawLeaf
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import Index
-from mesocosm.datasets.dataset import Dataset, Split, grouped
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.places import grouped
 from mesocosm.datasets.slots import SlotRows
 from mesocosm.model.spec import Events, Parts, Windows
 

@@ -25,6 +25,7 @@ from mesocosm.data.analysis.neighbours import (
     tried,
 )
 from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import OUTCOMES
 
 Array = NDArray[Any]
@@ -44,19 +45,22 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     features, codec = Features(dataset), dataset.action_codec
     train, valid = samples = [features.sample(dataset, split, seed=seed) for split in SPLITS]
     columns = _Columns(dataset, train, valid)
-    train_gaps = own_gaps(train.values, train.episodes, seed=seed)
-    valid_gaps = gaps(train.values, valid.values) if len(valid) else np.zeros(0)
-    uniform = np.zeros(0)
+    # Without any column, as of images alone, states are not compared.
+    compared = features.state.stop > 0
+    train_gaps, valid_gaps, uniform = np.zeros(0), np.zeros(0), np.zeros(0)
+    if compared:
+        train_gaps = own_gaps(train.values, train.episodes, seed=seed)
+        valid_gaps = gaps(train.values, valid.values) if len(valid) else valid_gaps
     spoken = bool(codec.text_leaves)  # random characters are no actions
-    if not spoken:
+    if compared and not spoken:
         free = train.values.copy()
         free[:, features.action] = features.actions(*any_action(train, codec, seed=seed))
         uniform = own_gaps(train.values, train.episodes, seed=seed, queries=free)
     threshold, names = _threshold(train_gaps), columns.behaviours
     counts = np.bincount(dataset.table["behaviour"], dataset.table["length"], len(names))
     entropy, number = effective(counts)
-    notes = []
-    if not np.isfinite(train_gaps).any():
+    notes = [unseen(leaf, compared) for leaf in dataset.observation_codec.image_leaves]
+    if compared and not np.isfinite(train_gaps).any():
         notes.append("training is one episode: there are no other episodes to measure a gap to")
     if not len(valid):
         notes.append(
@@ -87,8 +91,8 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         "categories": columns.category_rows(),
         "texts": [texts.describe(dataset, leaf, seed) for leaf in texts.text_leaves(dataset)],
         "actions": {
-            "tried": None if spoken else tried(train, features, codec, seed=seed),
-            "entropy": action_entropy(train, features, codec),
+            "tried": tried(train, features, codec, seed=seed) if compared and not spoken else None,
+            "entropy": action_entropy(train, features, codec) if compared else None,
         },
         "gaps": {
             "threshold": threshold,
@@ -96,20 +100,34 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
             "valid": _curve(valid_gaps),
             "any_action": _curve(uniform) | {"beyond": _share(uniform, threshold)},
         },
-        "plane": _plane(train, valid) if len(train) >= 2 else None,
+        "plane": _plane(train, valid) if compared and len(train) >= 2 else None,
         "missing": missing,
         "notes": notes,
     }
 
 
-def compare(a: Dataset, b: Dataset, *, seed: int = 0) -> dict[str, Any]:
+def unseen(leaf: Leaf, compared: bool = True) -> str:
+    """One sentence on the figures that do not apply to an image.
+
+    Args:
+        leaf: An image.
+        compared: False if the observation has nothing else.
+    """
+    if compared:
+        return f"{leaf.name} is an image, which distances between transitions do not see"
+    return f"{leaf.name} is an image, and nothing else is observed: transitions are not compared"
+
+
+def compare(a: Dataset, b: Dataset, *, seed: int = 0) -> dict[str, Any] | None:
     """The distance of each one's training transitions from the other's, by a's standard deviations:
-    {"a_lacks": ..., "b_lacks": ...}.
+    {"a_lacks": ..., "b_lacks": ...}; None where only images are observed.
 
     `beyond` is the share of the other's transitions whose gap exceeds the BEYOND quantile of one's
     own gaps to other episodes; it is .01 if the data are alike.
     """
     features = Features(a)
+    if not features.state.stop:
+        return None
 
     def lacks(one: Sample, other: Sample) -> dict[str, Any]:
         threshold = _threshold(own_gaps(one.values, one.episodes, seed=seed))

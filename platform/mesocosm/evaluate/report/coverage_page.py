@@ -40,7 +40,7 @@ def render(summary: Mapping[str, Any]) -> str:
     ]
     gaps = [(name, gap, colour) for name, gap, colour in gaps if gap["curve"] is not None]
     figures = {
-        "gaps": _gaps(gaps, summary["gaps"]["threshold"]),
+        "gaps": _gaps(gaps, summary["gaps"]["threshold"]) if gaps else None,
         "numbers": _numbers(summary["numbers"][:PANELS]),
         "plane": None if summary["plane"] is None else _plane(summary["plane"]),
     }

@@ -1,0 +1,1 @@
+"""Tokenizers of frames fitted to datasets, and the codes of datasets."""

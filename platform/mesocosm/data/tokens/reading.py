@@ -1,0 +1,91 @@
+"""A tokenizer's artifact: one tokenizer for each image of an observation, and codes of datasets.
+
+tokenizers/ID/tokenizer.json           kind, and the images in the order of the observation
+              tokenizer.safetensors    their arrays, `IMAGE.ARRAY`
+              report.json, tokenizer.html    how well it reconstructs frames
+              codes/DATASET/SHARD/obs_image0.npy    [rows, n] codes, memory-mapped
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mesocosm.datasets.images import image_names
+from mesocosm.datasets.leaf import Leaf
+from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.model.tokenizer.dictionary import PatchDictionary
+from mesocosm.model.tokenizer.frames import FrameTokenizer
+
+Array = NDArray[Any]
+TOKENIZER, ARRAYS = "tokenizer.json", "tokenizer.safetensors"
+REPORT, PAGE = "report.json", "tokenizer.html"
+KINDS: Mapping[str, Any] = {PatchDictionary.kind: PatchDictionary}
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The tokenizers of an observation's images, in their order."""
+
+    names: tuple[str, ...]
+    """The leaves: `observation.camera`"""
+    each: tuple[FrameTokenizer, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the two files of the tokenizers."""
+        about = [
+            {"name": name, "kind": one.kind, "shape": list(one.shape), "codes": len(one.sizes)}
+            for name, one in zip(self.names, self.each, strict=True)
+        ]
+        (folder / TOKENIZER).write_text(json.dumps({"images": about}, indent=1) + "\n")
+        arrays = {
+            f"{image}.{name}": np.ascontiguousarray(array)
+            for image, one in zip(image_names(len(self.each)), self.each, strict=True)
+            for name, array in one.state().items()
+        }
+        save_file(arrays, folder / ARRAYS)
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizers:
+        """The tokenizers in a folder. Raises ArtifactError where a file is missing or damaged."""
+        try:
+            about = json.loads((folder / TOKENIZER).read_text())["images"]
+            arrays = load_file(folder / ARRAYS)
+            each = []
+            for image, one in zip(image_names(len(about)), about, strict=True):
+                prefix = f"{image}."
+                state = {
+                    name.removeprefix(prefix): array
+                    for name, array in arrays.items()
+                    if name.startswith(prefix)
+                }
+                each.append(KINDS[one["kind"]].of(state))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{str(folder)!r} is not a tokenizer, or it is damaged ({error}); make it again by"
+                " mesocosm tokenize"
+            ) from error
+        return Tokenizers(tuple(one["name"] for one in about), tuple(each))
+
+    def check(self, leaves: Sequence[Leaf], name: str) -> None:
+        """Raise UsageError where the images of an observation are not those of the tokenizers.
+
+        Args:
+            leaves: The images of the observation.
+            name: The tokenizer's artifact, for the message.
+        """
+        shapes = {n: list(one.shape) for n, one in zip(self.names, self.each, strict=True)}
+        in_data = {leaf.name: list(leaf.shape) for leaf in leaves}
+        if shapes != in_data:
+            raise UsageError(
+                f"{name} is for the images {shapes}, and the data has {in_data}; fit another one by"
+                " mesocosm tokenize"
+            )

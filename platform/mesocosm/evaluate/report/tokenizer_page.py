@@ -1,0 +1,68 @@
+"""The page of a tokenizer: its reconstruction errors, and frames beside their reconstructions. One
+HTML file with its pictures inside, nothing loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.evaluate.report.page import PAGES
+
+Array = NDArray[Any]
+LARGEST = 96
+"""Pixels of a side to which small frames are enlarged, by whole factors."""
+
+
+def render(report: Mapping[str, Any], pictures: Sequence[tuple[Array, Array]]) -> str:
+    """The whole page.
+
+    Args:
+        report: As `data.tokens.making.encode` returns it.
+        pictures: For each image, frames uint8 [B, H, W, C] and their reconstructions.
+    """
+    strips = [[strip(frames), strip(again)] for frames, again in pictures]
+    return PAGES.get_template("tokenizer.html").render(
+        summary={"title": "How frames become codes"},
+        images=list(zip(report["images"], strips, strict=True)),
+        sentences=[sentence(image) for image in report["images"]],
+    )
+
+
+def sentence(image: Mapping[str, Any]) -> str:
+    """The main figures of an image, of the held-out split where there is one."""
+    split = "valid" if image["valid"]["frames"] else "train"
+    figures = image[split]
+    frames = "held-out frames" if split == "valid" else "frames"
+    rows, columns = image["grid"]
+    parts = [
+        f"{image['name']} is {rows} x {columns} codes of {image['codes']}, {image['bytes_a_frame']}"
+        " bytes a frame",
+        f"{figures['exact']:.1%} of {frames} are exact",
+    ]
+    if figures["psnr"] is not None:
+        parts.append(f"PSNR {figures['psnr']:.1f} dB")
+    if figures["moving_psnr"] is not None:
+        parts.append(f"{figures['moving_psnr']:.1f} dB of moving pixels")
+    if figures["unseen"]:
+        parts.append(f"{figures['unseen']:.2%} of their patches have no code of their own")
+    return "; ".join(parts)
+
+
+def strip(frames: Array) -> str:
+    """Frames uint8 [B, H, W, C] side by side, as the address of a PNG picture."""
+    b, h, w, _ = frames.shape
+    times = max(1, LARGEST // max(h, w))
+    gap = np.full((b, h, 1, 3), 255, np.uint8)
+    coloured = np.concatenate([np.broadcast_to(frames, (b, h, w, 3)), gap], 2)
+    row = coloured.transpose(1, 0, 2, 3).reshape(h, b * (w + 1), 3)
+    buffer = io.BytesIO()
+    enlarged = row.repeat(times, 0).repeat(times, 1)
+    matplotlib.image.imsave(buffer, np.ascontiguousarray(enlarged), format="png")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
