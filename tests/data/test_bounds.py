@@ -165,7 +165,7 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
-    monkeypatch.setattr("mesocosm.datasets.spaces.first_beyond_float32", lambda values: None)
+    monkeypatch.setattr("mesocosm.datasets.leaf.first_beyond_float32", lambda values: None)
     arrays: dict[str, Any] = {
         "observations": [np.zeros(2)] * 4,
         "actions": [np.zeros(1)] * 3,
