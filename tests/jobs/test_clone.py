@@ -11,6 +11,7 @@ import gymnasium
 import pytest
 from safetensors.torch import load_file
 
+from mesocosm.agents.choice import replace_policy
 from mesocosm.agents.cloning import CloneConfig, logged_choices
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
@@ -223,6 +224,17 @@ def test_an_expert_in_a_table_and_one_in_numbers_are_cloned(
     )
     check_init(module, agent.path, agent.name)
     module.load_state_dict(load_file(agent.path / TRAINING_STATE))
+
+
+def test_a_kept_clone_has_no_value_function_of_the_policy_it_replaces(tmp_path: Path) -> None:
+    """A planner would value the ends of its plans by that of another policy."""
+    trained, kept = tmp_path / "trained", tmp_path / "kept"
+    for folder, names in ((trained, ("policy.json", "value.json")), (kept, ("policy.json",))):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(folder.name)
+    replace_policy(trained, kept)
+    assert {path.name: path.read_text() for path in trained.iterdir()} == {"policy.json": "kept"}
 
 
 def test_numbers_have_no_commands(cart_root: Any, tmp_path: Any) -> None:

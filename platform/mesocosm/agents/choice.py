@@ -67,9 +67,7 @@ def choose_best(
     if former is not None:
         metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
-        for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
-            if (candidates[iteration] / name).is_file():  # scorers of commands have no value.json
-                shutil.copyfile(candidates[iteration] / name, folder / name)
+        replace_policy(folder, candidates[iteration])
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:
             source = former.name
@@ -80,6 +78,16 @@ def choose_best(
         )
     run.log({f"agent/{name}": value for name, value in metrics.items()}, step=config.iterations)
     return metrics
+
+
+def replace_policy(folder: Path, kept: Path) -> None:
+    """Replace the files of the policy in `folder` by those of `kept`. One without a value function,
+    such as a clone or a scorer of commands, leaves none of the other policy's.
+    """
+    for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
+        (folder / name).unlink(missing_ok=True)
+        if (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
 
 
 def explain(
