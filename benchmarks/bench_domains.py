@@ -167,14 +167,13 @@ def cloning(cell: Cell, save: Save) -> None:
     logs = replace(logs, steps=cell.steps)
     with tracking.start("collect", logs) as run:
         data = collect.JOB.run(logs, run)
-        spent = Ledger(run.storage, data.meta["ledger"], price=cfg.reality.price).totals()
     words = [f"storage.root={ROOT}", f"seed={cell.seed}", f"datasets=[{data.id}]"]
     job = config.load(CloneConfig, [], [*words, *cell.domain.clone])
     with tracking.start("clone", job) as run:
         agent = clone.JOB.run(job, run)
-    total = spent.purposes["collect"]
+    total = data.meta["ledger"]["purposes"]["collect"]
     measured = cell.measure(policy_of(Storage(str(ROOT)), agent.name))
-    points = [point(total.steps, total.price, total.duration, measured)]
+    points = [point(total["steps"], total["price"], total["duration"], measured)]
     save(result(points, at_target(cell, points), time.monotonic() - began, True))
 
 
