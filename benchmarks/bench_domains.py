@@ -198,20 +198,22 @@ EMPTY: dict[str, Any] = {"points": [], "finished": False}
 
 
 def point(steps: int, price: float, seconds: float, measured: dict[str, Any]) -> dict[str, Any]:
-    spent = {"real_steps": steps, "price": round(price, 6), "seconds": round(seconds, 3)}
-    return (
-        spent
-        | {"return": measured["mean"], "error": measured["error"]}
-        | {"successes": measured.get("successes"), "judged": measured["steps"]}
-    )
+    return {
+        "real_steps": steps,
+        "price": round(price, 6),
+        "seconds": round(seconds, 3),
+        "return": measured["mean"],
+        "error": measured["error"],
+        "successes": measured.get("successes"),
+        "judged": measured["steps"],
+    }
 
 
 def result(
     points: list[dict[str, Any]], reached: int | None, seconds: float, finished: bool
 ) -> dict[str, Any]:
-    return {"points": points, "reached": reached, "wall_seconds": round(seconds, 1)} | {
-        "finished": finished
-    }
+    about = {"wall_seconds": round(seconds, 1), "finished": finished}
+    return {"points": points, "reached": reached, **about}
 
 
 def target_of(cell: Cell) -> float:
@@ -245,6 +247,8 @@ def run(cell: Cell) -> None:
         part.write_text(json.dumps(by_name, indent=1) + "\n")
         os.replace(part, RESULTS)
 
+    if cell.method != EXPERT:
+        target_of(cell)  # before any cost
     RUN[cell.method](cell, save)
 
 
