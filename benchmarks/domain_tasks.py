@@ -40,7 +40,7 @@ DOMAINS = {
     "training": Domain(
         LOOPS / "training.yaml",
         expert="mesocosm.envs.training_policies:AdaptiveRate",
-        scripts={"ConstantRate": "mesocosm.envs.training_policies:ConstantRate"},
+        scripts={"LowRate, the best fixed plan": "bench_training:LowRate"},
         target=None,
         episodes=40,
         steps=7680,
