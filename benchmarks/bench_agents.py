@@ -27,12 +27,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +41,9 @@ import peers
 from agent_tasks import ABLATED, ABLATIONS, FORMER, HERE, LEAN, PEER, PLANNER, TASKS, WORLD
 from bench_planner import played
 from bench_world import ROOT, commit
+from cells import interrupted_after
 
-from mesocosm import config, signals
+from mesocosm import config
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.data.planners import load_planner
@@ -226,20 +224,6 @@ def run(cell: Cell) -> None:
         os.replace(part, RESULTS)  # other cells may be running
 
     (world if cell.method == WORLD else model_free)(cell, save)
-
-
-@contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise KeyboardInterrupt, as Ctrl-C does, when the seconds have passed in the block."""
-    # A thread: the alarm signal belongs to the guard of real steps.
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    with signals.end_like_interrupt():
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 def left(cell: Cell, results: dict[str, Any]) -> tuple[str, float]:

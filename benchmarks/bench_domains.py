@@ -36,8 +36,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from bench_agents import interrupted_after
 from bench_world import ROOT, commit
+from cells import interrupted_after
 from domain_report import plot, runs_of, table
 from domain_tasks import CLONE, DOMAINS, EXPERT, FREE, METHODS, WORLD, Domain
 
@@ -265,14 +265,20 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def left_minutes(cell: Cell, results: dict[str, Any]) -> float:
+    """The minutes that a cell still takes, by those of the method's other seeds."""
+    if results.get(cell.name, EMPTY)["finished"]:
+        return 0.0
+    runs = runs_of(results, cell.domain_name, cell.method)
+    known = [run["wall_seconds"] / 60 for run in runs if run["finished"]]
+    return median(known) if known else cell.domain.minutes[cell.method]
+
+
 def dry_run(chosen: list[Cell]) -> None:
     results, total = read(), 0.0
     print("| cell | state | at most real steps | minutes left |\n|---|---|---|---|")
     for cell in chosen:
-        done = results.get(cell.name, EMPTY)
-        known = [r["wall_seconds"] / 60 for r in runs_of(results, cell.domain_name, cell.method)]
-        minutes = median(known) if known else cell.domain.minutes[cell.method]
-        minutes = 0.0 if done["finished"] else minutes
+        done, minutes = results.get(cell.name, EMPTY), left_minutes(cell, results)
         total += minutes
         state = f"{len(done['points'])} points" if done["points"] else "not run"
         state = "finished" if done["finished"] else state

@@ -10,7 +10,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import agent_report
+import bench_domains
 import domain_report
+import domain_tasks
 
 
 def cell(points: list[list[float]], reached: int | None) -> dict[str, Any]:
@@ -80,3 +82,45 @@ def test_a_domain_s_spending_is_that_at_the_target_or_more_than_all(capsys: Any)
     assert [row[:2] for row in rows] == [["training", name] for name in ("expert", "PPO", "world")]
     assert rows[1][2:6] == ["0 of 1", "> 900", "> 180", "> 0.1"]
     assert rows[2][2:7] == ["2 of 2", "900, 600", "135", "0.075", "14.00 ± 0.50, 12.00 ± 0.50"]
+
+
+ITEMS = """
+reality: {env: "mesocosm.envs.items:Items", horizon: 20, price: {per_step: 0.1, per_reset: 1.0}}
+rounds: 2
+collect:
+  steps: 60
+  behaviours: [{kind: scripted, function: "mesocosm.envs.items:expert"}]
+  workers: 0
+explore: {steps: 40}
+agent: {backend: local}
+"""
+
+
+def test_the_script_and_the_clone_of_a_domain_are_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The clone takes as many logged steps as both rounds of the world, and they are in the bill.
+    Without the expert's return there is no target, which is said before any cost.
+    """
+    (tmp_path / "items.yaml").write_text(ITEMS)
+    expert = "mesocosm.envs.items:expert"
+    domain = domain_tasks.Domain(
+        tmp_path / "items.yaml", expert, {}, None, 3, steps=9, every=9, clone=["steps=5"]
+    )
+    monkeypatch.setitem(domain_tasks.DOMAINS, "items", domain)
+    monkeypatch.setattr(bench_domains, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(bench_domains, "RESULTS", tmp_path / "results.json")
+    script, clone = (bench_domains.Cell("items", method, 0) for method in ("expert", "clone"))
+    with pytest.raises(SystemExit, match="items/clone/0 needs items/expert/0"):
+        bench_domains.run(clone)
+    assert not (tmp_path / "root").exists()
+    bench_domains.run(script)
+    bench_domains.run(clone)
+    results = bench_domains.read()
+    assert results["items/expert/0"]["points"][0]["return"] > 0.8
+    assert results["items/expert/0"]["others"]["uniform actions"]["mean"] < 0.5
+    (point,) = results["items/clone/0"]["points"]
+    assert 100 <= point["real_steps"] < 120 and point["price"] > 0.1 * point["real_steps"] + 10
+    assert bench_domains.left_minutes(clone, results) == 0.0
+    domain_report.table(results)
+    assert "| items | clone |" in capsys.readouterr().out

@@ -228,13 +228,13 @@ def test_an_expert_in_a_table_and_one_in_numbers_are_cloned(
 
 def test_a_kept_clone_has_no_value_function_of_the_policy_it_replaces(tmp_path: Path) -> None:
     """A planner would value the ends of its plans by that of another policy."""
-    trained, kept = tmp_path / "trained", tmp_path / "kept"
-    for folder, names in ((trained, ("policy.json", "value.json")), (kept, ("policy.json",))):
+    trained, clone = tmp_path / "trained", tmp_path / "clone"
+    for folder, names in ((trained, ("policy.json", "value.json")), (clone, ("policy.json",))):
         folder.mkdir()
         for name in names:
             (folder / name).write_text(folder.name)
-    replace_policy(trained, kept)
-    assert {path.name: path.read_text() for path in trained.iterdir()} == {"policy.json": "kept"}
+    replace_policy(trained, clone)
+    assert {path.name: path.read_text() for path in trained.iterdir()} == {"policy.json": "clone"}
 
 
 def test_numbers_have_no_commands(cart_root: Any, tmp_path: Any) -> None:

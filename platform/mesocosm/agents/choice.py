@@ -80,14 +80,14 @@ def choose_best(
     return metrics
 
 
-def replace_policy(folder: Path, kept: Path) -> None:
-    """Replace the files of the policy in `folder` by those of `kept`. One without a value function,
-    such as a clone or a scorer of commands, leaves none of the other policy's.
+def replace_policy(folder: Path, better: Path) -> None:
+    """Replace the files of the policy in `folder` by those of `better`. Where that has no value
+    function, as a clone or a scorer of commands, `folder` has none afterwards.
     """
     for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
         (folder / name).unlink(missing_ok=True)
-        if (kept / name).is_file():
-            shutil.copyfile(kept / name, folder / name)
+        if (better / name).is_file():
+            shutil.copyfile(better / name, folder / name)
 
 
 def explain(
