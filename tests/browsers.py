@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,26 @@ MARK = "MESOCOSM_TEST_BROWSER"
 PACKAGES = ("selenium", "miniwob")
 
 
-def missing() -> list[str]:
-    """The programs and packages that are not installed."""
+def missing(*packages: str) -> list[str]:
+    """The programs, and those of the packages, that are not installed."""
     programs = [] if any(map(shutil.which, BROWSERS)) else ["chromium"]
     programs += [] if shutil.which("chromedriver") else ["chromedriver"]
-    return programs + [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return programs + [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def needed(test: Any) -> Any:
-    """Mark an integration test that needs a browser. It skips where there is none."""
-    absent = ", ".join(missing())
+def needs(*packages: str) -> Callable[[Any], Any]:
+    """Mark an integration test that needs a browser and packages. It skips without them."""
+    absent = ", ".join(missing(*packages))
     reason = f"{absent} not installed: run `make browser`"
-    return pytest.mark.integration(pytest.mark.skipif(bool(absent), reason=reason)(test))
+
+    def mark(test: Any) -> Any:
+        return pytest.mark.integration(pytest.mark.skipif(bool(absent), reason=reason)(test))
+
+    return mark
+
+
+needed = needs(*PACKAGES)
+"""Marks an integration test that needs a browser and MiniWoB's pages."""
 
 
 def processes(mark: str) -> list[Path]:

@@ -140,11 +140,11 @@ def test_reality_draws_a_start(cart: tuple[Storage, Any]) -> None:
     assert "real episode terminated after step" in str(state.note)
     last = state.moments[-1]
     assert last.real is not None and last.real.terminated
-    if game.state().moments[-1].over:
-        game.undo()
-    game.begin("reality", 0, 3)
+    assert "imagined this start" in str(game.begin("generated", 0, 3).note)
+    revision = game.begin("reality", 0, 3).revision
     game.step(0)
     state = game.undo()
+    assert state.revision == revision + 2
     assert not state.beside and state.note == "reality cannot be undone; restart to step it again"
     assert game.step(1).moments[0].real is None
     game.close()

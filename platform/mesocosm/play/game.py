@@ -88,6 +88,8 @@ class GameState:
     """The state after a request, with the moments that are new to whoever asked."""
 
     start: GameStart
+    revision: int
+    """The number of changes so far, by any window."""
     steps: int
     moments: list[Moment]
     over: bool
@@ -130,7 +132,7 @@ class Game:
         self._commands = commands_of(self.codec.environment["id"])
         self._moments: list[Moment] = []
         self._before: deque[dict[str, Any]] = deque(maxlen=UNDO)
-        self._start = GameStart(GENERATED, 0, 0)
+        self._start, self._revision = GameStart(GENERATED, 0, 0), 0
 
     def splits(self) -> dict[str, int]:
         """The kinds of starts, and the number of starts of each."""
@@ -157,8 +159,7 @@ class Game:
             moment = self.real.begin(seed, options)
             if moment is None:
                 raise UsageError(f"reality has no start: {self.real.note}")
-            first = stack(self.codec.observation_space, [moment.observation])
-            start = self.codec.task(first, [options]), self.codec.observation(first)  # type: ignore[assignment]
+            start = self._start_of(moment, options, self.real)
         else:
             start = self._tasks.start(split, index if split == LOGGED else 0)
             moment = self._logged_moment(split, index)
@@ -170,6 +171,18 @@ class Game:
         self._moments = []
         self._add(self._columns.unbatch(observation)[0], None, moment)
         return self.state()
+
+    def _start_of(
+        self, moment: RealMoment, options: Mapping[str, Any], real: RealSide
+    ) -> AnyStarts:
+        """The world's start at a real first observation. Raises UsageError where it has none."""
+        try:
+            first = stack(self.codec.observation_space, [moment.observation])
+            start: Any = self.codec.task(first, [options]), self.codec.observation(first)
+        except MesocosmError as error:
+            real.stop("its start is none of the world's")
+            raise UsageError(str(error)) from error
+        return start
 
     def _logged_moment(self, split: str, index: int) -> RealMoment | None:
         """The real environment at the same start: at a logged one, where its reset with the logged
@@ -229,8 +242,8 @@ class Game:
         if not self._before:
             raise UsageError("there is no step to undo; begin an episode, or step")
         self._env.restore(self._before.pop())
+        self._revision += 1
         if self._moments.pop().real is not None and self.real is not None:
-            self.real.note = None  # an end that was undone is not the reason any more
             self.real.stop("reality cannot be undone; restart to step it again")
         return self.state(len(self._moments))
 
@@ -239,6 +252,7 @@ class Game:
         real = self.real
         return GameState(
             start=self._start,
+            revision=self._revision,
             steps=max(0, len(self._moments) - 1),
             moments=self._moments[since:],
             over=bool(self._moments) and self._moments[-1].over,
@@ -298,6 +312,7 @@ class Game:
             **values,
         )
         self._moments.append(moment)
+        self._revision += 1
 
     def _difference(self, imagined: Any, real: Any) -> Difference | None:
         """How far the observations differ; None where the real one is not of its space."""

@@ -110,7 +110,7 @@ class RealSide:
 
     def stop(self, note: str) -> None:
         """Leave the episode, for the reason `note`."""
-        self.note = self.note or note
+        self.note = note
 
     def bill(self) -> Bill:
         """All that playing has cost in this ledger."""

@@ -2,6 +2,7 @@
 
 const MASK_LIMIT = 2000;
 const OPTIONS_LIMIT = 1000;
+const LONGEST_SLIDER = 1e6;
 let count = 0;
 
 function field(name, input, ...rest) {
@@ -33,13 +34,13 @@ function shaped(flat, shape) {
 const size = (shape) => shape.reduce((product, n) => product * n, 1);
 
 function numberInput(name, low, high, whole) {
-  const finite = Number.isFinite(low) && Number.isFinite(high);
+  const slides = Number.isFinite(high - low) && high - low <= LONGEST_SLIDER;
   const start = Math.min(Math.max(0, low), high);
-  const input = control("input", { type: finite ? "range" : "number", step: whole ? 1 : "any" });
+  const input = control("input", { type: slides ? "range" : "number", step: whole ? 1 : "any" });
   if (Number.isFinite(low)) input.min = low;
   if (Number.isFinite(high)) input.max = high;
   input.value = whole ? Math.round(start) : start;
-  if (!finite) return { node: field(name, input), read: () => Number(input.value), write: (v) => (input.value = v) };
+  if (!slides) return { node: field(name, input), read: () => Number(input.value), write: (v) => (input.value = v) };
   const output = control("output");
   const show = () => (output.textContent = Number(Number(input.value).toPrecision(4)));
   input.addEventListener("input", show);
@@ -151,7 +152,9 @@ function jointForm(space, title) {
     if (bits.length > MASK_LIMIT) return;
     const any = bits.some(Boolean);
     const places = [...bits.keys()].filter((i) => !any || bits[i]);
+    const before = joint ? joint.input.value : null;
     joint = selection(`${title} (the possible ones)`, places.map((place) => [place, at(place).join(", ")]));
+    if (places.includes(Number(before))) joint.input.value = before ?? places[0];
     node.replaceChildren(joint.node);
   };
   const read = () => shaped(joint ? at(Number(joint.input.value)) : parts.map((part) => part.read()), shape);

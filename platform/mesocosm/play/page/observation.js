@@ -4,6 +4,8 @@
 
 import { lines, shown } from "./plot.js";
 
+const MOST_ROWS = 64; // a part with more numbers is written as a list
+
 /** The parts of a value of a space: [{name, kind, labels, read(value)}], in the space's own order. */
 export function leaves(space, name = "", read = (value) => value) {
   if (space.kind === "Dict")
@@ -12,9 +14,9 @@ export function leaves(space, name = "", read = (value) => value) {
     return space.spaces.flatMap((part, i) => leaves(part, name ? `${name}.${i}` : String(i), (value) => read(value)[i]));
   const title = name || "observation";
   if (space.kind === "Text") return [{ name: title, kind: "text", read }];
-  const flat = (value) => [read(value)].flat(Infinity).map(Number);
+  const flat = (value) => [read(value)].flat(Infinity).map((number) => (number === null ? null : Number(number)));
   const scalar = space.kind === "Discrete" || (space.kind === "Box" && !space.shape.length);
-  return [{ name: title, kind: "numbers", scalar, read: (value) => flat(value) }];
+  return [{ name: title, kind: "numbers", scalar, read: flat }];
 }
 
 function cell(row, content, kind = "td", name = "") {
@@ -25,8 +27,12 @@ function cell(row, content, kind = "td", name = "") {
 }
 
 /** Rows of a table: a number's value in the world, in reality, their difference, and its line. */
-function drawNumbers(leaf, moments, beside, { table }) {
+function drawNumbers(leaf, moments, beside, { table, texts }) {
   const world = moments.map((moment) => leaf.read(moment.observation));
+  if (world[0].length > MOST_ROWS) {
+    const read = (value) => leaf.read(value).map(shown).join(" ");
+    return drawText({ ...leaf, read }, moments, beside, { texts });
+  }
   const real = moments.map((moment) => (moment.real ? leaf.read(moment.real.observation) : null));
   const [now, actual] = [world[world.length - 1], real[real.length - 1]];
   now.forEach((value, i) => {
@@ -36,7 +42,7 @@ function drawNumbers(leaf, moments, beside, { table }) {
     cell(row, shown(value));
     if (beside) {
       cell(row, actual ? shown(actual[i]) : "–");
-      cell(row, actual ? shown(value - actual[i]) : "–");
+      cell(row, actual && value !== null ? shown(value - actual[i]) : "–");
     }
     const series = [world.map((values) => values[i]), real.map((values) => values && values[i])];
     cell(row, lines(label, ...series, { width: 180, height: 30, axis: false }));

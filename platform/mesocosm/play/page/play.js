@@ -41,6 +41,7 @@ async function ask(path, body) {
 async function once(work) {
   if (busy) return;
   busy = true;
+  document.querySelector("main").setAttribute("aria-busy", "true");
   try {
     await work();
     complain("");
@@ -48,12 +49,12 @@ async function once(work) {
     complain(error.message);
   } finally {
     busy = false;
+    document.querySelector("main").setAttribute("aria-busy", "false");
   }
 }
 
 function take(next) {
-  const gap = next.moments.length && next.moments[0].step > moments.length;
-  if (gap || next.steps + 1 > moments.length + next.moments.length) return load(); // another window has stepped
+  if (state && moments.length && next.revision !== state.revision + 1) return load(); // another window acted
   for (const moment of next.moments) moments[moment.step] = moment;
   moments.length = next.steps + 1;
   state = next;
@@ -68,7 +69,11 @@ async function load() {
 }
 
 const begin = (split, index, seed) => once(async () => take(await ask("v1/begin", { split, index, seed })));
-const step = (action) => once(async () => take(await ask("v1/step", { action })));
+const step = (action) =>
+  once(async () => {
+    await take(await ask("v1/step", { action }));
+    if (form.clear) form.clear();
+  });
 const undo = () => once(async () => take(await ask("v1/undo", {})));
 const restart = () => begin(state.start.split, state.start.index, state.start.seed);
 
@@ -178,10 +183,7 @@ function chooseSplit() {
   $("index").max = (about.splits.logged || 1) - 1;
 }
 
-function submit() {
-  step(form.read());
-  if (form.clear) form.clear();
-}
+const submit = () => step(form.read());
 
 document.addEventListener("keydown", (event) => {
   if (!state || event.ctrlKey || event.metaKey || event.altKey) return;
