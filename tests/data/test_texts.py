@@ -80,7 +80,7 @@ def test_short_texts_are_slots_for_models(
     write: Write, monkeypatch: pytest.MonkeyPatch, in_memory: int
 ) -> None:
     """As any batch of the environment is, in every way a dataset is read."""
-    monkeypatch.setattr("mesocosm.datasets.dataset.IN_MEMORY", in_memory)
+    monkeypatch.setattr("mesocosm.datasets.shards.IN_MEMORY", in_memory)
     space = spaces.Dict(mode=spaces.Discrete(3), word=SHORT)
     words = ["ab", "🙂日本", "", "üß\n", "abc.ab"]
     values = [{"word": word, "mode": i % 3} for i, word in enumerate(words)]

@@ -196,6 +196,8 @@ def _bytes(artifact: Artifact) -> dict[str, bytes]:
     [
         ({"patch": 5}, r"patch must divide the 12 x 12 pixels of observation, got 5; try one of 1"),
         ({"codes": 1}, r"codes must be in \[2, 65536\], got 1"),
+        ({"kind": "vq"}, r"kind must be one of auto, dictionary, fsq; got 'vq'"),
+        ({"steps": 0}, r"steps must be >= 1, got 0"),
         ({"codes": 1 << 17}, r"codes must be in \[2, 65536\], got 131072"),
         ({"tokenizer": "nothing"}, r"nothing"),
         ({"datasets": ()}, r"data\.datasets must name a dataset"),
@@ -238,8 +240,8 @@ def test_pictures_without_sprites_are_refused(
         return np.random.default_rng([index, step]).integers(0, 256, SCREEN.shape).astype(np.uint8)
 
     write_walks([episode(k, 9, noise) for k in range(6)], observation_space=SCREEN)
-    with pytest.raises(UsageError, match="more than 50 distinct patches of 4 x 4 pixels"):
-        tokenize()
+    with pytest.raises(UsageError, match=r"more than 50 distinct patches of 4 x 4 .* kind=fsq"):
+        tokenize(kind="dictionary")
 
 
 def test_data_without_images_and_other_images_are_refused(

@@ -81,6 +81,7 @@ NAMED = {
     "dataset": "datasets",
     "data show": "datasets",
     "world": "worlds",
+    "tokenizer": "tokenizers",
     "agent": "agents",
     "law": "laws",
     "plan": "plans",

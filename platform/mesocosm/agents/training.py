@@ -34,7 +34,7 @@ from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, start_texts
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, refuse_images, start_texts
 from mesocosm.data.loading.windows import observation_parts, start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
@@ -95,6 +95,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
         codec = batch_codec(json.loads((world.path / "codec.json").read_text()))
+        refuse_images(codec, "train-agent")
         spaces = codec.observation_space, codec.action_space
         validation.check_world(config, world)
         datasets, data = validation.datasets_of(config, storage, world, spaces)

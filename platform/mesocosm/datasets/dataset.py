@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode, Outcome
-from mesocosm.datasets.images import ImageRows, image_names
 from mesocosm.datasets.manifest import (
     ARRAYS,
     EPISODES,
@@ -30,12 +29,12 @@ from mesocosm.datasets.manifest import (
 )
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.datasets.places import episode_rows, grouped
-from mesocosm.datasets.slots import IN_MEMORY, SlotRows
+from mesocosm.datasets.shards import ShardArrays, load_array
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
-from mesocosm.datasets.texts import FILE, TEXTS, TextRows, read_texts, stored
+from mesocosm.datasets.texts import TEXTS, stored
 from mesocosm.datasets.writer import DatasetWriter, write_dataset
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import UsageError
 from mesocosm.store.cache import Files, Partial
 
 __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
@@ -61,7 +60,7 @@ class Chunk:
     """[R] bool: an episode's last observation; the other rows are transitions"""
 
 
-class Dataset:
+class Dataset(ShardArrays):
     """The episodes of `paths` in order, numbered 0..E-1: folders of datasets, or artifacts of which
     only the units in use are fetched and verified.
 
@@ -76,7 +75,7 @@ class Dataset:
     def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
             raise UsageError("data.datasets must name at least one dataset, got none")
-        self._files = [it if isinstance(it, Partial) else Files(Path(it)) for it in paths]
+        super().__init__([it if isinstance(it, Partial) else Files(Path(it)) for it in paths])
         self.paths = [files.path for files in self._files]
         for files in self._files:
             files.ahead([MANIFEST, LENGTHS_FILE])
@@ -91,12 +90,12 @@ class Dataset:
         self.durations = all(manifest.durations for manifest in self.manifests)
         shards = [shard for manifest in self.manifests for shard in manifest.shards]
         counts = [len(manifest.shards) for manifest in self.manifests]
-        self._rows = sum(shard.rows for shard in shards)
+        self.rows_of_all = sum(shard.rows for shard in shards)
         self.shards: list[str] = [shard.name for shard in shards]
         """[S] names within their datasets; shards are numbered over all datasets"""
         self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
         """[S] which of `paths` a shard is of"""
-        lengths = [_load(files.hold(LENGTHS_FILE)).astype(LENGTHS) for files in self._files]
+        lengths = [load_array(files.hold(LENGTHS_FILE)).astype(LENGTHS) for files in self._files]
         for some, before in zip(lengths, np.cumsum(counts) - counts, strict=True):
             some["shard"] += before
         self.lengths: Array = np.concatenate(lengths)
@@ -105,109 +104,6 @@ class Dataset:
         self._starts: Array = self._ends - [shard.episodes for shard in shards]
         self.options, self._positions = joined_options(self.manifests)
         self._table: Array | None = None
-        # A view (`unique`) shares these.
-        self._open: dict[int, tuple[Path, dict[str, Array]]] = {}
-        """The folder and the mapped arrays of each shard that is held."""
-        self._pinned: set[int] = set()
-
-    def _unit(self, shard: int) -> tuple[Files, str]:
-        return self._files[int(self.shard_part[shard])], f"shards/{self.shards[shard]}"
-
-    def shard_bytes(self, shard: int) -> int:
-        files, unit = self._unit(shard)
-        return files.bytes(unit)
-
-    @property
-    def most(self) -> int | None:
-        """Bytes of shards that may be on this machine; None: any number."""
-        return min((files.most for files in self._files if files.most is not None), default=None)
-
-    def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
-        """Hold only the shards `now`, which are read, and `ahead`, which are fetched meanwhile."""
-        pinned = list(dict.fromkeys([*now, *ahead]))
-        self._release((set(self._open) | self._pinned) - set(pinned))
-        self._pinned.clear()
-        self._pinned.update(pinned)
-        self._fetch(pinned)
-
-    def expect(self, shards: Array) -> None:
-        """Begin to fetch and verify the next shards to be read, where there is room for all."""
-        if self.most is None:
-            self._fetch(shard for shard in np.unique(shards).tolist() if shard not in self._open)
-
-    def _fetch(self, shards: Iterable[int]) -> None:
-        for files, unit in map(self._unit, shards):
-            files.ahead([unit])
-
-    def _release(self, shards: Iterable[int]) -> None:
-        for shard in list(shards):
-            self._open.pop(shard, None)
-            files, unit = self._unit(shard)
-            files.release([unit])
-
-    def array(self, shard: int, name: str) -> Array:
-        """One of a shard's `manifest.ARRAYS`, `texts.TEXTS` or `image_names`, memory-mapped. Texts,
-        categories with slots of texts, and frames are decoded where they are read. Raises
-        ArtifactError where it is missing or damaged.
-        """
-        if name in self.image_names:
-            return self.images(shard, name)  # type: ignore[return-value]
-        codec = self.observation_codec if name.startswith("obs") else self.action_codec
-        if name in TEXTS:
-            return self.texts(shard, name)  # type: ignore[return-value]
-        if not name.endswith("_cat") or not codec.text_leaves:
-            return self.plain(shard, name)
-        arrays, full_name = self._hold(shard)[1], f"{name} with slots"
-        if full_name not in arrays:
-            texts = self.texts(shard, name.replace("cat", "text"))
-            slots = SlotRows(self.plain(shard, name), texts, codec.cardinalities, codec.slots)
-            small = self._rows * codec.categories <= IN_MEMORY
-            arrays[full_name] = slots.whole() if small else slots  # type: ignore[assignment]
-        return arrays[full_name]
-
-    def texts(self, shard: int, name: str) -> TextRows:
-        """The texts of a shard's observations (`obs_text`) or actions (`act_text`)."""
-        folder, arrays = self._hold(shard)
-        if name not in arrays:
-            count = len(self.observation_codec.text_leaves)
-            columns: list[Any] = []
-            if count or self.action_codec.text_leaves:
-                columns = read_texts(folder / FILE)
-            columns = columns[:count] if name == "obs_text" else columns[count:]
-            rows = len(self.plain(shard, "reward"))
-            arrays[name] = TextRows(columns, rows)  # type: ignore[assignment]
-        return arrays[name]  # type: ignore[return-value]
-
-    @cached_property
-    def image_names(self) -> list[str]:
-        """The names of the observation's images among the arrays."""
-        return image_names(len(self.observation_codec.image_leaves))
-
-    def images(self, shard: int, name: str) -> ImageRows:
-        """The frames of one of `image_names` in a shard."""
-        folder, arrays = self._hold(shard)
-        if name not in arrays:
-            leaf = self.observation_codec.image_leaves[self.image_names.index(name)]
-            rows = len(self.plain(shard, "reward"))
-            arrays[name] = ImageRows.open(folder, name, rows, leaf.space)  # type: ignore[assignment]
-        return arrays[name]  # type: ignore[return-value]
-
-    def plain(self, shard: int, name: str) -> Array:
-        """A shard's array as it is stored: its categories hold no slots of texts."""
-        folder, arrays = self._hold(shard)
-        if name not in arrays:
-            arrays[name] = _load(folder / f"{name}.npy", mapped=True)
-        return arrays[name]
-
-    def _hold(self, shard: int) -> tuple[Path, dict[str, Array]]:
-        """A shard's folder, and its arrays that are mapped already."""
-        if shard not in self._open:
-            if self.most is not None and shard not in self._pinned:
-                # Hold one unpinned shard at a time, so that random reads need no further room.
-                self._release(set(self._open) - self._pinned)
-            files, unit = self._unit(shard)
-            self._open[shard] = files.hold(unit), {}
-        return self._open[shard]
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
         """As `gathered`, of one array."""
@@ -238,7 +134,7 @@ class Dataset:
         if self._table is not None:
             return self._table[self._starts[shard] : self._ends[shard]]
         files, _ = self._unit(shard)
-        return _load(files.hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
+        return load_array(files.hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
 
     def shard_options(self, shard: int) -> tuple[Array, Array]:
         """Reset options of n episodes: [n, k] numbers, [n, k] positions in `ResetOption.values`."""
@@ -247,8 +143,8 @@ class Dataset:
             return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
         files, _ = self._unit(shard)
         table = f"tables/{self.shards[shard]}"
-        numbers = _load(files.hold(f"{table}.task_numbers.npy"))
-        values = _load(files.hold(f"{table}.task_values.npy")).astype(np.int64)
+        numbers = load_array(files.hold(f"{table}.task_numbers.npy"))
+        values = load_array(files.hold(f"{table}.task_values.npy")).astype(np.int64)
         for column, positions in enumerate(self._positions[int(self.shard_part[shard])]):
             if positions is not None:
                 values[:, column] = positions[values[:, column]]
@@ -388,12 +284,3 @@ class Dataset:
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):
             yield self.episode(int(number))
-
-
-def _load(path: Path, mapped: bool = False) -> Array:
-    try:
-        array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        fix = "collect the data again, or restore it from a copy"
-        raise ArtifactError(f"{str(path)!r} is missing or damaged ({error}); {fix}") from error
-    return np.asarray(array)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -74,16 +74,19 @@ def decode_texts(characters: Array, min_length: int, codes: Array) -> tuple[str,
 
 
 class SlotRows:
-    """[rows, m] categories whose texts become slots of characters where they are read."""
+    """[rows, m] categories whose texts become slots of characters where they are read, and images
+    slots of codes.
+    """
 
     def __init__(
         self,
         plain: Array,
         texts: TextRows,
         cardinalities: tuple[int, ...],
-        slots: Callable[[Array, Array], Array],
+        slots: Callable[[Array, Array, Sequence[Array]], Array],
+        codes: Sequence[Any] = (),
     ):
-        self._plain, self._texts, self._slots = plain, texts, slots
+        self._plain, self._texts, self._slots, self._codes = plain, texts, slots, codes
         self.shape = len(plain), len(cardinalities)
         self.dtype = np.min_scalar_type(max(cardinalities, default=1) - 1)
         self.nbytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
@@ -105,5 +108,6 @@ class SlotRows:
         """The rows `at` [...], as [..., m] categories. `axis` must be 0."""
         assert axis == 0
         flat = at.reshape(-1)
-        slots = self._slots(self._plain.take(flat, axis=0), self._texts.take(flat))
+        codes = [rows.take(flat, axis=0) for rows in self._codes]
+        slots = self._slots(self._plain.take(flat, axis=0), self._texts.take(flat), codes)
         return slots.astype(self.dtype).reshape(*at.shape, self.shape[1])

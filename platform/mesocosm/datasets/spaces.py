@@ -9,7 +9,8 @@ numbers and the other categories (`texts`). Families of tensors read it as slots
 of at most L characters becomes L categories, 0 after its end, c for the c-th character of its
 sorted charset. A longer one has no slots (`slots`).
 
-An image (`images.is_image`) is stored as it is, too: `encode_stored` gives its frames.
+An image (`images.is_image`) is stored as it is, too: `encode_stored` gives its frames. With a
+tokenizer it is read as slots, too: the codes of its frames, position by position.
 """
 
 from __future__ import annotations
@@ -39,16 +40,25 @@ from mesocosm.datasets.slots import LONGEST, MOST, decode_texts, encode_texts, h
 from mesocosm.datasets.tables import table_of
 from mesocosm.datasets.texts import SHOWN
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.model.spec import TextSpan
+from mesocosm.model.spec import ImageSpan, TextSpan
+from mesocosm.model.tokenizer.frames import FrameTokenizer, as_bytes, as_dtype
 
 Array = NDArray[Any]
 
 
 class SpaceCodec:
-    """Encodes and decodes batches of one space. Raises UsageError where a leaf is not supported."""
+    """Encodes and decodes batches of one space. Raises UsageError where a leaf is not supported.
 
-    def __init__(self, space: Space, name: str = "observation"):
-        self.space = space
+    Args:
+        space: The space.
+        name: Of the space, for messages.
+        tokenizers: One for each image, or none: images then have no categories.
+    """
+
+    def __init__(
+        self, space: Space, name: str = "observation", tokenizers: Sequence[FrameTokenizer] = ()
+    ):
+        self.space, self.tokenizers = space, tuple(tokenizers)
         self.leaves: list[Leaf] = []
         self.text_leaves: list[Leaf] = []
         """The t leaves that are texts."""
@@ -62,11 +72,10 @@ class SpaceCodec:
         if not self.leaves:
             fix = "a world needs at least one number, category or text"
             raise UsageError(f"{name}: the space {space} has no parts; {fix}")
-        of_texts = [np.arange(self.categories)[leaf.categories] for leaf in self.text_leaves]
-        self.plain: Array = np.setdiff1d(
-            np.arange(self.categories), np.concatenate([[], *of_texts])
-        )
-        """Positions of the category columns that are no slots of a text"""
+        leaves = [*self.text_leaves, *self.image_leaves]
+        slots = [np.arange(self.categories)[leaf.categories] for leaf in leaves]
+        self.plain: Array = np.setdiff1d(np.arange(self.categories), np.concatenate([[], *slots]))
+        """Positions of the category columns that are no slots of a text or image"""
 
     @property
     def categories(self) -> int:
@@ -82,16 +91,25 @@ class SpaceCodec:
         ]
 
     @property
+    def images(self) -> list[ImageSpan]:
+        """The category columns that hold codes of images."""
+        return [
+            ImageSpan(leaf.categories.start, *tokenizer.grid, tokenizer.digits)
+            for leaf, tokenizer in zip(self.image_leaves, self.tokenizers, strict=False)
+        ]
+
+    @property
     def long_texts(self) -> list[Leaf]:
         """The texts that are too long for slots."""
         return [leaf for leaf in self.text_leaves if not has_slots(leaf.space)]
 
     def check_images(self) -> None:
-        """Raise UsageError where a leaf is an image."""
-        for leaf in self.image_leaves:
+        """Raise UsageError where a leaf is an image without a tokenizer."""
+        for leaf in self.image_leaves[len(self.tokenizers) :]:
             raise UsageError(
-                f"{leaf.name} is an image {list(leaf.shape)}, which datasets store and no world"
-                " learns yet; give features instead, or drop this key with a wrapper"
+                f"{leaf.name} is an image {list(leaf.shape)}, which only pretrain learns yet, by"
+                " model.family=sequence and data.tokenizer=ID (mesocosm tokenize); give features"
+                " instead, or drop this key with a wrapper"
             )
 
     def check_slots(self) -> None:
@@ -111,7 +129,7 @@ class SpaceCodec:
 
     @cached_property
     def plain_dtype(self) -> np.dtype[Any]:
-        """The smallest type of the categories that are no slots of a text."""
+        """The smallest type of the categories that are no slots of a text or image."""
         return np.min_scalar_type(max((self.cardinalities[i] for i in self.plain), default=1) - 1)
 
     def labels(self) -> list[str]:
@@ -154,6 +172,8 @@ class SpaceCodec:
                 cardinalities = (len(characters) + 1,) * space.max_length
         elif image is None:
             raise unsupported(space, name)
+        elif self.tokenizers:
+            cardinalities = self.tokenizers[image].sizes
         columns = slice(self.numbers, self.numbers + numbers), slice(m, m + len(cardinalities))
         self.leaves.append(
             Leaf(name, path, space, *columns, cardinalities, start, characters, text, image)
@@ -183,8 +203,10 @@ class SpaceCodec:
     def encode_leaves(self, columns: Sequence[Any], size: int) -> tuple[Array, Array]:
         """Encode `size` values given leaf by leaf, in the order of `leaves`, as `encode`."""
         self.check_images()
-        numbers, plain, texts = self.encode_stored(columns, size)
-        return numbers, self.slots(plain, texts)
+        numbers, plain, texts, *images = self.encode_stored(columns, size)
+        pairs = zip(self.tokenizers, images, strict=True)
+        codes = [tokenizer.encode(as_bytes(frames)) for tokenizer, frames in pairs]
+        return numbers, self.slots(plain, texts, codes)
 
     def encode_stored(self, columns: Sequence[Any], size: int) -> tuple[Array, ...]:
         """Encode `size` values given leaf by leaf, as a dataset stores them.
@@ -217,7 +239,7 @@ class SpaceCodec:
                 numbers[:, leaf.numbers] = flat
             else:
                 categories[:, leaf.categories] = checked_categories(leaf, leaf.start, flat)
-        if self.text_leaves:
+        if len(self.plain) < self.categories:
             categories = categories.take(self.plain, axis=1)
         return numbers, categories, texts, *images
 
@@ -226,9 +248,11 @@ class SpaceCodec:
         columns = [[_descend(value, leaf) for value in values] for leaf in self.leaves]
         return self.encode_stored(columns, len(values))
 
-    def slots(self, plain: Array, texts: Array) -> Array:
-        """Categories [B, m] of the stored categories and texts; long texts have none."""
-        if not self.text_leaves:
+    def slots(self, plain: Array, texts: Array, codes: Sequence[Array] = ()) -> Array:
+        """Categories [B, m] of the stored categories and texts, and of the codes [B, n] of each
+        image; long texts have none.
+        """
+        if len(self.plain) == self.categories:
             return plain
         categories = np.empty((len(plain), self.categories), np.int64)
         categories[:, self.plain] = plain
@@ -238,6 +262,8 @@ class SpaceCodec:
                 width = len(leaf.cardinalities)
                 slots = encode_texts(leaf.characters, width, texts[:, leaf.text])
                 categories[:, leaf.categories] = slots
+        for leaf, of_image in zip(self.image_leaves, codes, strict=True):
+            categories[:, leaf.categories] = of_image
         return categories
 
     def decode_stored(self, numbers: Array, plain: Array, texts: Array, *images: Array) -> Any:
@@ -261,8 +287,15 @@ class SpaceCodec:
         Integers are rounded and saturate at their dtype's range. A text that ends before its
         min_length continues with the first character; one without slots is empty.
         """
-        columns = (_decode_leaf(leaf, numbers, categories) for leaf in self.leaves)
-        return _build(self.space, columns)
+        self.check_images()
+
+        def column(leaf: Leaf) -> Any:
+            if leaf.image is not None:
+                frames = self.tokenizers[leaf.image].decode(categories[:, leaf.categories])
+                return as_dtype(frames, leaf.dtype)
+            return _decode_leaf(leaf, numbers, categories)
+
+        return _build(self.space, map(column, self.leaves))
 
     def unbatch(self, batch: Any) -> list[Any]:
         """Split a batch into its raw values."""

@@ -14,6 +14,7 @@ from mesocosm import checks
 from mesocosm.config import JobConfig
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import refuse_images
 from mesocosm.datasets.horizon import horizon_of
 from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
 from mesocosm.envs.make import EnvFacts
@@ -127,6 +128,7 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
         )
     datasets = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    refuse_images(codec, "propose")
     reality = _reality(cfg.reality, codec, datasets)
     facts = facts_for(reality, world.name, codec)
     agents = [acting.full_name(storage, agent) for agent in cfg.agents]

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.datasets.episode import Episode
-from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.report import report
 from mesocosm.model import rng
@@ -43,7 +42,7 @@ def imagine(
         where the world terminates or diverges, or after `horizon` steps.
     """
     codec, device = codec_of(world), world.device
-    columns = SpaceCodec(codec.observation_space)
+    columns = codec.observation_codec
     count = len(starts[0].numbers)
     row = torch.arange(count).repeat_interleave(samples)
     draw = torch.arange(samples).repeat(count)
@@ -84,7 +83,7 @@ def side_by_side(
         `report.trajectories`; rollouts are as long as the real episode at most.
     """
     shown = list(episodes[:count])
-    columns = SpaceCodec(codec_of(world).observation_space)
+    columns = codec_of(world).observation_codec
     horizon = min(report.STEPS, max(len(episode) for episode in shown))
     imagined = imagine(world, policy, starts_of(world, shown), horizon, seed, samples)
     pairs = []

@@ -15,7 +15,7 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.config import identity
 from mesocosm.data.analysis.evidence import Evidence
-from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, refuse_images
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
@@ -96,6 +96,7 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
         datasets = [storage.artifact("datasets", name) for name in names]
         world, dataset = load_any(artifact.path), Dataset([d.path for d in datasets])
         codec = batch_codec(world.codec)
+        refuse_images(codec, "evaluate")
         if isinstance(world, TextWorld):
             check_text_config(config)
         check_dataset(dataset, codec)

@@ -77,7 +77,9 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
             " would train in a world that no evaluation has passed; run pretrain, evaluate and"
             " train-agent one by one"
         )
-    prepare.check_texts(*facts.spaces, cfg.pretrain.model.family)
+    observation, action = facts.spaces
+    codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
+    prepare.check_leaves(*codecs, cfg.pretrain.model)
     horizon = None
     if facts.max_episode_steps is not None:
         horizon = Horizon(facts.max_episode_steps, "time limit of the environment")

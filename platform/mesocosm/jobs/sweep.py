@@ -64,8 +64,8 @@ class Sweep(Job[SweepConfig, SweepPlan]):
             dataset = prepare.open_datasets(storage, config.data.datasets)
         except ArtifactError as error:
             raise UsageError(str(error)) from error
-        spaces = dataset.observation_space, dataset.action_space
-        prepare.check_texts(*spaces, config.model.family)
+        codecs = dataset.observation_codec, dataset.action_codec
+        prepare.check_leaves(*codecs, config.model)
         facts = config.table_identity()
         trained = facts, dataset.ids, resolved_precision(config, cluster)
         versions = VERSIONS["pretrain"], VERSIONS["sweep"]

@@ -1,9 +1,9 @@
 """The job `tokenize`: frames of datasets -> a frozen tokenizer, and the codes of the datasets.
 
-A dictionary of patches is fitted to the training split, without a gradient step. Each shard's
-counts and codes are stored as they are made (`runs/tokens/ID`), so that a job that was killed goes
-on after them when it is run again. With `tokenizer`, new codes are appended to an earlier one's,
-whose codes keep their meaning: worlds of it stay valid.
+A dictionary of patches is fitted to the training split without a gradient step, fsq is trained
+(`kind`). Each shard's counts and codes are stored as they are made (`runs/tokens/ID`), so that a
+job that was killed goes on after them when it is run again. With `tokenizer`, new codes are
+appended to an earlier one's, whose codes keep their meaning: worlds of it stay valid.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from mesocosm import checks
 from mesocosm.config import JobConfig, identity
 from mesocosm.data.tokens.counting import MEMORY, MOST_CODES
-from mesocosm.data.tokens.making import StoredParts, encode, fit, spread
+from mesocosm.data.tokens.making import (
+    DICTIONARY,
+    FSQ,
+    KINDS_OR_AUTO,
+    FitSettings,
+    StoredParts,
+    encode,
+    fit,
+    spread,
+)
 from mesocosm.data.tokens.reading import PAGE, REPORT, Tokenizers
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.leaf import Leaf
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.report import tokenizer_page
 from mesocosm.job import Job, Plan
-from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
@@ -45,16 +54,23 @@ class TokenizeData:
 @dataclass
 class TokenizeConfig(JobConfig):
     data: TokenizeData = field(default_factory=TokenizeData)
+    kind: str = "auto"
+    """`dictionary`: a table of patches, exact for sprites, tiles and screens, without training.
+    `fsq`: two small networks of patches, which are trained. `auto`: for each image a dictionary
+    where it has a code for 99.9% of the patches, else fsq.
+    """
+    steps: int = 4000
+    """Training steps of fsq, of 256 patches each."""
     patch: int | None = None
     """Pixels of a patch's side, which divides height and width of every image. Defaults to that of
     `tokenizer`, or to 8.
     """
     codes: int = 4096
     """The most codes of an image's dictionary: the most frequent patches of the training split
-    have one.
+    have one. (A position of fsq has 4 digits of 8 levels.)
     """
     tokenizer: str | None = None
-    """A tokenizer to grow: its codes come first. Its worlds stay valid."""
+    """A tokenizer of dictionaries to grow: its codes come first. Its worlds stay valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +87,14 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
 
     Raises:
         UsageError: A dataset or tokenizer is unknown, there is no image, the patch does not fit,
-            the dictionary is too large, or all frames are alike.
+            the dictionary is too large, a learned tokenizer is to grow, or all frames are alike.
     """
 
     name, kind, config = "tokenize", "tokenizers", TokenizeConfig
 
     def resolve(self, config: TokenizeConfig, storage: Storage) -> Tokenization:
+        checks.one_of(config, KINDS_OR_AUTO, "kind")
+        checks.at_least(config, 1, "steps")
         names = config.data.datasets
         if not names:
             raise UsageError("data.datasets must name a dataset, got []; try data.datasets=[ID]")
@@ -92,9 +110,16 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
             artifact = storage.artifact("tokenizers", config.tokenizer)
             old, old_name = Tokenizers.load(artifact.path), artifact.name
             old.check(leaves, old_name)
+            if config.kind == FSQ or any(one.kind != DICTIONARY for one in old.each):
+                kinds = ", ".join(one.kind for one in old.each)
+                raise UsageError(
+                    f"tokenizer={config.tokenizer} must be of dictionaries to grow, got {kinds} and"
+                    f" kind={config.kind}: a learned tokenizer that is trained again gives other"
+                    " codes; make a new one without tokenizer"
+                )
         patch = _patch(config, leaves, old)
         _check_codes(config, leaves, patch, old)
-        facts = identity(config, without=["data", "tokenizer", "patch", "seed"]) | {"patch": patch}
+        facts = identity(config, without=["data", "tokenizer"]) | {"patch": patch}
         inputs = {"datasets": dataset.ids}
         if old_name is not None:
             inputs["tokenizers"] = [old_name.partition("/")[2]]
@@ -111,7 +136,7 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
         )
 
     def summary(self, plan: Tokenization) -> dict[str, Any]:
-        images = []
+        config, images = plan.config, list[dict[str, Any]]()
         for leaf in plan.leaves:
             height, width, channels = leaf.shape
             count = (height // plan.patch) * (width // plan.patch)
@@ -120,17 +145,18 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
                     "image": leaf.name,
                     "pixels": f"{height} x {width} x {channels}",
                     "codes a frame": count,
-                    "bytes a frame": f"{count * (1 if plan.config.codes <= 256 else 2)} at most",
+                    "bytes a frame": f"{count * (2 if config.kind == DICTIONARY else 4)} at most",
                 }
             )
         return {
             "tokenizer": f"tokenizers/{plan.id}",
-            "kind": PatchDictionary.kind,
+            "kind": config.kind,
             "from": ", ".join(plan.inputs["datasets"]),
             "grows": plan.old_name or "none",
             "frames": plan.frames,
             "patch": f"{plan.patch} x {plan.patch} pixels",
-            "codes": f"at most {plan.config.codes}",
+            "codes": f"at most {config.codes} of a dictionary",
+            "steps": f"{config.steps} of fsq" if config.kind != DICTIONARY else "none",
             "images": images,
             "price": "nothing: no real step is taken",
         }
@@ -139,8 +165,9 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
         ids = plan.inputs["datasets"]
         dataset = Dataset([open_partial(run.storage, "datasets", id) for id in ids])
         parts = StoredParts(run.storage, plan.id)
-        codes = plan.config.codes
-        fitted = fit(plan.leaves, plan.patch, codes, plan.old, dataset, parts, run)
+        config = plan.config
+        settings = FitSettings(config.kind, plan.patch, config.codes, config.steps, config.seed)
+        fitted = fit(plan.leaves, settings, plan.old, dataset, parts, run)
         report = encode(dataset, fitted, parts, run)
         run.log(_metrics(report["images"]))
         pictures = [

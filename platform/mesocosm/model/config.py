@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.ladder import LADDERS, dims
 
 FAMILIES = tuple(LADDERS)
+SEQUENCE = "sequence"
+"""The family with history and a decoder inside the step."""
 LANGUAGE = "language"
 """The family that reads and writes texts."""
 LEAST_VOCABULARY = 259
 """All bytes, and the three marks of a stream."""
 ADDED: Any = {"added": True}
 """Metadata of a key that ids do not contain at its default, because worlds are older than it."""
+
+OF_IMAGES: Any = {"added": True, "images": True}
+"""The same of a key that only worlds of images read."""
 
 
 @dataclass
@@ -53,6 +58,10 @@ class ModelConfig:
     """
     context: int = 16
     """W: steps of history in a window (sequence), or tokens (language)."""
+    group: int = field(default=1, metadata=OF_IMAGES)
+    """Positions of a frame whose codes are drawn at once, independent of each other given those
+    before (sequence). More take fewer passes and are less exact; 1 draws one code after another.
+    """
     components: int = 3
     """Logistics in the mixture density of a number (sequence)."""
     vocabulary: int = field(default=1024, metadata=ADDED)
@@ -69,7 +78,9 @@ class ModelConfig:
             hint = f"got {self.family!r}{nearest(self.family, FAMILIES)}"
             raise UsageError(f"model.family must be one of {', '.join(FAMILIES)}, {hint}")
         dims(self.size)
-        least = dict(members=1, base_hidden=1, base_steps=0, head_steps=1, context=1, components=1)
+        least = dict(
+            members=1, base_hidden=1, base_steps=0, head_steps=1, context=1, components=1, group=1
+        )
         for key, low in least.items():
             if getattr(self, key) < low:
                 raise UsageError(f"model.{key} must be >= {low}, got {getattr(self, key)}")
@@ -94,14 +105,19 @@ class ModelConfig:
 
     def added(self) -> list[str]:
         """The keys of ADDED that are not at their defaults."""
+        return [field.name for field in self._changed() if field.metadata == ADDED]
+
+    def _changed(self) -> list[Field[Any]]:
+        """The keys that worlds may be older than and that are not at their defaults."""
         default = ModelConfig()
-        keys = [field.name for field in fields(self) if field.metadata == ADDED]
-        return [key for key in keys if getattr(self, key) != getattr(default, key)]
+        added = (field for field in fields(self) if field.metadata.get("added"))
+        return [f for f in added if getattr(self, f.name) != getattr(default, f.name)]
 
     def to_json(self) -> dict[str, Any]:
-        """The keys, without those of ADDED that are at their defaults."""
-        added, absent = self.added(), {f.name for f in fields(self) if f.metadata == ADDED}
-        return {k: v for k, v in asdict(self).items() if k not in absent or k in added}
+        """The keys, without those that worlds may be older than and that are at their defaults."""
+        changed = {field.name for field in self._changed()}
+        absent = {field.name for field in fields(self) if field.metadata.get("added")} - changed
+        return {k: v for k, v in asdict(self).items() if k not in absent}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ModelConfig:

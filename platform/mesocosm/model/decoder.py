@@ -1,12 +1,14 @@
 """The decoder inside a step: an autoregressive transformer over slots of numbers and categories.
 
-Slot i's distribution depends on a context and on the values of slots 0 .. i-1. K members are
-evaluated at once. Each has its own parameters and its own view of the numbers (their residual over
+Slot i's distribution depends on a context and on the values of slots 0 .. i-1; with groups of an
+image's codes (`model.group`), on the values of the groups before its own. K members are evaluated
+at once. Each has its own parameters and its own view of the numbers (their residual over
 its own base); all see one sample.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -45,16 +47,58 @@ def slot_order(part: PartSpec) -> Order:
     return (*numbers, *categories)
 
 
+def slot_groups(part: PartSpec, order: Order, group: int) -> list[slice]:
+    """The groups of slots that are drawn at once: `group` positions of an image, else a slot.
+
+    Args:
+        part: The slots, whose images may have groups.
+        order: As `slot_order` gives it.
+        group: Positions of an image.
+    """
+    ends = {
+        image.start + min(first + group * image.digits, image.length)
+        for image in part.images
+        for first in range(0, image.length, group * image.digits)
+    }
+    inside = {j for image in part.images for j in range(image.start, image.start + image.length)}
+    groups, first = [], 0
+    for slot, (kind, j) in enumerate(order):
+        if kind == "number" or j not in inside or j + 1 in ends:
+            groups.append(slice(first, slot + 1))
+            first = slot + 1
+    return groups
+
+
 class SlotBlock(TransformerBlock):
     """Causal attention among the slots of a step, then SwiGLU."""
 
-    def forward(self, x: Tensor, slots: int) -> Tensor:
-        """[K, N * S, d], slots innermost -> the same."""
+    def forward(self, x: Tensor, slots: int, mask: Tensor | None = None) -> Tensor:
+        """[K, N * S, d], slots innermost -> the same. `mask` [S, S] bool: which slots each slot
+        sees; by default those before it and itself.
+        """
         k, rows, d = x.shape
         qkv = self.qkv(self.norm_1(x)).view(k * rows // slots, slots, 3, self.heads, self.head)
         q, key, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = v if slots == 1 else F.scaled_dot_product_attention(q, key, v, is_causal=True)
+        attended = v
+        if mask is not None:
+            attended = F.scaled_dot_product_attention(q, key, v, attn_mask=mask)
+        elif slots > 1:
+            attended = F.scaled_dot_product_attention(q, key, v, is_causal=True)
         return self.residual(x, attended.transpose(1, 2).reshape(k, rows, d))
+
+    def group(self, x: Tensor, cache: Tensor, first: int) -> Tensor:
+        """The same for a group of G slots x [K, G, N, d] from `first` on, which see each other;
+        `cache` [2, S, K, N, heads, head] takes them.
+        """
+        k, g, rows, d = x.shape
+        flat = x.reshape(k, g * rows, d)
+        qkv = self.qkv(self.norm_1(flat)).view(k, g, rows, 3, self.heads, self.head)
+        q, key, v = qkv.unbind(3)
+        end = first + g
+        cache[0, first:end], cache[1, first:end] = key.transpose(0, 1), v.transpose(0, 1)
+        score = torch.einsum("tkmhd,kgmhd->kgmht", cache[0, :end], q) * self.head**-0.5
+        attended = torch.einsum("kgmht,tkmhd->kgmhd", score.softmax(-1), cache[1, :end])
+        return self.residual(flat, attended.reshape(k, g * rows, d)).view(k, g, rows, d)
 
     def step(self, x: Tensor, cache: Tensor, slot: int) -> Tensor:
         """The same for x [K, N, d] at `slot`; `cache` [2, S, K, N, heads, head] takes it."""
@@ -117,6 +161,19 @@ class Decoder(nn.Module):
 
         self.bins = Constant(torch.tensor(part.bins))
         self.offsets = Constant(first_rows(cardinalities))
+        self.groups = slot_groups(part, order, config.group)
+        self.grouped = len(self.groups) < self.slots
+        number = [i for i, group in enumerate(self.groups) for _ in range(group.start, group.stop)]
+        numbers_of = torch.tensor(number)
+        self.mask = Constant(numbers_of <= numbers_of.unsqueeze(1))
+        # The slot of the next group that reads each slot's value: that of the same place, or the
+        # last one.
+        readers = [
+            min(slot - group.start + following.start, following.stop - 1)
+            for group, following in itertools.pairwise(self.groups)
+            for slot in range(group.start, group.stop)
+        ]
+        self.readers = Constant(torch.tensor(readers, dtype=torch.int64))
         # The column of each slot's value when (numbers, categories) lie side by side.
         columns = [j if kind == "number" else numbers + j for kind, j in order]
         self.columns = Constant(torch.tensor(columns, dtype=torch.int64))
@@ -133,11 +190,16 @@ class Decoder(nn.Module):
         k, n, s = self.members, numbers.shape[0], self.slots
         x = self.slot.unsqueeze(1) + self.project(context).unsqueeze(2)
         if s > 1:
-            values = self._values(r, numbers, categories)[:, :, self.columns(r)[:-1]]
-            x = x + F.pad(values, (0, 0, 1, 0))
+            last = self.groups[-1].start
+            values = self._values(r, numbers, categories)[:, :, self.columns(r)[:last]]
+            if self.grouped:
+                x = x.index_add(2, self.readers(r), values)
+            else:
+                x = x + F.pad(values, (0, 0, 1, 0))
         x = x.reshape(k, n * s, -1)
+        mask = self.mask(r) if self.grouped else None
         for block in self.blocks:
-            x = block(x, s)
+            x = block(x, s, mask)
         x = self.norm(x).view(k, n, s, -1)
         params, logits = r.new_zeros(k, n, 0, density.PARAMS), r.new_zeros(k, n, 0, 1)
         if self.density is not None and self.density_bias is not None:
@@ -231,7 +293,13 @@ class Decoder(nn.Module):
         numbers = u.new_empty(k, m, self.part.numbers)
         categories = keys.new_empty(k, m, len(self.part.categories))
         value: Tensor | None = None
-        for slot, (kind, j) in enumerate(self.order):
+        for group in self.groups:
+            slot, (kind, j) = group.start, self.order[group.start]
+            if group.stop - slot > 1:
+                value = self._draw_group(group, x0, value, caches, u[:, :, group, 0], categories)
+                continue
+            if value is not None and value.dim() == 4:
+                value = value.sum(1)
             x = x0[:, slot].expand(k, m, -1) if value is None else x0[:, slot] + value
             for block, cache in zip(blocks, caches, strict=True):
                 x = block.step(x, cache, slot)
@@ -256,6 +324,50 @@ class Decoder(nn.Module):
                 if self.table is not None and not last:
                     value = self.table[category + offsets[j], members]
         return numbers, categories
+
+    def _draw_group(
+        self,
+        group: slice,
+        x0: Tensor,
+        value: Tensor | None,
+        caches: list[Tensor],
+        u: Tensor,
+        categories: Tensor,
+    ) -> Tensor | None:
+        """Draw a group of codes into `categories` [K, M, m].
+
+        Args:
+            group: Its slots, G of them.
+            x0: [K, S, M, d], what slots read beside values.
+            value: [K, M, d] or [K, G', M, d], the embedding of the last slot or group.
+            caches: As `SlotBlock.group` reads and fills them.
+            u: [K, M, G] uniforms.
+            categories: Takes the codes.
+
+        Returns:
+            [K, G, M, d]: the embeddings of the codes; None after the last group.
+        """
+        assert self.logits is not None and self.logits_bias is not None and self.table is not None
+        first = self.order[group.start][1]
+        columns = slice(first, first + group.stop - group.start)
+        x = x0[:, group].expand(-1, -1, u.shape[1], -1)
+        if value is not None:
+            value = value.unsqueeze(1) if value.dim() == 3 else value
+            before = self.groups[self.groups.index(group) - 1]
+            x = x.index_add(1, self.readers(u)[before] - group.start, value)
+        for block, cache in zip(cast(list[SlotBlock], list(self.blocks)), caches, strict=True):
+            x = block.group(x, cache, group.start)
+        k, g, m, d = x.shape
+        logits = self.logits(self.norm(x.reshape(k, g * m, d))).float().view(k, g, m, -1)
+        logits = logits + self.logits_bias[:, columns].unsqueeze(2)
+        allowed = torch.stack([self.allowed.at(j, categories) for j in range(first, columns.stop)])
+        logits = logits.masked_fill(~allowed.unsqueeze(1), -torch.inf)
+        drawn = density.categorical(logits, u.transpose(1, 2))
+        categories[..., columns] = drawn.transpose(1, 2)
+        if group.stop == self.slots:
+            return None
+        members = torch.arange(k, device=u.device)[:, None, None]
+        return self.table[drawn + self.offsets(u)[columns].unsqueeze(-1), members]
 
 
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:

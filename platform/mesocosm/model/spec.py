@@ -24,6 +24,21 @@ class TextSpan:
 
 
 @dataclass(frozen=True)
+class ImageSpan:
+    """Consecutive category slots of one image's codes: row by row, `digits` slots a position."""
+
+    start: int
+    rows: int
+    columns: int
+    digits: int
+
+    @property
+    def length(self) -> int:
+        """The number of slots."""
+        return self.rows * self.columns * self.digits
+
+
+@dataclass(frozen=True)
 class TableSpan:
     """The columns of an observation that are a table of N slots."""
 
@@ -52,6 +67,7 @@ class PartSpec:
     """
     table: TableSpan | None = None
     """Columns whose slots share their weights."""
+    images: tuple[ImageSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,9 @@ class Spec:
             if values[name] is None:
                 del values[name]
         for name in ("observation", "action", "task"):
-            if values[name]["table"] is None:
-                del values[name]["table"]
+            for field in ("table", "images"):
+                if not values[name][field]:  # worlds are older than these
+                    del values[name][field]
         return values
 
     def seconds(self, duration: Tensor) -> Tensor:
@@ -129,7 +146,8 @@ class Spec:
             if table is not None:
                 rows = {key: tuple(map(tuple, table[key])) for key in ("numbers", "categories")}
                 table = TableSpan(**{**table, **rows})
-            values[name] = PartSpec(part["numbers"], **lists, table=table)
+            images = tuple(ImageSpan(**image) for image in part.get("images", ()))
+            values[name] = PartSpec(part["numbers"], **lists, table=table, images=images)
         if values["reward_values"] is not None:
             values["reward_values"] = tuple(values["reward_values"])
         return Spec(**values)

@@ -198,9 +198,9 @@ class Game:
         if moment is None:
             return None
         pair = [episode.observations[0], moment.observation]
-        numbers, categories, texts = self._columns.stored_list(pair)
+        numbers, *others = self._columns.stored_list(pair)
         same = np.allclose(numbers[0], numbers[1], rtol=1e-5, atol=1e-6)  # a log may be float32
-        if same and all((part[0] == part[1]).all() for part in (categories, texts)):
+        if same and all((part[0] == part[1]).all() for part in others):
             return moment
         self.real.stop("reality's reset with the logged seed gave another first observation")
         return None
@@ -317,10 +317,11 @@ class Game:
     def _difference(self, imagined: Any, real: Any) -> Difference | None:
         """How far the observations differ; None where the real one is not of its space."""
         try:
-            numbers, categories, texts = self._columns.stored_list([imagined, real])
+            numbers, categories, texts, *images = self._columns.stored_list([imagined, real])
         except MesocosmError:
             return None
         others = int((categories[0] != categories[1]).sum() + (texts[0] != texts[1]).sum())
+        others += sum(bool((frames[0] != frames[1]).any()) for frames in images)
         if not isinstance(self.codec, Codec) or not numbers.shape[1]:
             return Difference(None, others)
         deviations = (numbers[0] - numbers[1]) / self.codec.number_columns.observation.scale

@@ -87,7 +87,7 @@ class SweepConfig(JobConfig):
             config, plain = (getattr(c, block) if block else c for c in (self, default))
             if (value := getattr(config, name)) != getattr(plain, name):
                 raise UsageError(f"{key}={value} is not read by a sweep; give {fix}=[{value}]")
-        for key in ("weights", "block", "cache_gib"):
+        for key in ("weights", "block", "cache_gib", "tokenizer"):
             if (value := getattr(self.data, key)) is not None:
                 fix = "leave it out, or pretrain the sizes one by one"
                 raise UsageError(f"data.{key}={value} is not read by a sweep; {fix}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesocosm import checks
-from mesocosm.config import JobConfig, identity
+from mesocosm.config import ADDED, JobConfig, identity
 from mesocosm.envs.config import KnownConfig
 from mesocosm.errors import UsageError
 from mesocosm.model.config import LANGUAGE, ModelConfig
@@ -39,6 +39,8 @@ class DataConfig:
     """Size limit in GiB of a machine's cache of a remote root's shards, shared by all its jobs that
     set it. Defaults to no limit.
     """
+    tokenizer: str | None = field(default=None, metadata=ADDED)
+    """`tokenizers/ID`, by which the observation's images are learned (`mesocosm tokenize`)."""
 
     def validate(self) -> None:
         """Raise UsageError that names the key, its value and the fix."""

@@ -17,13 +17,13 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.data.tokens.reading import tokenized
 from mesocosm.datasets.dataset import Dataset, Split
-from mesocosm.datasets.leaf import Space
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
-from mesocosm.model.config import LANGUAGE, ModelConfig
+from mesocosm.model.config import LANGUAGE, SEQUENCE, ModelConfig
 from mesocosm.model.spec import Spec
 from mesocosm.model.start import ANCHORS
 from mesocosm.store.artifacts import Storage
@@ -40,28 +40,50 @@ AnyCodec = Codec | TextCorpus
 AnyLoader = Loader | TextLoader
 
 
-def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
+def open_datasets(
+    storage: Storage, ids: list[str], cache_gib: float | None = None, tokenizer: str | None = None
+) -> Dataset:
     """The finished datasets, as one; their shards are fetched and verified when they are read.
 
+    Args:
+        storage: Where they are.
+        ids: Of the datasets.
+        cache_gib: `data.cache_gib`.
+        tokenizer: The tokenizer by whose codes images are read.
+
     Raises:
-        UsageError, ArtifactError: A dataset is missing, damaged or of another environment.
+        UsageError, ArtifactError: A dataset or the tokenizer is missing, damaged or of another
+            environment.
     """
     limit = None if cache_gib is None else int(cache_gib * 2**30)
-    return Dataset([open_partial(storage, "datasets", id, limit) for id in ids])
+    dataset = Dataset([open_partial(storage, "datasets", id, limit) for id in ids])
+    return dataset if tokenizer is None else tokenized(dataset, storage, tokenizer)
 
 
-def check_texts(observation: Space, action: Space, family: str) -> None:
-    """Raise UsageError where a leaf is an image, or a text too long for a family of tensors.
+def check_leaves(observation: SpaceCodec, action: SpaceCodec, model: ModelConfig) -> None:
+    """Raise UsageError where a model cannot learn a leaf (an image without a tokenizer, or a text
+    too long for slots), or has groups without an image.
 
     Args:
-        observation: The observation space.
-        action: The action space.
-        family: `model.family`.
+        observation: The codec of observations.
+        action: The codec of actions.
+        model: Its family and group are read.
     """
-    for codec in (SpaceCodec(observation, "observation"), SpaceCodec(action, "action")):
+    family = model.family
+    for codec in (observation, action):
         codec.check_images()
         if family != LANGUAGE:
             codec.check_slots()
+    if observation.tokenizers and family != SEQUENCE:
+        raise UsageError(
+            f"model.family must be {SEQUENCE} with data.tokenizer, got {family}: the codes of a"
+            " frame are drawn one after another, which no other family does"
+        )
+    if model.group > 1 and not observation.tokenizers:
+        raise UsageError(
+            f"model.group must be left out without data.tokenizer, got {model.group}; it is read by"
+            " worlds of images"
+        )
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:

@@ -87,7 +87,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         config.validate()
         data, train = config.data, config.train
         try:
-            dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib)
+            dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib, data.tokenizer)
         except ArtifactError as error:
             raise UsageError(str(error)) from error
         gpus, precision = train.gpus_per_worker, train.precision
@@ -100,11 +100,17 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         if precision == "auto":
             precision = "bf16" if gpus else "fp32"
         config = replace(config, train=replace(train, gpus_per_worker=gpus, precision=precision))
-        ids = dataset.ids
-        order = {key: getattr(data, key) for key in ("unique", "weights", "block")}
+        ids, inputs = dataset.ids, {"datasets": dataset.ids}
+        if data.tokenizer is not None:
+            inputs["tokenizers"] = [storage.find_commit("tokenizers", data.tokenizer)["id"]]
+            config = replace(config, data=replace(data, tokenizer=inputs["tokenizers"][0]))
+            data = config.data
+        keys = ("unique", "weights", "block", "tokenizer")
+        order = {key: getattr(data, key) for key in keys}
         order = {key: value for key, value in order.items() if value is not None}
         spaces = dataset.observation_space, dataset.action_space
-        prepare.check_texts(*spaces, config.model.family)
+        codecs = dataset.observation_codec, dataset.action_codec
+        prepare.check_leaves(*codecs, config.model)
         functions = known.load(config.known)
         known.check_spaces(functions, *spaces)
         facts = world_identity(config)
@@ -114,7 +120,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             facts["known"] = {part: function.identity for part, function in functions.items()}
         return Pretraining(
             config=config,
-            inputs={"datasets": ids},
+            inputs=inputs,
             facts=facts,
             id=self.hash(facts | {"data": {"datasets": ids} | order if order else ids}),
             dataset=dataset,

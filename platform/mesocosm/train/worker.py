@@ -76,7 +76,8 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
 
-    dataset = prepare.open_datasets(storage, work.data.datasets, work.data.cache_gib)
+    data = work.data
+    dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib, data.tokenizer)
     codec = prepare.fitted_codec(storage, folder, dataset, work.model)
     dataset = prepare.narrowed(dataset, work.data.unique, work.seed)
     base = None

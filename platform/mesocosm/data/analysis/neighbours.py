@@ -364,7 +364,7 @@ def _features(
         elif leaf.characters is not None:
             blocks.append(_pairs(codes))
             columns += 1
-        elif leaf.start is not None:
+        elif leaf.start is not None or leaf.image is not None:
             blocks += [_one_hot(codes[:, i], size) for i, size in enumerate(leaf.cardinalities)]
             columns += len(leaf.cardinalities)
     return (np.concatenate(blocks, 1) / np.sqrt(max(columns, 1))).astype(np.float32)

@@ -10,7 +10,7 @@ datasets begin alike have comparable nats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,53 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
+from mesocosm.data.loading.columns import LeafColumns, NumberColumns
 from mesocosm.data.loading.groups import mask_span, table_span
 from mesocosm.data.loading.normalize import SHORTEST_S, Scaling, integer_columns, statistics
 from mesocosm.data.loading.raw import raw_leaves
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.model.known import Known, KnownFunction, RawSpace
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
+from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.tokenizer.kinds import tokenizer_from_json, tokenizer_to_json
 
 Array = NDArray[Any]
 SCHEMA = 1
-
-
-class _Columns:
-    """The number and category columns of some leaves."""
-
-    def __init__(self, leaves: Sequence[Leaf]):
-        slices = [[leaf.numbers for leaf in leaves], [leaf.categories for leaf in leaves]]
-        self.numbers, self.categories = (
-            np.array([i for part in parts for i in range(part.start, part.stop)], np.int64)
-            for parts in slices
-        )
-
-    def __len__(self) -> int:
-        return len(self.numbers) + len(self.categories)
-
-    def texts(self, codec: SpaceCodec) -> tuple[TextSpan, ...]:
-        """The texts among the categories, counted within them."""
-        position = {column: i for i, column in enumerate(self.categories.tolist())}
-        return tuple(
-            TextSpan(position[text.start], text.length, text.min_length)
-            for text in codec.texts
-            if text.start in position
-        )
-
-
-@dataclass(frozen=True)
-class NumberColumns:
-    """The layout of spaces of numbers only, flattened in their own order."""
-
-    body: Array  # [n] int64: columns of an observation that the world predicts
-    task: Array  # [k] int64: columns of an observation that hold the task
-    observation: Scaling  # of all columns
-    action: Scaling
 
 
 class Codec:
@@ -92,8 +60,8 @@ class Codec:
         self._delta_scale = delta_scale
         """[n] standard deviation of the one-step change of each number of the observation"""
         task = {leaf.path for key in environment["task"] for leaf in observation.matching(key)}
-        self._task = _Columns([leaf for leaf in observation.leaves if leaf.path in task])
-        self._body = _Columns([leaf for leaf in observation.leaves if leaf.path not in task])
+        self._task = LeafColumns([leaf for leaf in observation.leaves if leaf.path in task])
+        self._body = LeafColumns([leaf for leaf in observation.leaves if leaf.path not in task])
         """The columns that are predicted."""
         self.mask = mask_span(observation, action, self._body.categories)
         """The categories of an observation that are the mask of the actions (`datasets.masks`);
@@ -117,11 +85,13 @@ class Codec:
         sizes = tuple(len(self.options[i].values or ()) for i in self._option_categories)
         integers, zero = integer_columns(observation), self._scalings["observation"].zero()
 
-        def part(columns: _Columns, scaling: Scaling) -> PartSpec:
+        def part(columns: LeafColumns, scaling: Scaling) -> PartSpec:
             grid = tuple(zero[i] if integers[i] else None for i in columns.numbers.tolist())
             categories = tuple(observation.cardinalities[i] for i in columns.categories.tolist())
             texts = columns.texts(observation)
-            return PartSpec(len(columns.numbers), scaling.bins(), categories, texts, grid)
+            images = columns.images(observation)
+            bins = scaling.bins()
+            return PartSpec(len(columns.numbers), bins, categories, texts, grid, images=images)
 
         table = table_span(observation, action, self._body.numbers, self._body.categories)
         task = part(self._task, self._task_scaling)
@@ -142,6 +112,7 @@ class Codec:
                 task.categories + sizes,
                 task.texts,
                 task.grid + (None,) * of_options,
+                images=task.images,
             ),
             **rest,
         )
@@ -165,6 +136,7 @@ class Codec:
         return Codec(*codecs, environment, dataset.options, scalings, change, rest)
 
     def to_json(self) -> dict[str, Any]:
+        tokenizers = [tokenizer_to_json(one) for one in self._observation.tokenizers]
         return {
             "schema": SCHEMA,
             "environment": self.environment,
@@ -174,6 +146,7 @@ class Codec:
             "scalings": {name: scaling.to_json() for name, scaling in self._scalings.items()},
             "delta_scale": self._delta_scale.tolist(),
             "spec": self._rest,
+            **({"tokenizers": tokenizers} if tokenizers else {}),
         }
 
     @staticmethod
@@ -185,7 +158,11 @@ class Codec:
                 " pretrain the world again"
             )
         return Codec(
-            SpaceCodec(space_from_json(data["observation_space"]), "observation"),
+            SpaceCodec(
+                space_from_json(data["observation_space"]),
+                "observation",
+                [tokenizer_from_json(one) for one in data.get("tokenizers", ())],
+            ),
             SpaceCodec(space_from_json(data["action_space"]), "action"),
             data["environment"],
             [ResetOption(**option) for option in data["options"]],
@@ -197,6 +174,16 @@ class Codec:
     @cached_property
     def id(self) -> str:
         return fingerprint("codec", self.to_json())
+
+    @property
+    def observation_codec(self) -> SpaceCodec:
+        """The columns of observations."""
+        return self._observation
+
+    @property
+    def action_codec(self) -> SpaceCodec:
+        """The columns of actions."""
+        return self._action
 
     @property
     def observation_space(self) -> Any:

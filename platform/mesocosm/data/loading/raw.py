@@ -32,6 +32,11 @@ def raw_leaves(
 
 
 def _leaf(leaf: Leaf, scale: NDArray[np.float64], mean: NDArray[np.float64]) -> RawLeaf:
+    if leaf.image is not None:
+        raise UsageError(
+            f"known functions must receive tensors of values, and {leaf.name} is an image; leave"
+            " known out"
+        )
     if leaf.characters is not None:
         raise UsageError(
             f"known functions must receive tensors, and {leaf.name} is a text; leave known out, or"

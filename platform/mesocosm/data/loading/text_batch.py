@@ -98,6 +98,21 @@ def batch_codec(values: Mapping[str, Any]) -> AnyBatchCodec:
     return Codec.from_json(values)
 
 
+def refuse_images(codec: AnyBatchCodec, user: str) -> None:
+    """Raise UsageError where a world is one of images.
+
+    Args:
+        codec: Of the world.
+        user: The job that cannot use such worlds, for the message.
+    """
+    if isinstance(codec, Codec) and codec.observation_codec.tokenizers:
+        raise UsageError(
+            f"{user} cannot use a world of images yet, got one of"
+            f" {', '.join(leaf.name for leaf in codec.observation_codec.image_leaves)}; step in it"
+            " by mesocosm.WorldVectorEnv"
+        )
+
+
 def start_texts(
     dataset: Dataset, codec: TextCodec, split: Split = "train", limit: int | None = None
 ) -> tuple[Texts, Texts]:

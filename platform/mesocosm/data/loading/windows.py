@@ -145,6 +145,9 @@ def observation_parts(
 
 
 def _parts(dataset: Dataset, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
+    tokenizers = codec.observation_codec.tokenizers
+    if tokenizers and not dataset.observation_codec.tokenizers:
+        dataset = dataset.tokenized(tokenizers)
     table = dataset.table[episodes]
     rows = table["first_row"] + steps
     arrays = dataset.gathered(table["shard"], {"obs_num": rows, "obs_cat": rows})

@@ -30,6 +30,9 @@ class PatchCounts:
     def __init__(self, name: str, patch: int):
         self.name, self.patch = name, patch
         self.frames = 0
+        self.full = False
+        """True if there are too many distinct patches, which are then not counted."""
+        self.most = MOST_CODES
         self._hashes = np.zeros(0, np.uint64)
         """[d] sorted"""
         self._counts = np.zeros(0, np.int64)
@@ -39,15 +42,15 @@ class PatchCounts:
         return len(self._hashes)
 
     def add(self, frames: Array) -> None:
-        """Count the patches of frames [B, height, width, channels].
-
-        Raises:
-            UsageError: There are more distinct patches than a dictionary may have.
+        """Count the patches of frames [B, height, width, channels], unless there are more distinct
+        ones than a dictionary may have (`full`).
         """
+        self.frames += len(frames)
+        if self.full:
+            return
         patches = cut(as_bytes(frames), self.patch)
         flat = patches.reshape(-1, patches.shape[-1])
         hashes, first, counts = np.unique(hashed(flat), return_index=True, return_counts=True)
-        self.frames += len(frames)
         self._merge(hashes, counts, flat[first])
 
     def _merge(self, hashes: Array, counts: Array, examples: Array) -> None:
@@ -63,25 +66,25 @@ class PatchCounts:
                 self._hashes = merged[order]
                 self._counts = np.concatenate([self._counts, counts[~known]])[order]
                 self._examples = np.concatenate([self._examples, examples[~known]])[order]
-        most = min(MOST_CODES, MEMORY // max(self._examples.shape[1], 1))
-        if len(self) > most:
-            raise UsageError(
-                f"{self.name} has more than {most} distinct patches of {self.patch} x {self.patch}"
-                f" pixels in {self.frames} frames, too many for a dictionary, which is for sprites,"
-                " tiles and screens; give a smaller patch, or draw without smooth edges"
-            )
+        self.most = min(MOST_CODES, MEMORY // max(self._examples.shape[1], 1))
+        if len(self) > self.most:
+            self.full = True
+            self._hashes, self._counts = self._hashes[:0], self._counts[:0]
+            self._examples = self._examples[:0]
 
     def join(self, other: PatchCounts) -> None:
-        """Add the counts of other frames. Raises UsageError as `add` does."""
+        """Add the counts of other frames."""
         self.frames += other.frames
-        if len(other):
+        self.full, self.most = self.full or other.full, min(self.most, other.most)
+        if len(other) and not self.full:
             self._merge(other._hashes, other._counts, other._examples)
 
     def to_bytes(self) -> bytes:
         """The counts as the bytes of an npz file."""
         buffer = io.BytesIO()
         arrays = {"hashes": self._hashes, "counts": self._counts, "examples": self._examples}
-        np.savez_compressed(buffer, allow_pickle=False, frames=np.array(self.frames), **arrays)
+        facts = {name: np.array(getattr(self, name)) for name in ("frames", "full", "most")}
+        np.savez_compressed(buffer, allow_pickle=False, **facts, **arrays)
         return buffer.getvalue()
 
     @staticmethod
@@ -89,10 +92,17 @@ class PatchCounts:
         """The counts of `to_bytes`."""
         counts = PatchCounts(name, patch)
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            counts.frames = int(file["frames"])
+            counts.frames, counts.most = int(file["frames"]), int(file["most"])
+            counts.full = bool(file["full"])
             counts._hashes, counts._counts = file["hashes"], file["counts"]
             counts._examples = file["examples"]
         return counts
+
+    def covered(self, codes: int) -> float:
+        """The share of all patches that a dictionary of at most `codes` codes has."""
+        if self.full:
+            return 0.0
+        return float(np.sort(self._counts)[::-1][:codes].sum() / max(self._counts.sum(), 1))
 
     def dictionary(
         self, shape: tuple[int, int, int], codes: int, old: PatchDictionary | None = None
@@ -105,8 +115,15 @@ class PatchCounts:
             old: A dictionary whose codes come first.
 
         Raises:
-            UsageError: Fewer than 2 codes occur: all frames are alike.
+            UsageError: Fewer than 2 codes occur: all frames are alike. Or there are too many
+                distinct patches.
         """
+        if self.full:
+            raise UsageError(
+                f"{self.name} has more than {self.most} distinct patches of {self.patch} x"
+                f" {self.patch} pixels in {self.frames} frames, too many for a dictionary, which is"
+                " for sprites, tiles and screens; give kind=fsq, or a smaller patch"
+            )
         if len(self) < 2:
             black = not self._examples.any()
             problem = "all of them are black" if black else "all of their patches are alike"

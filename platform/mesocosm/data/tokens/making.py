@@ -6,21 +6,25 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from mesocosm.data.tokens.counting import PatchCounts
+from mesocosm.data.tokens.learning import fit_fsq
 from mesocosm.data.tokens.reading import Tokenizers
 from mesocosm.data.tokens.reconstruction import Reconstruction
-from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import SPLITS
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
-from mesocosm.model.tokenizer.frames import as_bytes, sizes_dtype
+from mesocosm.model.tokenizer.frames import FrameTokenizer, as_bytes, sizes_dtype
+from mesocosm.model.tokenizer.fsq import PatchFSQ
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Storage
 
@@ -28,6 +32,12 @@ Array = NDArray[Any]
 FOLDER = "runs/tokens"
 FRAMES = 256
 """Frames that are read at once, and of which the median frame is made."""
+TRAINED = 6000
+"""The most frames that a learned tokenizer is trained on."""
+AUTO, DICTIONARY, FSQ = "auto", PatchDictionary.kind, PatchFSQ.kind
+KINDS_OR_AUTO = (AUTO, DICTIONARY, FSQ)
+COVERED = 0.999
+"""`auto` takes a dictionary where its codes are this share of the patches."""
 
 
 class StoredParts:
@@ -71,29 +81,73 @@ def _blocks(dataset: Dataset, shard: int, image: str) -> Iterator[tuple[Array, A
         yield frames[start : start + FRAMES], train[start : start + FRAMES]
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """How tokenizers are fitted: the keys of `mesocosm tokenize`."""
+
+    kind: str
+    patch: int
+    codes: int
+    steps: int
+    seed: int
+
+
 def fit(
     leaves: Sequence[Leaf],
-    patch: int,
-    codes: int,
+    settings: FitSettings,
     old: Tokenizers | None,
     dataset: Dataset,
     parts: StoredParts,
     run: Run,
 ) -> Tokenizers:
-    """Fit a dictionary to each image of the training split, in its order.
+    """Fit a tokenizer to each image of the training split.
 
     Args:
-        leaves: The images.
-        patch: Pixels of a patch's side.
-        codes: The most codes of each.
+        leaves: The images, in their order.
+        settings: Of all of them.
         old: Dictionaries whose codes come first.
         dataset: The data.
-        parts: Counts of shards that exist already, and where new ones are stored.
+        parts: Counts and trained tokenizers that exist already, and where new ones are stored.
         run: Shows the progress.
 
     Raises:
-        UsageError: An image has too many distinct patches, or fewer than 2.
+        UsageError: An image has too many distinct patches for a dictionary, or uses fewer than 2
+            codes.
     """
+    total = None
+    if settings.kind != FSQ:
+        total = _count(leaves, settings.patch, dataset, parts, run)
+    each: list[FrameTokenizer] = []
+    for i, (leaf, image) in enumerate(zip(leaves, dataset.image_names, strict=True)):
+        height, width, channels = leaf.shape
+        counts = None if total is None else total[i]
+        covered = 0.0 if counts is None else counts.covered(settings.codes)
+        if counts is not None and (settings.kind == DICTIONARY or covered >= COVERED):
+            first = None if old is None else old.each[i]
+            assert first is None or isinstance(first, PatchDictionary)
+            each.append(counts.dictionary((height, width, channels), settings.codes, first))
+            continue
+        stored = parts.find(f"{image}.safetensors")
+        if stored is not None:
+            each.append(PatchFSQ.of(load(stored)))
+            continue
+        with run.progress(f"train {leaf.name}", settings.steps) as update:
+
+            def trained(step: int) -> None:
+                update(step, f"{step}/{settings.steps} steps")
+
+            frames = spread(dataset, image, TRAINED, "train")
+            median = _median(dataset, image)
+            chosen = settings.patch, settings.steps, settings.seed
+            each.append(fit_fsq(frames, median, *chosen, leaf.name, trained))
+        parts.write(f"{image}.safetensors", save(each[-1].state()))
+    return Tokenizers(tuple(leaf.name for leaf in leaves), tuple(each))
+
+
+def _count(
+    leaves: Sequence[Leaf], patch: int, dataset: Dataset, parts: StoredParts, run: Run
+) -> list[PatchCounts]:
+    """The distinct patches of each image."""
     total = [PatchCounts(leaf.name, patch) for leaf in leaves]
     with run.progress("count patches", len(dataset.shards)) as update:
         for shard in range(len(dataset.shards)):
@@ -109,15 +163,9 @@ def fit(
                 else:
                     here = PatchCounts.of_bytes(stored, leaf.name, patch)
                 counts.join(here)
-            distinct = ", ".join(f"{len(counts):,}" for counts in total)
-            update(shard + 1, f"{distinct} distinct patches")
-    each = []
-    for i, (leaf, counts) in enumerate(zip(leaves, total, strict=True)):
-        height, width, channels = leaf.shape
-        first = None if old is None else old.each[i]
-        assert first is None or isinstance(first, PatchDictionary)
-        each.append(counts.dictionary((height, width, channels), codes, first))
-    return Tokenizers(tuple(leaf.name for leaf in leaves), tuple(each))
+            distinct = (f"{len(counts):,}" if not counts.full else "many" for counts in total)
+            update(shard + 1, f"{', '.join(distinct)} distinct patches")
+    return total
 
 
 def encode(dataset: Dataset, fitted: Tokenizers, parts: StoredParts, run: Run) -> dict[str, Any]:
@@ -156,7 +204,8 @@ def encode(dataset: Dataset, fitted: Tokenizers, parts: StoredParts, run: Run) -
                 "kind": one.kind,
                 "shape": list(one.shape),
                 "grid": list(one.grid),
-                "codes": max(one.sizes),
+                "codes": math.prod(one.sizes[: one.digits]),
+                "digits": one.digits,
                 "bytes_a_frame": len(one.sizes) * sizes_dtype(one.sizes).itemsize,
                 **{split: sums_of.figures() for split, sums_of in by_split.items()},
             }
@@ -191,9 +240,9 @@ def _encode_shard(
     return sums
 
 
-def spread(dataset: Dataset, image: str, count: int) -> Array:
-    """At most `count` frames, spread evenly over all rows."""
-    table = dataset.table
+def spread(dataset: Dataset, image: str, count: int, split: Split | None = None) -> Array:
+    """At most `count` frames of a split (None: all), uint8, spread evenly over its rows."""
+    table = dataset.table[dataset.episodes(split)]
     lengths = table["length"] + 1
     ends = np.cumsum(lengths)
     chosen = np.unique(np.linspace(0, ends[-1] - 1, count).astype(np.int64))

@@ -9,7 +9,7 @@ tokenizers/ID/tokenizer.json           kind, and the images in the order of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.images import image_names
 from mesocosm.datasets.leaf import Leaf
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.model.tokenizer.frames import FrameTokenizer
+from mesocosm.model.tokenizer.kinds import KINDS
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 
 Array = NDArray[Any]
 TOKENIZER, ARRAYS = "tokenizer.json", "tokenizer.safetensors"
 REPORT, PAGE = "report.json", "tokenizer.html"
-KINDS: Mapping[str, Any] = {PatchDictionary.kind: PatchDictionary}
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,28 @@ class Tokenizers:
                 f"{name} is for the images {shapes}, and the data has {in_data}; fit another one by"
                 " mesocosm tokenize"
             )
+
+
+def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
+    """A view of a dataset in which images are categories, too: the codes of a tokenizer.
+
+    Args:
+        dataset: Of observations with images.
+        storage: Where the tokenizer is.
+        ref: `tokenizers/ID`, an id or a unique prefix.
+
+    Raises:
+        UsageError: There is no such tokenizer, or it is for other images.
+        ArtifactError: It is damaged.
+    """
+    files = open_partial(storage, "tokenizers", ref)
+    folder = files.hold(TOKENIZER).parent
+    files.hold(ARRAYS)
+    tokenizers = Tokenizers.load(folder)
+    tokenizers.check(dataset.observation_codec.image_leaves, files.name)
+
+    def stored(place: str, image: str) -> Path | None:
+        path = files.hold(f"codes/{place}") / f"{image}.npy"
+        return path if path.is_file() else None
+
+    return dataset.tokenized(tokenizers.each, stored)

@@ -4,6 +4,7 @@ and never part of a world's loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Reconstruction:
     unseen: int = 0
     """Patches, and those of them without a code of their own."""
     used: list[int] = field(default_factory=list)
-    """How often each code of any position comes."""
+    """How often each code of any position comes: a value of all its digits."""
 
     def add(self, frames: Array, tokenizer: FrameTokenizer, codes: Array, median: Array) -> None:
         """Add frames [B, H, W, C] and their codes [B, n].
@@ -60,7 +61,10 @@ class Reconstruction:
         if isinstance(tokenizer, PatchDictionary):
             self.patches += codes.size
             self.unseen += int((~tokenizer.lookup(true)[1]).sum())
-        counts = np.bincount(codes.reshape(-1), minlength=max(tokenizer.sizes))
+        levels = tokenizer.sizes[: tokenizer.digits]
+        places = codes.reshape(-1, tokenizer.digits).T
+        joint = np.ravel_multi_index(tuple(places), levels)
+        counts = np.bincount(joint, minlength=math.prod(levels))
         self.used = (counts if not self.used else np.array(self.used) + counts).tolist()
 
     def join(self, other: Reconstruction) -> Reconstruction:

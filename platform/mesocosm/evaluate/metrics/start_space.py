@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.model.spec import Parts, TextSpan
 
 CONSTANT = 1e-4
@@ -79,7 +78,7 @@ class StartSpace:
     @staticmethod
     def _bound(codec: Codec, side: str) -> NDArray[np.float64]:
         """The Boxes' `side`, normalised; a reset option's number has none."""
-        space = SpaceCodec(codec.observation_space)
+        space = codec.observation_codec
         numbers = np.zeros((1, space.numbers))
         categories = np.zeros((1, space.categories), np.int64)
         for leaf in space.leaves:

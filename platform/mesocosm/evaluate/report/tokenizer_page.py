@@ -42,8 +42,8 @@ def sentence(image: Mapping[str, Any]) -> str:
     frames = "held-out frames" if split == "valid" else "frames"
     rows, columns = image["grid"]
     parts = [
-        f"{image['name']} is {rows} x {columns} codes of {image['codes']}, {image['bytes_a_frame']}"
-        " bytes a frame",
+        f"{image['name']} ({image['kind']}) is {rows} x {columns} codes of {image['codes']},"
+        f" {image['bytes_a_frame']} bytes a frame",
         f"{figures['exact']:.1%} of {frames} are exact",
     ]
     if figures["psnr"] is not None:

@@ -29,6 +29,7 @@ class PatchDictionary:
     """
 
     kind = "dictionary"
+    digits = 1
 
     def __init__(self, shape: tuple[int, int, int], patch: int, table: Array):
         self.shape, self.patch, self.table = shape, patch, table

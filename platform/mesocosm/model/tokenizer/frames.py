@@ -23,6 +23,8 @@ class FrameTokenizer(Protocol):
     """[height, width, channels]"""
     grid: tuple[int, int]
     """Positions in a column and in a row."""
+    digits: int
+    """Codes of a position."""
     sizes: tuple[int, ...]
     """The number of values of each of the n codes of a frame."""
 
