@@ -115,7 +115,7 @@ def test_reality_beside_a_logged_start(cart: tuple[Storage, Any]) -> None:
     assert state.beside and first.real is not None and first.difference is not None
     np.testing.assert_allclose(first.observation, first.real.observation, atol=1e-5)
     assert first.difference.numbers == pytest.approx(0.0, abs=1e-3)
-    assert first.real.picture is not None or "renders no picture" in str(state.picture_note)
+    assert first.real.picture is not None or "rendering failed" in str(state.picture_note)
     (moment,) = game.step(1).moments
     assert moment.real is not None and moment.real.reward == moment.real.total == 1.0
     assert moment.difference is not None and moment.difference.numbers

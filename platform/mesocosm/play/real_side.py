@@ -174,7 +174,7 @@ class RealSide:
         try:
             return address(np.asarray(env.render()))
         except (Exception, SystemExit) as error:
-            self.picture_note = f"the environment renders no picture: {one_line(error)}"
+            self.picture_note = f"No picture: rendering failed ({one_line(error)})"
             return None
 
 

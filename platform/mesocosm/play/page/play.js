@@ -148,7 +148,7 @@ function drawReality() {
   const bill = state.bill;
   const left = bill.remaining === null ? "" : `, ${bill.remaining} steps left`;
   const money = bill.remaining_money === null ? "" : `, ${shown(bill.remaining_money)} ${bill.currency} left`;
-  $("bill").textContent = `Bill: ${bill.steps} real steps and ${bill.resets} resets, ${shown(bill.price)} ${bill.currency}${left}${money} (ledger ${bill.ledger}).${state.picture_note ? ` No picture: ${state.picture_note}.` : ""}`;
+  $("bill").textContent = `Bill: ${bill.steps} real steps, ${bill.resets} resets, ${shown(bill.price)} ${bill.currency}${left}${money} (ledger ${bill.ledger}).${state.picture_note ? ` ${state.picture_note}.` : ""}`;
   const picture = moment.real && moment.real.picture;
   $("picture").hidden = !picture;
   if (picture) $("picture").src = picture;

@@ -44,7 +44,7 @@ export function lines(name, world, real, { width = 300, height = 90, axis = true
   const range = `${shown(low)} to ${shown(high)}`;
   if (low === high) [low, high] = [low - (Math.abs(low) || 1), high + (Math.abs(high) || 1)];
   const last = Math.max(world.length - 1, 10);
-  const edge = axis ? { left: 46, right: 8, top: 8, bottom: 18 } : { left: 3, right: 4, top: 4, bottom: 4 };
+  const edge = axis ? { left: 60, right: 8, top: 8, bottom: 18 } : { left: 3, right: 4, top: 4, bottom: 4 };
   const x = (i) => edge.left + (i / last) * (width - edge.left - edge.right);
   const y = (value) => height - edge.bottom - ((value - low) / (high - low)) * (height - edge.top - edge.bottom);
   const node = element("svg", { class: "lines", viewBox: `0 0 ${width} ${height}`, role: "img" });
