@@ -44,7 +44,7 @@ def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: s
     artifact, curve, totals = run_baseline(root, config)
     trained, selected = curve["train_steps"], curve["select_steps"]
     spent = {name: purpose.steps for name, purpose in totals.purposes.items()}
-    assert spent == {"collect": 0, "baseline": trained, "select": selected, "judge": 0}
+    assert spent == {"collect": 0, "baseline": trained, "select": selected, "judge": 0, "play": 0}
     assert not totals.unconfirmed and curve["steps"] == trained + selected <= 700
     # Any policy survives 5 steps in CartPole: the target is reached, and its confirmation paid for.
     assert curve["reached"] == curve["steps"] and selected > 0 and not curve["censored"]

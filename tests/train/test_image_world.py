@@ -274,7 +274,7 @@ def test_other_jobs_refuse_worlds_of_images(codec: Codec) -> None:
     with pytest.raises(UsageError, match="evaluate cannot use a world of images yet"):
         refuse_images(codec, "evaluate")
     sweep = SweepConfig()
-    sweep.data.datasets, sweep.data.tokenizer = ["games"], "cells"
+    sweep.data.datasets, sweep.data.tokenizer = ["d0"], "cells"
     with pytest.raises(UsageError, match=r"data\.tokenizer=cells is not read by a sweep"):
         sweep.validate()
 
@@ -288,7 +288,7 @@ def test_pretrain_makes_a_world_of_images(
     config = override(stored(tmp_path, games, dictionary), keys)
     with tracking.start("pretrain", config, quiet=True) as run:
         artifact = JOB.run(config, run)
-    assert artifact.meta["inputs"] == {"datasets": ["games"], "tokenizers": ["cells"]}
+    assert artifact.meta["inputs"] == {"datasets": ["d0"], "tokenizers": ["cells"]}
     shutil.rmtree(tmp_path / "tokenizers")
     env = WorldVectorEnv(3, World.load(artifact.path), horizon=3)
     frames, _ = env.reset(seed=0)
@@ -314,11 +314,11 @@ def stored(root: Path, games: Dataset, dictionary: PatchDictionary) -> PretrainC
     def written(folder: Path) -> None:
         write(folder.parent, other, numbers, folder.name)
 
-    storage.make("datasets", "games", {}, copied)
+    storage.make("datasets", "d0", {}, copied)
     storage.make("datasets", "other", {}, written)
     storage.make("tokenizers", "cells", {}, Tokenizers(("observation",), (dictionary,)).save)
     config = PretrainConfig()
     config.storage.root = str(root)
-    config.data.datasets, config.data.tokenizer = ["games"], "cells"
+    config.data.datasets, config.data.tokenizer = ["d0"], "cells"
     config.model = ModelConfig(size="10k", members=2, context=4)
     return config
