@@ -28,7 +28,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +40,10 @@ import peers
 from agent_tasks import ABLATED, ABLATIONS, FORMER, HERE, LEAN, PEER, PLANNER, TASKS, WORLD
 from bench_planner import played
 from bench_world import ROOT, commit
-from cells import interrupted_after
+from cells import add_options, read_results, run_cells, save_result
 
 from mesocosm import config
 from mesocosm.agents.config import BaselineConfig
-from mesocosm.cluster import ray_session
 from mesocosm.data.planners import load_planner
 from mesocosm.envs.ledger import Ledger
 from mesocosm.jobs import baseline, loop
@@ -53,9 +51,6 @@ from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-)  # dmc.py, for the processes that collect
 RESULTS = HERE / "results" / "bench_agents.json"
 PLOT = HERE.parent / "docs" / "plots" / "bench_agents.svg"
 DMC = Path(os.environ.get("MESOCOSM_DMC") or HERE.parent.parent / "shared" / "data" / "dmc")
@@ -209,7 +204,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return read_results(RESULTS)
 
 
 def run(cell: Cell) -> None:
@@ -217,13 +212,17 @@ def run(cell: Cell) -> None:
 
     def save(result: dict[str, Any]) -> None:
         shown = {**result, "settings": cell.settings, "commit": commit(), "command": cell.command}
-        RESULTS.parent.mkdir(exist_ok=True)
-        by_name = dict(sorted({**read(), cell.name: shown}.items()))
-        part = RESULTS.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(by_name, indent=1) + "\n")
-        os.replace(part, RESULTS)  # other cells may be running
+        save_result(RESULTS, cell.name, shown)
 
     (world if cell.method == WORLD else model_free)(cell, save)
+
+
+def is_finished(cell: Cell) -> bool:
+    return bool(read().get(cell.name, {}).get("finished"))
+
+
+def title(cell: Cell) -> str:
+    return f"{cell.name}: {' '.join(cell.settings) or 'as shipped'}"
 
 
 def left(cell: Cell, results: dict[str, Any]) -> tuple[str, float]:
@@ -258,11 +257,8 @@ def main() -> int:
     parser.add_argument("--method", choices=(WORLD, "PPO", "DQN", "SAC", PEER))
     parser.add_argument("--seed", type=int, choices=SEEDS)
     parser.add_argument("--ablation", choices=ABLATIONS)
-    parser.add_argument("--minutes", type=float, default=20.0, help="wall time, then interrupt")
     parser.add_argument("--dmc", type=Path, default=DMC, help="folder of curves.csv")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--dry-run", action="store_true")
-    shown.add_argument("--table-only", action="store_true")
+    add_options(parser)
     options = parser.parse_args()
     chosen = cells(options)
     if options.dry_run:
@@ -270,30 +266,11 @@ def main() -> int:
         return 0
     code = 0
     if not options.table_only:
-        code = run_all(chosen, options.minutes)
+        code = run_cells(chosen, run, is_finished, options.minutes, title)
     curves = agent_report.published(options.dmc)
     agent_report.tables(read(), curves)
     agent_report.plot(read(), curves, PLOT)
     return code
-
-
-def run_all(chosen: list[Cell], minutes: float) -> int:
-    """Run the unfinished cells until all are finished (0) or the minutes have passed (1)."""
-    end = time.monotonic() + minutes * 60
-    try:
-        for cell in chosen:
-            if read().get(cell.name, {}).get("finished"):
-                continue
-            print(f"--- {cell.name}: {' '.join(cell.settings) or 'as shipped'}", flush=True)
-            try:
-                with interrupted_after(max(1.0, end - time.monotonic())):
-                    run(cell)
-            except KeyboardInterrupt:
-                print(f"{cell.name} is not finished; run the same command again to go on")
-                return 1
-    finally:
-        ray_session.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

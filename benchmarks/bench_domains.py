@@ -26,7 +26,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,14 +37,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_world import ROOT, commit
-from cells import interrupted_after
+from cells import add_options, read_results, run_cells, save_result
 from domain_report import plot, runs_of, table
 from domain_tasks import CLONE, DOMAINS, EXPERT, FREE, METHODS, WORLD, Domain
 
 from mesocosm import config, plotting
 from mesocosm.agents.cloning import CloneConfig
 from mesocosm.agents.config import BaselineConfig
-from mesocosm.cluster import ray_session
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
 from mesocosm.evaluate import policy_set
@@ -106,11 +105,10 @@ class Cell:
         ledger = Ledger(Storage(str(ROOT)), f"bench-domains-{self.domain_name}-{self.seed}")
         about: dict[str, Any] = {"episodes": self.domain.episodes, "seed": self.seed}
         result = judge(policy, reality, ledger, **about)
-        returns = np.array(result.returns)
         print(f"  {self.name}: {result.mean:.2f} in {time.monotonic() - began:.0f} s", flush=True)
         return {
             "mean": result.mean,
-            "error": float(returns.std(ddof=1) / len(returns) ** 0.5),
+            "error": standard_error(result.returns),
             "successes": result.successes,
             "steps": result.steps,
         }
@@ -152,8 +150,7 @@ def model_free(cell: Cell, save: Save) -> None:
     curve = json.loads((artifact.path / "curve.json").read_text())
     points = []
     for judged in (p for p in curve["points"] if p["kind"] == "judge"):
-        returns = np.array(judged["returns"])
-        error = float(returns.std(ddof=1) / len(returns) ** 0.5)
+        error = standard_error(judged["returns"])
         seconds = total.duration * judged["price"] / total.price  # exact at the end
         measured = {"mean": judged["return"], "error": error, "steps": judged["judge_steps"]}
         points.append(point(judged["steps"], judged["price"], seconds, measured))
@@ -191,6 +188,11 @@ def script(cell: Cell, save: Save) -> None:
     random = policy_set.named(BehaviourConfig(kind="random"), storage, *facts.spaces).policy
     others["uniform actions"] = cell.measure(random)
     save(result([expert], 0, time.monotonic() - began, True) | {"others": others})
+
+
+def standard_error(returns: Sequence[float]) -> float:
+    """The standard error of the mean of returns."""
+    return float(np.std(returns, ddof=1) / len(returns) ** 0.5)
 
 
 RUN = {WORLD: world, FREE: model_free, CLONE: cloning, EXPERT: script}
@@ -233,7 +235,7 @@ def at_target(cell: Cell, points: list[dict[str, Any]]) -> int | None:
 
 
 def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return read_results(RESULTS)
 
 
 def run(cell: Cell) -> None:
@@ -241,11 +243,7 @@ def run(cell: Cell) -> None:
 
     def save(values: dict[str, Any]) -> None:
         shown = {**values, "commit": commit(), "command": cell.command}
-        RESULTS.parent.mkdir(exist_ok=True)
-        by_name = dict(sorted({**read(), cell.name: shown}.items()))
-        part = RESULTS.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(by_name, indent=1) + "\n")
-        os.replace(part, RESULTS)
+        save_result(RESULTS, cell.name, shown)
 
     if cell.method != EXPERT:
         target_of(cell)  # before any cost
@@ -263,6 +261,10 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         and options.method in (None, method)
         and options.seed in (None, seed)
     ]
+
+
+def is_finished(cell: Cell) -> bool:
+    return bool(read().get(cell.name, EMPTY)["finished"])
 
 
 def left_minutes(cell: Cell, results: dict[str, Any]) -> float:
@@ -293,39 +295,19 @@ def main() -> int:
     parser.add_argument("--domain", choices=DOMAINS)
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--seed", type=int, choices=SEEDS)
-    parser.add_argument("--minutes", type=float, default=20.0, help="wall time, then interrupt")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--dry-run", action="store_true")
-    shown.add_argument("--table-only", action="store_true")
+    add_options(parser)
     options = parser.parse_args()
     chosen = cells(options)
     if options.dry_run:
         dry_run(chosen)
         return 0
-    code = 0 if options.table_only else run_all(chosen, options.minutes)
+    code = 0
+    if not options.table_only:
+        code = run_cells(chosen, run, is_finished, options.minutes)
     table(read())
     if read():
         PLOT.write_text(plotting.svg(plot(read()), "domains", "Return against money by domain"))
     return code
-
-
-def run_all(chosen: list[Cell], minutes: float) -> int:
-    """Run the unfinished cells until all are finished (0) or the minutes have passed (1)."""
-    end = time.monotonic() + minutes * 60
-    try:
-        for cell in chosen:
-            if read().get(cell.name, EMPTY)["finished"]:
-                continue
-            print(f"--- {cell.name}", flush=True)
-            try:
-                with interrupted_after(max(1.0, end - time.monotonic())):
-                    run(cell)
-            except KeyboardInterrupt:
-                print(f"{cell.name} is not finished; run the same command again to go on")
-                return 1
-    finally:
-        ray_session.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ A run that takes longer than --minutes is interrupted and goes on when the comma
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -29,11 +28,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from agent_tasks import OWN
-from bench_agents import interrupted_after  # and dmc.py on the path of other processes
 from bench_world import HERE, ROOT, commit
+from cells import add_options, read_results, run_cells, save_result
 
 from mesocosm import config
-from mesocosm.cluster import ray_session
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.evaluate.judge import judge
@@ -92,8 +90,8 @@ class Cell:
         return config.load(loop.LoopConfig, [OWN / "explore.yaml"], settings)
 
 
-def run(cell: Cell) -> dict[str, Any]:
-    """The result of a cell. What an interrupted one made is found again."""
+def run(cell: Cell) -> None:
+    """Run a cell and save it. What an interrupted one made is found again."""
     cfg, began = cell.loop(), time.monotonic()
     storage = Storage(str(ROOT))
     with tracking.start("loop", cfg) as run:
@@ -106,12 +104,17 @@ def run(cell: Cell) -> dict[str, Any]:
     ledger = Ledger(storage, f"explore-{agent.id}", price=cfg.reality.price)
     policy = policy_of(storage, agent.name)
     judged = judge(policy, cfg.reality, ledger, episodes=EPISODES, seed=cell.seed)
-    return {
+    words = f"--task {cell.task} --arm {cell.arm} --seed {cell.seed}"
+    result = {
         "goal": first_goal(data, TASKS[cell.task].goal),
         "steps": cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps,
         "return": judged.mean,
         "seconds": time.monotonic() - began,
+        "settings": cell.settings,
+        "commit": commit(),
+        "command": f"python benchmarks/bench_explore.py {words}",
     }
+    save_result(RESULTS, cell.name, result)
 
 
 def first_goal(data: list[Artifact], goal: float) -> int | None:
@@ -139,7 +142,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return read_results(RESULTS)
 
 
 def main() -> int:
@@ -149,41 +152,18 @@ def main() -> int:
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--seed", type=int, choices=SEEDS)
-    parser.add_argument("--minutes", type=float, default=20.0, help="wall time, then interrupt")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--dry-run", action="store_true")
-    shown.add_argument("--table-only", action="store_true")
+    add_options(parser)
     options = parser.parse_args()
     todo = [cell for cell in cells(options) if cell.name not in read()]
     if options.dry_run:
         for cell in cells(options):
             print(f"{cell.name}: {'not run' if cell in todo else 'finished'}")
         return 0
-    code = 0 if options.table_only else run_all(todo, options.minutes)
+    code = 0
+    if not options.table_only:
+        code = run_cells(todo, run, lambda cell: cell.name in read(), options.minutes)
     table(read())
     return code
-
-
-def run_all(todo: list[Cell], minutes: float) -> int:
-    """Run the cells until all are finished (0) or the minutes have passed (1)."""
-    end = time.monotonic() + minutes * 60
-    try:
-        for cell in todo:
-            print(f"--- {cell.name}", flush=True)
-            try:
-                with interrupted_after(max(1.0, end - time.monotonic())):
-                    result = run(cell)
-            except KeyboardInterrupt:
-                print(f"{cell.name} is not finished; run the same command again to go on")
-                return 1
-            words = f"--task {cell.task} --arm {cell.arm} --seed {cell.seed}"
-            command = f"python benchmarks/bench_explore.py {words}"
-            result |= {"settings": cell.settings, "commit": commit(), "command": command}
-            by_name = dict(sorted({**read(), cell.name: result}.items()))
-            RESULTS.write_text(json.dumps(by_name, indent=1) + "\n")
-    finally:
-        ray_session.shutdown()
-    return 0
 
 
 def table(results: dict[str, Any]) -> None:
