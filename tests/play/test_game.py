@@ -17,8 +17,8 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
+from mesocosm.pictures import png
 from mesocosm.play.game import Game
-from mesocosm.play.picture import png
 from mesocosm.play.real_side import RealSide
 from mesocosm.store.artifacts import Storage
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +147,22 @@ def logged_choices(
     return LoggedChoices(torch.from_numpy(stacked), torch.tensor(chosen), len(best), others)
 
 
+def fit(
+    network: torch.nn.Module, loss: Callable[[], Tensor], config: CloneConfig, run: Run
+) -> None:
+    """Take `config.steps` steps of Adam down the loss of a batch, which `loss` draws."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
+    with run.progress("clone", config.steps) as update:
+        for step in range(1, config.steps + 1):
+            value = loss()
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step % REPORT_EVERY == 0 or step == config.steps:
+                run.log({"clone/loss": value.item()}, step=step)
+                update(step, f"loss {value.item():.3f}")
+
+
 def clone(config: CloneConfig, dataset: Dataset, candidates: Candidates, run: Run) -> Cloned:
     """Train a scorer on the choices of the best episodes.
 
@@ -180,20 +197,15 @@ def clone(config: CloneConfig, dataset: Dataset, candidates: Candidates, run: Ru
         spaces: tuple[Any, Any] = dataset.observation_space, dataset.action_space
         policy = CandidatePolicy(CLONED, *spaces, candidates.source, candidates.shape)
     network = policy.network
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
-    with run.progress("clone", config.steps) as update:
-        for step in range(1, config.steps + 1):
-            batch = torch.randint(len(data.rows), (BATCH,), generator=generator)
-            rows = data.rows[batch]  # a copy
-            shown = torch.rand(BATCH, candidates.shape.ids, generator=generator) >= HIDDEN_IDS
-            rows[:, : candidates.shape.ids] *= shown
-            loss = functional.cross_entropy(network(rows)[0], data.chosen[batch])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step % REPORT_EVERY == 0 or step == config.steps:
-                run.log({"clone/loss": loss.item()}, step=step)
-                update(step, f"loss {loss.item():.3f}")
+
+    def loss() -> Tensor:
+        batch = torch.randint(len(data.rows), (BATCH,), generator=generator)
+        rows = data.rows[batch]  # a copy
+        shown = torch.rand(BATCH, candidates.shape.ids, generator=generator) >= HIDDEN_IDS
+        rows[:, : candidates.shape.ids] *= shown
+        return functional.cross_entropy(network(rows)[0], data.chosen[batch])
+
+    fit(network, loss, config, run)
     held_out = logged_choices(dataset, candidates, "valid", config.share)
     metrics = {
         "episodes": float(data.episodes),

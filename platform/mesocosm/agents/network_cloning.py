@@ -4,6 +4,7 @@ the best logged episodes. It needs RLlib's module and starts no Ray.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from mesocosm.agents import settings
-from mesocosm.agents.cloning import BATCH, CLONED, REPORT_EVERY, CloneConfig, Cloned, best_episodes
+from mesocosm.agents.cloning import BATCH, CLONED, CloneConfig, Cloned, best_episodes, fit
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.learners import copied_weights
 from mesocosm.agents.rllib import check_agent, export_module
@@ -75,17 +76,12 @@ def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
         module = check_agent(setup, spaces)
     rows, chosen = logged_rows(dataset, actions, "train", config.share)
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.Adam(module.parameters(), lr=config.lr)
-    with run.progress("clone", config.steps) as update:
-        for step in range(1, config.steps + 1):
-            batch = torch.randint(len(rows), (BATCH,), generator=generator)
-            loss = _nats(_outputs(module, rows[batch]), chosen[batch], actions)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step % REPORT_EVERY == 0 or step == config.steps:
-                run.log({"clone/loss": loss.item()}, step=step)
-                update(step, f"loss {loss.item():.3f}")
+
+    def loss() -> Tensor:
+        batch = torch.randint(len(rows), (BATCH,), generator=generator)
+        return _nats(_outputs(module, rows[batch]), chosen[batch], actions)
+
+    fit(module, loss, config, run)
     metrics = {"episodes": float(len(best_episodes(dataset, "train", config.share)))}
     metrics |= {"choices": float(len(rows))} | _measured(module, (rows, chosen), actions, "")
     if len(dataset.episodes("valid")):
@@ -105,13 +101,16 @@ def _nats(outputs: Tensor, chosen: Tensor, actions: ActionMap) -> Tensor:
     if actions.counts is None:
         mean, log_std = outputs.chunk(2, -1)
         return -Normal(mean, log_std.exp()).log_prob(chosen).sum(-1).mean()  # type: ignore[no-untyped-call]
-    pairs = zip(outputs.split(actions.counts, -1), _components(chosen), strict=True)
+    pairs = _components(outputs, chosen, actions.counts)
     return torch.stack([functional.cross_entropy(part, value) for part, value in pairs]).sum()
 
 
-def _components(chosen: Tensor) -> tuple[Tensor, ...]:
-    """Each component [N] of discrete actions."""
-    return chosen.reshape(len(chosen), -1).unbind(-1)
+def _components(
+    outputs: Tensor, chosen: Tensor, counts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits [N, count], choices [N]) of each component of discrete actions."""
+    choices = chosen.reshape(len(chosen), -1).unbind(-1)
+    return zip(outputs.split(list(counts), -1), choices, strict=True)
 
 
 @torch.no_grad()
@@ -120,7 +119,7 @@ def _measured(module: Any, data: Rows, actions: ActionMap, prefix: str) -> dict[
     outputs = _outputs(module, rows)
     metrics = {f"{prefix}loss": float(_nats(outputs, chosen, actions))}
     if actions.counts is not None:
-        parts = zip(outputs.split(actions.counts, -1), _components(chosen), strict=True)
+        parts = _components(outputs, chosen, actions.counts)
         hits = torch.stack([part.argmax(-1) == value for part, value in parts]).all(0)
         metrics[f"{prefix}accuracy"] = float(hits.float().mean())
     return metrics

@@ -182,7 +182,7 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
             for place, name in parts.codes(dataset):
                 path = folder / "codes" / place / f"{name}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(parts.read(f"{place.replace('/', '-')}.{name}.npy"))
+                path.write_bytes(parts.read(f"{parts.part(place, name)}.npy"))
 
         artifact = self.commit(plan, run, fill)
         parts.remove()

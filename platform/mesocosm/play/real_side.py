@@ -19,7 +19,7 @@ from mesocosm.envs.make import draw_options, make_env
 from mesocosm.envs.meter import Meter
 from mesocosm.envs.metered import MeteredEnv
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.play.picture import address
+from mesocosm.pictures import address
 from mesocosm.user_code import one_line
 
 PURPOSE = "play"

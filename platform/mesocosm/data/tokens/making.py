@@ -65,6 +65,11 @@ class StoredParts:
         self._storage.remove(self._folder)
 
     @staticmethod
+    def part(place: str, image: str) -> str:
+        """The name, without its ending, of the parts of an image's codes in DATASET/SHARD."""
+        return f"{place.replace('/', '-')}.{image}"
+
+    @staticmethod
     def codes(dataset: Dataset) -> Iterator[tuple[str, str]]:
         """(DATASET/SHARD, image) of each file of codes."""
         for shard, name in enumerate(dataset.shards):
@@ -187,7 +192,7 @@ def encode(dataset: Dataset, fitted: Tokenizers, parts: StoredParts, run: Run) -
         for shard, place in enumerate(places):
             dataset.turn([shard], [shard + 1] if shard + 1 < len(places) else [])
             for i, image in enumerate(dataset.image_names):
-                name = f"{place.replace('/', '-')}.{image}"
+                name = parts.part(place, image)
                 stored = parts.find(f"{name}.json")
                 if stored is None:
                     here = _encode_shard(dataset, shard, image, fitted, i, medians[i], parts, name)

@@ -4,16 +4,14 @@ HTML file with its pictures inside, nothing loaded from elsewhere.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.evaluate.report.page import PAGES
+from mesocosm.pictures import address
 
 Array = NDArray[Any]
 LARGEST = 96
@@ -62,7 +60,4 @@ def strip(frames: Array) -> str:
     gap = np.full((b, h, 1, 3), 255, np.uint8)
     coloured = np.concatenate([np.broadcast_to(frames, (b, h, w, 3)), gap], 2)
     row = coloured.transpose(1, 0, 2, 3).reshape(h, b * (w + 1), 3)
-    buffer = io.BytesIO()
-    enlarged = row.repeat(times, 0).repeat(times, 1)
-    matplotlib.image.imsave(buffer, np.ascontiguousarray(enlarged), format="png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return address(row.repeat(times, 0).repeat(times, 1))
