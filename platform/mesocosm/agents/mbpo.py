@@ -153,11 +153,7 @@ class WorldSAC(SAC):
     def training_step(self) -> None:
         schedule, group = self.schedule, self.env_runner_group
         assert group is not None
-        group.sync_weights(
-            from_worker_or_learner_group=self.learner_group,
-            timeout_seconds=None,
-            inference_only=True,
-        )
+        group.sync_weights(from_worker_or_learner_group=self.learner_group, inference_only=True)
         imagine = partial(_imagine, schedule.branch)  # without the real data, which stay here
         for _ in range(schedule.branches):
             for columns in group.foreach_env_runner(imagine):

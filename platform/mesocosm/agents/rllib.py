@@ -214,11 +214,21 @@ def build(
             algorithm = config.build_algo(use_copy=False)
     except (TypeError, ValueError) as error:
         raise _refused(setup.algo, error) from error
+    _never_drop_weights(algorithm)
     if setup.algo in ON_POLICY:
         _start_small(algorithm)
     if not setup.branches:
         durations.install(algorithm)
     return algorithm
+
+
+def _never_drop_weights(algorithm: Algorithm) -> None:
+    """Let `sync_weights` wait until the runners have the weights before. RLlib by itself does not
+    send weights while it has not noticed the end of the last transfer, which happens on a busy
+    machine: the runners would then act by an earlier policy.
+    """
+    group: Any = runners(algorithm)
+    group.sync_weights = partial(group.sync_weights, timeout_seconds=None)
 
 
 def gpus_per_learner(setup: Setup) -> int:
