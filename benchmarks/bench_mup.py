@@ -44,7 +44,7 @@ from mesocosm.model import mup
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.net import apply_base
-from mesocosm.model.spec import Windows
+from mesocosm.model.tensors import Windows
 from mesocosm.model.world import World
 from mesocosm.runs import tracking
 from mesocosm.train.config import TrainConfig

@@ -52,7 +52,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.cluster.spec import make_token
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.plotting import STYLE, WORLD, canvas, document, legend
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig

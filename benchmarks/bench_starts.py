@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from mesocosm.evaluate.metrics.starts import out_of_fold
 from mesocosm.model import rng
-from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.model.start import StartModel
+from mesocosm.model.tensors import Parts
 
 ENVS = ("Reacher-v5", "InvertedPendulum-v5", "CartPole-v1", "Pendulum-v1", "Hopper-v5")
 EPISODES, SEEDS, HELD_OUT, STEPS = (16, 50, 200), 3, 512, 50

@@ -34,7 +34,7 @@ from mesocosm.jobs.pretrain import JOB
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
-from mesocosm.model.spec import Windows
+from mesocosm.model.tensors import Windows
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking

@@ -38,7 +38,7 @@ from mesocosm.model.families import build
 from mesocosm.model.head_fit import fit_heads
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import WorldNet, apply_base, unroll
-from mesocosm.model.spec import Windows
+from mesocosm.model.tensors import Windows
 from mesocosm.policies.behaviours import NoisyActions
 from mesocosm.train.prepare import fitted_base
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 TESTED_RAY = "2.60."
 
@@ -19,21 +21,33 @@ def private_start() -> Iterator[None]:
     group of a job, and a job cannot end its Ray well once the daemons are gone. They still die with
     this process (PR_SET_PDEATHSIG). Ray's Python handler of SIGTERM is not installed: it calls
     `sys.exit` in the middle of `ray.init`, which leaves daemons behind.
+
+    Half of the CPU seconds of a start are spared: no cluster autoscaler, no process for a dashboard
+    that is off, no forwarding of logs that nobody reads, an agent without metrics, and workers
+    start when something runs on them.
     """
     import ray
-    from ray._private import services, utils
+    from ray._private import node, services, utils
 
     if not ray.__version__.startswith(TESTED_RAY) or sys.platform == "win32":
         yield
         return
-    popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
-    modules: Any = (services, utils)
-    modules[0].ConsolePopen = partial(popen, process_group=0)
-    modules[1].set_sigterm_handler = lambda handler: None
-    try:
+
+    def left_out(self: Any, **options: Any) -> None:
+        self._webui_url = None
+
+    with ExitStack() as stack:
+        for module, name, value in (
+            (services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
+            (utils, "set_sigterm_handler", lambda handler: None),
+            (utils, "get_dashboard_dependency_error", lambda: ImportError("left out")),
+            (node.Node, "start_api_server", left_out),
+            (node.Node, "start_monitor", left_out),
+            (node.Node, "start_log_monitor", left_out),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(patch.dict(os.environ, {"RAY_prestart_worker_first_driver": "0"}))
         yield
-    finally:
-        modules[0].ConsolePopen, modules[1].set_sigterm_handler = popen, set_handler
 
 
 def job_config_of_command_line() -> Any:

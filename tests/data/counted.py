@@ -14,7 +14,7 @@ from gymnasium import spaces
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode, Outcome
-from mesocosm.model.spec import Parts, Windows
+from mesocosm.model.tensors import Parts, Windows
 
 BOX = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 40, 4, 4, 6]

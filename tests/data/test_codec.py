@@ -15,7 +15,8 @@ from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
-from mesocosm.model.spec import Parts, Spec
+from mesocosm.model.spec import Spec
+from mesocosm.model.tensors import Parts
 
 Write = Callable[..., Path]
 GOAL = spaces.Dict(

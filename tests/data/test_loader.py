@@ -18,7 +18,7 @@ from mesocosm.data.loading.windows import windows
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.errors import UsageError
-from mesocosm.model.spec import Parts, Windows
+from mesocosm.model.tensors import Parts, Windows
 
 from .counted import (
     LENGTHS,

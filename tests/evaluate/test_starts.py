@@ -25,7 +25,7 @@ from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 
 from . import worlds
 from .worlds import KnownWorld

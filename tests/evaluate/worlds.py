@@ -21,7 +21,7 @@ from mesocosm.envs.episode import run_episode
 from mesocosm.model.carry import StepOut
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import WindowLosses
-from mesocosm.model.spec import Parts, Windows
+from mesocosm.model.tensors import Parts, Windows
 from mesocosm.model.world import World
 from mesocosm.policies.policy import RandomPolicy
 

@@ -11,7 +11,8 @@ from mesocosm.model.families import build
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.mup import init_
 from mesocosm.model.net import BaseOut, WorldNet
-from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.spec import Spec
+from mesocosm.model.tensors import Outcome, Parts, Transition
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,8 @@ from mesocosm.model.ensemble import Ensemble
 from mesocosm.model.families import build
 from mesocosm.model.mup import init_, param_groups
 from mesocosm.model.net import BaseOut, apply_base
-from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, TextSpan, Transition, Windows
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
+from mesocosm.model.tensors import Outcome, Parts, Transition, Windows
 from mesocosm.model.world import World
 
 from .nets import draw, numbers, repeated

@@ -13,7 +13,8 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Scale, slot_groups, slot_order
 from mesocosm.model.families import build
-from mesocosm.model.spec import ImageSpan, Parts, PartSpec, Spec
+from mesocosm.model.spec import ImageSpan, PartSpec, Spec
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 
 from .nets import random_nets

@@ -15,7 +15,8 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.counts import blank_windows
 from mesocosm.model.net import WorldNet, apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Parts, Windows
 
 from .nets import noise_like, random_nets
 

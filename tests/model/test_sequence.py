@@ -18,7 +18,8 @@ from mesocosm.model.families import build
 from mesocosm.model.head_fit import BATCH, fit_heads
 from mesocosm.model.mup import init_, param_groups
 from mesocosm.model.net import apply_base
-from mesocosm.model.spec import Events, Parts, PartSpec, Spec, TextSpan, Windows
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
+from mesocosm.model.tensors import Events, Parts, Windows
 from mesocosm.model.world import StepOut, World
 
 from .nets import categories, nothing, numbers

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mesocosm.model import rng
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
 from mesocosm.model.start import StartModel
 from mesocosm.model.start_fit import StartNumbers, _Slot
+from mesocosm.model.tensors import Parts
 
 BIN = 1e-4
 KEYS = rng.keys(0, torch.arange(2000), 0, 0)

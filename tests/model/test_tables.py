@@ -26,8 +26,9 @@ from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.mup import init_, param_groups
 from mesocosm.model.net import BaseOut
-from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.spec import Spec
 from mesocosm.model.tables import pooled
+from mesocosm.model.tensors import Outcome, Parts, Transition
 from mesocosm.model.world import World
 from mesocosm.policies.heads import stack
 from mesocosm.policies.policy import RandomPolicy

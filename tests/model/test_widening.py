@@ -12,7 +12,8 @@ from mesocosm.model.families import build
 from mesocosm.model.mup import init_
 from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.rng import member_mask
-from mesocosm.model.spec import PartSpec, Spec, Windows
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Windows
 from model.nets import nothing, numbers
 
 W, SPEC = 4, Spec(PartSpec(2, (0.01, 0.01)), PartSpec(), reward_values=(0.0,))

@@ -21,7 +21,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.net import BaseOut
 from mesocosm.model.sequence import Sequence
-from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, TextSpan, Transition
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
+from mesocosm.model.tensors import Outcome, Parts, Transition
 from mesocosm.model.world import World
 
 from .nets import draw, random_nets

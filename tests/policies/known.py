@@ -13,7 +13,7 @@ from torch import nn
 from mesocosm.data.loading.codec import Codec
 from mesocosm.model.carry import Prediction
 from mesocosm.model.groups import MemberGroups
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.policies.value import ValueFunction

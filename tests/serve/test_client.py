@@ -15,7 +15,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.single_env import WorldEnv
 

@@ -28,7 +28,7 @@ from mesocosm.model.carry import Carry
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.groups import MemberGroups
 from mesocosm.model.known import KnownFunction
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import known

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mesocosm.data.analysis.neighbours import Features, gaps, own_gaps
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.evaluate.metrics import stats
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Acts, begin_episodes
 from mesocosm.serve.client import WorldVectorEnv

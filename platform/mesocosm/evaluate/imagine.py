@@ -13,7 +13,7 @@ from mesocosm.datasets.episode import Episode
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.report import report
 from mesocosm.model import rng
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.heads import stack
 from mesocosm.policies.policy import Acts, begin_episodes

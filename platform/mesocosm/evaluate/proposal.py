@@ -27,7 +27,7 @@ from mesocosm.evaluate.candidates import CheckedProposal
 from mesocosm.evaluate.config import members_of
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.model import rng
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig

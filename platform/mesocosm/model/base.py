@@ -24,9 +24,10 @@ from mesocosm.model.heads import reward_outputs
 from mesocosm.model.ladder import BASE_HIDDEN
 from mesocosm.model.layers import MemberMLP
 from mesocosm.model.rng import fitted_by
-from mesocosm.model.spec import Parts, PartSpec, Spec, Transition
+from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.model.start import StartModel
 from mesocosm.model.tables import TableMLP, pooled
+from mesocosm.model.tensors import Parts, Transition
 
 HEAD_HIDDEN = 128
 """Hidden units of the reward and the termination networks."""

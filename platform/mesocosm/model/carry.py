@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.model.groups import MemberGroups
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 
 
 @dataclass(frozen=True)

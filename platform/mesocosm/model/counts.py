@@ -24,7 +24,8 @@ from mesocosm.model.language.shape import Shape, rung_shape
 from mesocosm.model.language.stream import TokenRows
 from mesocosm.model.mup import tag_of
 from mesocosm.model.net import WorldNet, apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Parts, Windows
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import BASE_WIDTH, ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
-from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.spec import Spec
 from mesocosm.model.tables import TableMixer, TableOutputs
+from mesocosm.model.tensors import Outcome, Parts, Transition
 from mesocosm.model.texts import text_ended
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mesocosm.model.spec import Parts, Transition
+from mesocosm.model.tensors import Parts, Transition
 
 
 class MemberGroups:

@@ -17,7 +17,7 @@ from mesocosm.model.fitting import StoppedFit, fit
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, head_inputs, reward_outputs
 from mesocosm.model.net import unroll
 from mesocosm.model.rng import fitted_by
-from mesocosm.model.spec import Transition, Windows
+from mesocosm.model.tensors import Transition, Windows
 
 BATCH = 128
 """Single transitions of a step, and events, of which a third are terminal."""

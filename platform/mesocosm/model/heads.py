@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from mesocosm.model import density
 from mesocosm.model.ladder import BASE_WIDTH
 from mesocosm.model.layers import Constant, Inputs, Linear, read
-from mesocosm.model.spec import Parts, Spec, Transition
+from mesocosm.model.spec import Spec
+from mesocosm.model.tensors import Parts, Transition
 
 REWARD_COMPONENTS = 2
 NEVER = 1e-8

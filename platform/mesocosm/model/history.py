@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.model.carry import Context
-from mesocosm.model.spec import Parts, PartSpec
+from mesocosm.model.spec import PartSpec
+from mesocosm.model.tensors import Parts
 
 
 class History:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mesocosm import user_code
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.layers import Constant
-from mesocosm.model.spec import Parts, Transition
+from mesocosm.model.tensors import Parts, Transition
 
 Raw = Any
 """A batch in a space's layout: a Tensor, or dicts and tuples of these."""

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mesocosm.model.ladder import Stack
 from mesocosm.model.mup import Kind, tag
-from mesocosm.model.spec import Parts, PartSpec
+from mesocosm.model.spec import PartSpec
+from mesocosm.model.tensors import Parts
 
 EDGE = 8.0
 """Bend of `squash`: normalised numbers rarely leave +-8 before a policy does."""

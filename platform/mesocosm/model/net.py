@@ -19,7 +19,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, head_inputs
 from mesocosm.model.layers import Constant
 from mesocosm.model.rng import left_out, member_mask
-from mesocosm.model.spec import Outcome, Spec, Transition, Windows
+from mesocosm.model.spec import Spec
+from mesocosm.model.tensors import Outcome, Transition, Windows
 
 Features = Tensor | None
 """The result of `WorldNet.context`: None without history."""

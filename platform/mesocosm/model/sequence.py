@@ -20,8 +20,9 @@ from mesocosm.model.ensemble import Ensemble
 from mesocosm.model.ladder import HEAD, dims
 from mesocosm.model.layers import Constant, Inputs, PartsEmbedding, RMSNorm, TransformerBlock, read
 from mesocosm.model.net import BaseOut, Features, WorldNet, spread
-from mesocosm.model.spec import Outcome, Parts, Spec, Transition
+from mesocosm.model.spec import Spec
 from mesocosm.model.tables import TableMixer
+from mesocosm.model.tensors import Outcome, Parts, Transition
 
 ROPE_BASE = 10000.0
 Rope = tuple[Tensor, Tensor]

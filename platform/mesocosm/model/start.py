@@ -23,8 +23,9 @@ from torch.nn import functional as F
 
 from mesocosm.model import density, rng
 from mesocosm.model.layers import Constant
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
 from mesocosm.model.start_fit import StartNumbers, fit_categories, fit_numbers
+from mesocosm.model.tensors import Parts
 from mesocosm.model.texts import Allowed
 
 ANCHORS = 512

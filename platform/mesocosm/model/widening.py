@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mesocosm.model.base import Base
 from mesocosm.model.net import BaseOut, Features, WorldNet, apply_base, unroll
-from mesocosm.model.spec import Outcome, Transition, Windows
 from mesocosm.model.tables import pooled
+from mesocosm.model.tensors import Outcome, Transition, Windows
 
 LOW, HIGH = math.log(1 / 16), math.log(256)
 """The range of the factors' logarithms."""

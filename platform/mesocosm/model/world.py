@@ -29,7 +29,8 @@ from mesocosm.model.groups import MemberGroups
 from mesocosm.model.known import Known
 from mesocosm.model.layers import Constant, read
 from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
-from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, Transition, Windows
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Outcome, Parts, Transition, Windows
 
 SCHEMA = 4
 

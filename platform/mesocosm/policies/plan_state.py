@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesocosm.model.spec import Parts, PartSpec
+from mesocosm.model.spec import PartSpec
+from mesocosm.model.tensors import Parts
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from mesocosm.errors import UsageError
 from mesocosm.model import rng
 from mesocosm.model.carry import Carry, Context, Prediction, StepOut
 from mesocosm.model.groups import MemberGroups
-from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.heads import flatten_batch
 from mesocosm.policies.plan_state import PlanSize, PlanState

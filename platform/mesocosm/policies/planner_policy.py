@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mesocosm.errors import UsageError
 from mesocosm.model.carry import Context, grouped, prefixed
 from mesocosm.model.history import History
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.policies.heads import batch_size, map_batch, stack
 from mesocosm.policies.plan_state import PlanState
 from mesocosm.policies.planner import PlannerCodec

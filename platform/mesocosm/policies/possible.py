@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mesocosm.model import density
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 
 LEAST_CHANCE = 1e-6
 """The least chance of a possible action, of which the best plans of earlier steps had none."""

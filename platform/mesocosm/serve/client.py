@@ -32,7 +32,7 @@ from mesocosm.model.carry import prefixed
 from mesocosm.model.history import History
 from mesocosm.model.language.history import TextHistory
 from mesocosm.model.language.session import Texts
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.serve.connection import Connection, Served, reply_of
 from mesocosm.serve.protocol import CONTEXT, START, Message, batch_rows, get, put
 from mesocosm.serve.session import Sessions, Worlds

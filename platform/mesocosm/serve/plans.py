@@ -11,7 +11,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.planners import load_agent
 from mesocosm.errors import UsageError
 from mesocosm.model.carry import Context, grouped, prefixed
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.plan_state import PlanSize, PlanState
 from mesocosm.policies.planner import Planner

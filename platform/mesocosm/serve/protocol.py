@@ -51,7 +51,7 @@ import numpy as np
 import torch
 
 from mesocosm.model.language.session import Texts
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 
 Message = dict[str, Any]
 AnyStarts = tuple[Parts, Parts] | tuple[Texts, Texts]

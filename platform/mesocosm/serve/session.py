@@ -23,7 +23,7 @@ from mesocosm.model import rng
 from mesocosm.model.any_world import AnyWorld, load_any
 from mesocosm.model.carry import Carry, Context, grouped
 from mesocosm.model.language.world import TextWorld
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_restore, check_step
 from mesocosm.serve.episodes import EpisodeSession

@@ -22,7 +22,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
-from mesocosm.model.spec import Transition, Windows
+from mesocosm.model.tensors import Transition, Windows
 from mesocosm.model.world import World
 from mesocosm.train.training import training_episodes
 

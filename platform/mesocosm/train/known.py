@@ -18,7 +18,7 @@ from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.envs.config import KnownConfig
 from mesocosm.errors import UsageError
 from mesocosm.model.known import REWARD, TERMINATED, KnownFunction, Raw, RawSpace
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.user_code import one_line
 
 Functions = dict[str, KnownFunction]

@@ -27,7 +27,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.language.net import TextNet, bits_per_byte
 from mesocosm.model.net import WindowLosses, WorldNet, apply_base
-from mesocosm.model.spec import Parts, Windows
+from mesocosm.model.tensors import Parts, Windows
 from mesocosm.model.widening import FEW, HIGH, LOW
 from mesocosm.train import engine
 from mesocosm.train.checkpoint import MODEL, TrainingProgress, Weights

@@ -30,7 +30,8 @@ from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.model.known import Known, KnownFunction, RawSpace
-from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.model.tensors import Parts
 from mesocosm.model.tokenizer.kinds import tokenizer_from_json, tokenizer_to_json
 
 Array = NDArray[Any]

@@ -37,7 +37,7 @@ from mesocosm.data.loading.windows import batches, windows
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.errors import UsageError
-from mesocosm.model.spec import Events, Windows
+from mesocosm.model.tensors import Events, Windows
 
 Array = NDArray[Any]
 READ_AHEAD = 16 << 20

@@ -15,7 +15,7 @@ from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.datasets.places import grouped
 from mesocosm.datasets.slots import SlotRows
-from mesocosm.model.spec import Events, Parts, Windows
+from mesocosm.model.tensors import Events, Parts, Windows
 
 Array = NDArray[Any]
 Batch = TypeVar("Batch", Windows, Events)

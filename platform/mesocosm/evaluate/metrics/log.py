@@ -16,7 +16,7 @@ from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
 from mesocosm.model.carry import Carry, Context, StepOut
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 
 Array = NDArray[Any]

@@ -22,7 +22,7 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import ROWS, Array, Log, codec_of, play
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.train.prepare import transitions
 

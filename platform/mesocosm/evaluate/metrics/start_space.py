@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.model.spec import Parts, TextSpan
+from mesocosm.model.spec import TextSpan
+from mesocosm.model.tensors import Parts
 
 CONSTANT = 1e-4
 """A number that deviates less among the starts, as a share of its deviation over all observations,

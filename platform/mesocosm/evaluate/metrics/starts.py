@@ -16,7 +16,7 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
 from mesocosm.evaluate.metrics.start_space import StartRows, StartSpace
 from mesocosm.model import rng
-from mesocosm.model.spec import Parts
+from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 
 STARTS = 512
