@@ -78,13 +78,26 @@ def steps_of(answer: dict[str, Any]) -> dict[str, int]:
     return {row["behaviour"].rpartition(":")[2]: row["steps"] for row in answer["candidates"]}
 
 
+def test_the_shares_of_given_points(golden: Any) -> None:
+    """The digits of a trained world's imagination are those of one kind of CPU; these are not."""
+    rng = np.random.default_rng(0)
+    episodes, logged = np.repeat(np.arange(16), 12), rng.normal(size=(300, 3))
+    candidates = [
+        Imagined(shift + rng.normal(size=(192, 3)), rng.gamma(2.0, size=192), episodes, 16)
+        for shift in (0.0, 1.0, 3.0)
+    ]
+    bought = buy(candidates, logged, 0.5, 203, disagrees=True, seed=0)
+    digits = {f"steps of {i}": float(count) for i, count in enumerate(bought.steps)}
+    digits |= {f"worth of {i}": score.worth for i, score in enumerate(bought.scores)}
+    golden.check("propose", {**digits, "left": bought.left})
+
+
 def test_the_budget_goes_where_data_lack_and_members_disagree(
-    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Any
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = make_world(root)
     answer, job, text = proposal(root, world)
     steps = steps_of(answer)
-    golden.check("propose", {name: float(count) for name, count in steps.items()})
     assert sum(steps.values()) == 203 == job.steps and steps["right"] > 85 and steps["stay"] < 70
     row = answer["candidates"][0]
     assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1
