@@ -14,6 +14,8 @@ EXTRAS = {
     "uvicorn": "serve",
     "gymnasium_robotics": "robotics",
     "metaworld": "robotics",
+    "PIL": "images",
+    "av": "video",
 }
 """The extra that installs a module."""
 

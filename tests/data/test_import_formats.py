@@ -129,8 +129,8 @@ def test_a_lerobot_folder(folder: Path, import_logs: Import) -> None:
     assert "0 throughout" in table["reward"]["how"]
     assert table["next.done"]["became"] == "truncated"
     assert table["timestamp"]["became"] == "nothing"
-    (folder / "robot" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
-    refused(r"LeRobot folder of version v3, got v2.1", folder / "robot")
+    (folder / "robot" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v1.6"}))
+    refused(r"LeRobot folder of version v2 or v3, got v1.6", folder / "robot")
 
 
 @pytest.mark.parametrize(

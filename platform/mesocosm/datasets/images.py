@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import gymnasium
 import numpy as np
@@ -97,14 +97,24 @@ class FrameWriter:
     """Compresses the frames of one leaf as they come: memory holds less than CHUNK raw ones.
 
     The same frames give the same bytes, however they are split over calls of `add`.
+
+    Args:
+        path: The file for the chunks, written as they come. None keeps them in memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self._codec = zstd()
+        self._path = path
         self._rest: Array | None = None
         self._chunks: list[bytes] = []
-        self.bytes = 0
-        """The size of the compressed chunks."""
+        """Without a file."""
+        self._ends = [0]
+        self._file: IO[bytes] | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of the compressed chunks."""
+        return self._ends[-1]
 
     def add(self, frames: Array) -> None:
         """Append frames [k, height, width, channels]."""
@@ -117,26 +127,34 @@ class FrameWriter:
 
     def _compress(self, frames: Array) -> None:
         chunk = self._codec.compress(np.ascontiguousarray(frames).tobytes(), asbytes=True)
-        self._chunks.append(chunk)
-        self.bytes += len(chunk)
+        self._ends.append(self._ends[-1] + len(chunk))
+        if self._path is None:
+            self._chunks.append(chunk)
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
+        self._file.write(chunk)
 
     def close(self) -> tuple[bytes, Array]:
         """Compress the rest.
 
         Returns:
-            (all chunks, the offsets of each and of the end [chunks + 1] int64).
+            (all chunks, none where they are in a file; the offsets of each and of the end [chunks
+            + 1] int64).
         """
         if self._rest is not None:
             self._compress(self._rest)
             self._rest = None
-        ends = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
-        return b"".join(self._chunks), ends
+        if self._file is not None:
+            self._file.close()
+        return b"".join(self._chunks), np.array(self._ends, np.int64)
 
-    def write(self, folder: Path, name: str) -> None:
-        """Write the two files of a leaf into the folder of a shard."""
-        chunks, offsets = self.close()
-        (folder / f"{name}.bin").write_bytes(chunks)
-        np.save(folder / f"{name}.idx.npy", offsets, allow_pickle=False)
+    def write_index(self) -> None:
+        """Close the file, and write the offsets beside it."""
+        assert self._path is not None
+        offsets = self.close()[1]
+        np.save(self._path.with_suffix(".idx.npy"), offsets, allow_pickle=False)
 
 
 class ImageRows:

@@ -96,7 +96,6 @@ class DatasetWriter:
         self._codecs = observation, action
         self._text_names = [leaf.name for codec in self._codecs for leaf in codec.text_leaves]
         self._images = image_names(len(observation.image_leaves))
-        self._frames = self._new_frames()
         self._options = [name for name in environment.task if not observation.matching(name)]
         numbers, categories = observation.numbers + action.numbers, observation.categories
         row_bytes = 8 * (numbers + 4) + 4 * (categories + action.categories)
@@ -105,6 +104,7 @@ class DatasetWriter:
         """The rows of the last episodes, which are in no shard yet."""
         self._rows = self._characters = 0
         self._shards: list[Shard] = []
+        self._frames = self._new_frames()
         self._table: list[tuple[Any, ...]] = []
         self._tasks: list[dict[str, Any]] = []
         self._behaviours: dict[str, BehaviourCounts] = {}
@@ -113,16 +113,22 @@ class DatasetWriter:
         self._durations = True
         self._empty = 0
 
+    def _shard_folder(self) -> Path:
+        """The folder of the shard that is not complete yet."""
+        return self._folder / "shards" / f"{len(self._shards):05d}"
+
     def _new_frames(self) -> dict[str, FrameWriter]:
-        return {name: FrameWriter() for name in self._images}
+        folder = self._shard_folder()
+        return {name: FrameWriter(folder / f"{name}.bin") for name in self._images}
 
     def add(
-        self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None
+        self, episode: Episode, rows: dict[str, Any] | None = None, split: str | None = None
     ) -> None:
         """Add an episode.
 
         Args:
-            rows: What `encode_episode` returns, where the episode is encoded already.
+            rows: What `encode_episode` returns, where the episode is encoded already. The frames
+                of an image may be an iterable of arrays too, which are read one after another.
             split: One of `SPLITS`, given for every episode or for none.
 
         Raises:
@@ -155,11 +161,13 @@ class DatasetWriter:
             self._splits.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
         for name in self._images:  # compressed at once, so that memory holds no raw frames
-            self._frames[name].add(rows[name])
+            frames = rows[name]
+            for part in [frames] if isinstance(frames, np.ndarray) else frames:
+                self._frames[name].add(part)
         self._buffer.append({name: rows[name] for name in (*ARRAYS, *TEXTS)})
         self._rows += len(episode) + 1
         self._characters += sum(len(text) for name in TEXTS for text in rows[name].flat)
-        compressed = sum(frames.bytes for frames in self._frames.values())
+        compressed = sum(frames.size for frames in self._frames.values())
         if self._rows >= self._shard_rows or max(self._characters, compressed) >= SHARD_BYTES:
             self._flush()
 
@@ -190,14 +198,15 @@ class DatasetWriter:
         self._tasks += state["tasks"]
         self._behaviours = {row["name"]: BehaviourCounts(**row) for row in state["behaviours"]}
         self._shards.append(Shard(**state["shard"]))
+        self._frames = self._new_frames()
         self._durations, self._empty = state["durations"], state["empty"]
 
     def _flush(self) -> None:
         count = len(self._buffer)
         if not count:
             return
-        name = f"{len(self._shards):05d}"
-        folder = self._folder / "shards" / name
+        folder = self._shard_folder()
+        name = folder.name
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {
             field: np.concatenate([rows[field] for rows in self._buffer])
@@ -209,15 +218,15 @@ class DatasetWriter:
         if self._text_names:
             texts = np.concatenate([arrays[field] for field in TEXTS], 1)
             write_texts(folder / FILE, self._text_names, texts)
-        for image, frames in self._frames.items():
-            frames.write(folder, image)
-        self._frames = self._new_frames()
+        for frames in self._frames.values():
+            frames.write_index()
         records = np.array(self._table[-count:], EPISODES)
         tasks = self._tasks[-count:]
         table = episodes_table(self._codecs, arrays, records, list(self._behaviours), tasks)
         (self._folder / "episodes").mkdir(exist_ok=True)
         pq.write_table(table, self._folder / "episodes" / f"{name}.parquet", compression="zstd")
         self._shards.append(Shard(name=name, rows=self._rows, episodes=count))
+        self._frames = self._new_frames()
         self._rows = self._characters = 0
 
     def close(self, *, dropped: int = 0) -> Manifest:

@@ -1,4 +1,4 @@
-"""The job `import`: logs in Parquet or JSONL, of a documented schema (docs/import.md) -> a dataset.
+"""The job `import`: logs of a documented schema (docs/import.md), with pictures -> a dataset.
 
 Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks and
 counts every value, and the second writes. The same files and config give the same bytes for any
@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 from mesocosm import checks
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, read_batches
+from mesocosm.data.ingest.frames import FrameDecoder, FrameStream
 from mesocosm.data.ingest.progress import ImportProgress
-from mesocosm.data.ingest.readers.files import sha256, stamp
+from mesocosm.data.ingest.readers.files import sha256
 from mesocosm.data.ingest.readers.traces import REWARDS, TASKS, TraceConfig, TraceOptions
 from mesocosm.data.ingest.report import ImportTally, Inspection
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.data.parallel import ordered, resources, worker_count
 from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.images import image_names
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import SpaceCodec, check_spaces, shown_space
 from mesocosm.datasets.writer import DatasetWriter, nothing
@@ -127,9 +129,11 @@ class ImportLogs(Job[ImportConfig, Import]):
     def resolve(self, config: ImportConfig, storage: Storage) -> Import:
         self.check(config)
         files = sources(config.paths, fetch=True, traces=_trace_options(config))
-        stamps = [_stamp(source) for source in files]
-        with ThreadPoolExecutor(4) as pool:
-            sums = list(pool.map(_checksum, files))
+        stamps = [source.stamp() for source in files]
+        paths = list(dict.fromkeys(path for source in files for path in source.files))
+        with ThreadPoolExecutor(4) as pool:  # cameras' videos may belong to several sources
+            by_path = dict(zip(paths, pool.map(sha256, paths), strict=True))
+        sums = [source.checksum(by_path) for source in files]
         # Without traces, so that ids are those of before there were any.
         unused = ["traces"] if config.traces == TraceConfig() else []
         settings = identity(config, without=["paths", "workers", *PAID, *unused])
@@ -187,7 +191,7 @@ class ImportLogs(Job[ImportConfig, Import]):
                     update(done, f"{done:,}/{total:,} transitions")
 
                 _write(progress, plan, inspection, workers, written)
-            if [_stamp(source) for source in files] != plan.stamps:
+            if [source.stamp() for source in files] != plan.stamps:
                 progress.clear()
                 raise MesocosmError(
                     "a file changed while it was imported; import again when nothing writes to the"
@@ -212,18 +216,6 @@ class ImportLogs(Job[ImportConfig, Import]):
 
 def _trace_options(config: ImportConfig) -> TraceOptions:
     return TraceOptions(config.traces.task, config.traces.reward, dict(config.columns))
-
-
-def _stamp(source: Source) -> tuple[int, tuple[str, ...]]:
-    """A source's size in bytes, and strings that change when its files do."""
-    sizes, marks = zip(*map(stamp, source.files), strict=True)
-    return sum(sizes), marks
-
-
-def _checksum(source: Source) -> str:
-    """The sha256 of a file, or one of those of several."""
-    sums = [sha256(path) for path in source.files]
-    return sums[0] if len(sums) == 1 else fingerprint("source", sums)
 
 
 def _facts(cfg: ImportConfig) -> EnvFacts | None:
@@ -315,7 +307,12 @@ def _write(
         seed=cfg.seed,
         valid_fraction=cfg.valid_fraction,
     )
-    joiner = Joiner([source.name for source in plan.files], schema, cfg.bad == "drop")
+    joiner = Joiner(
+        [source.name for source in plan.files],
+        schema,
+        cfg.bad == "drop",
+        frozenset(inspection.tally.left_out_numbers),
+    )
     progress.restore(writer, joiner)
     begin, skip = joiner.next
     pieces = inspection.pieces[begin:]
@@ -325,16 +322,18 @@ def _write(
     if reality.success is not None and not reality.success.strip().startswith("info"):
         judge = parse_success(reality.success)
 
+    codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
+
     def episodes() -> Iterator[LoggedEpisode]:
-        codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
         encode = partial(read_batches, schema=schema, codecs=codecs)
         for batch in ordered(encode, pieces, workers, cfg.ray):
             yield from joiner.add(batch)
         joiner.next = len(inspection.pieces), 0
         yield from joiner.close()
 
+    decoder = FrameDecoder()
     for logged in episodes():
-        rows = _arrays(logged)
+        rows = _arrays(logged, codecs[0], decoder)
         rewards, timed = rows["reward"][:-1], not np.isnan(rows["duration"][0])
         success, outcome = logged.success, inspection.outcome(logged.outcome, logged.success)
         rows["terminated"] &= outcome == "terminated"
@@ -356,21 +355,28 @@ def _write(
         if writer.whole:
             progress.save_shard(writer, joiner)
         update(writer.transitions)
+    decoder.close()
     writer.close(dropped=sum(inspection.tally.left_out.values()))
 
 
-def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
+def _arrays(
+    episode: LoggedEpisode, observation: SpaceCodec, decoder: FrameDecoder
+) -> dict[str, Any]:
     """`manifest.ARRAYS` and `texts.TEXTS` of an episode: T+1 rows, of which the last has only an
-    observation.
+    observation. Images are a `FrameStream`.
     """
     logged, length = episode.rows, episode.length
-    arrays: dict[str, Array] = {}
-    for kind in ("num", "cat", "text"):
+    arrays: dict[str, Any] = {}
+    images = image_names(len(observation.image_leaves))
+    for kind in ("num", "cat", "text", *(name.removeprefix("obs_") for name in images)):
         observations = logged[f"obs_{kind}"][: length + 1]
         if len(observations) == length:
             last = logged[f"next_{kind}"][length - 1 : length]
             observations = np.concatenate([observations, last])
         arrays[f"obs_{kind}"] = observations
+    for name, leaf in zip(images, observation.image_leaves, strict=True):
+        where = f"{leaf.name} of episode {episode.key!r}"
+        arrays[name] = FrameStream(arrays[name], leaf.shape, leaf.dtype, decoder, where)
     for name in ("act_num", "act_cat", "act_text", "reward", "terminated", "duration"):
         values = logged[name][:length]
         arrays[name] = np.concatenate([values, nothing(values)])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mesocosm.data.ingest.frames import FrameDecoder
 from mesocosm.data.ingest.readers import LogPiece
 from mesocosm.data.ingest.report import ImportTally
 from mesocosm.data.ingest.rows import OUTSIDE, Batch, Codecs, Key, Problem, Rows, begins, read_batch
@@ -45,6 +46,7 @@ def read_batches(
         codecs: None checks the values and does not encode them.
     """
     skip, begin = piece.skip, 0
+    decoder = FrameDecoder()
     try:
         for table in read(piece, list(schema.renames)):
             skipped = min(skip, table.num_rows)
@@ -52,7 +54,7 @@ def read_batches(
             if not table.num_rows:
                 continue
             try:
-                yield read_batch(schema.select(table), schema, codecs, piece, begin)
+                yield read_batch(schema.select(table), schema, codecs, piece, begin, decoder)
             except RowError as error:
                 raise RowError(begin + error.row, error.text) from error
             begin += table.num_rows
@@ -60,6 +62,8 @@ def read_batches(
         yield Fault(piece.source, error.row - begin, error.text)
     except UsageError as error:
         yield Fault(piece.source, None, str(error))
+    finally:
+        decoder.close()
 
 
 @dataclass
@@ -88,6 +92,8 @@ class Joiner:
     """The names of the files."""
     schema: Schema
     drop: bool
+    left_out: frozenset[int] = frozenset()
+    """The numbers of the episodes that the first pass left out: the second does not decode."""
     seen: dict[Key, None] = field(default_factory=dict)
     """The names of all episodes that have begun, in that order."""
     number: int = 0
@@ -176,7 +182,10 @@ class Joiner:
             reason, text = self._problem
             tally.left_out[reason] += 1
             tally.left_out_rows[reason] += self._rows
+            tally.left_out_numbers.add(self.number - 1)
             tally.examples.setdefault(reason, text)
+            return
+        if self.number - 1 in self.left_out:
             return
         rows, count = _join(parts), self._rows
         final = bool(rows["final"][-1])
@@ -278,7 +287,8 @@ def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Proble
     for mask, blamed, at in ((~timed_a & timed_b, 0, "{a}"), (timed_a & ~timed_b, 1, "{b}")):
         check(acted & mask, blamed, "missing value", f"duration is missing at step {at} {text}")
     contradicts, moves = np.zeros((2, len(step)), bool)
-    for name in [name for name in rows if name.startswith("next_")]:
+    # The first pass has compared frames.
+    for name in [n for n in rows if n.startswith("next_") and not n.startswith("next_image")]:
         observation = name.replace("next", "obs", 1)
         contradicts |= _differ(a[name], b[observation])
         moves |= _differ(a[name], a[observation])

@@ -4,6 +4,7 @@
     observation.0 ... observation.3: float             the same leaf, flattened
     observation: struct<pose: list<float>[2], n: int>  two leaves, at ("pose",) and ("n",)
     observation.pose: list<float>[2], observation.n    the same two leaves
+    observation: binary                                one leaf of frames (`frames`)
 
 Keys 0..n-1 are a vector if they are flattened columns of numbers (or of booleans), else a Tuple.
 """
@@ -16,10 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pyarrow as pa
 import pyarrow.types as is_
 from gymnasium import spaces
 
+from mesocosm.data.ingest.frames import FrameDecoder, is_picture, logged_frames
+from mesocosm.data.ingest.video import FrameProblem
+from mesocosm.datasets.images import check_layout, is_image
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 
@@ -38,10 +43,12 @@ class ColumnLeaf:
     columns: tuple[str, ...]
     """One flattened column, or one per element of a vector."""
     kind: str
-    """number, bool, text, or flag: a number or a bool."""
+    """number, bool, text, image (pictures that are decoded), or flag: a number or a bool."""
     shape: tuple[int, ...] = ()
     space: Space | None = None
     """The environment's space. None where it is inferred from the values."""
+    pixels: bool = False
+    """It is an image [height, width, channels], as pictures or as numbers."""
 
     @staticmethod
     def scalar(name: str, kind: str) -> ColumnLeaf:
@@ -62,8 +69,10 @@ def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
 
 
 def kind_of(type: pa.DataType) -> str | None:
-    """number, bool or text. None for a type that no space holds; nulls count as numbers."""
+    """number, bool, text or image. None for a type that no space holds; nulls count as numbers."""
     inner, _ = innermost(type)
+    if is_picture(inner):
+        return "image"
     if is_.is_floating(inner) or is_.is_integer(inner) or is_.is_null(inner):
         return "number"
     if is_.is_boolean(inner):
@@ -72,11 +81,11 @@ def kind_of(type: pa.DataType) -> str | None:
 
 
 def flatten(table: pa.Table) -> pa.Table:
-    """Replace each struct by one column per field, at any depth."""
-    while any(is_.is_struct(field.type) for field in table.schema):
+    """Replace each struct by one column per field, at any depth. Pictures stay as they are."""
+    while any(_nested(field.type) for field in table.schema):
         columns: dict[str, pa.ChunkedArray] = {}
         for name, column in zip(table.column_names, table.columns, strict=True):
-            if is_.is_struct(column.type):
+            if _nested(column.type):
                 names = [f"{name}{SEPARATOR}{field.name}" for field in column.type]
                 # Unlike pc.struct_field, this keeps the struct's own nulls.
                 columns |= zip(names, column.flatten(), strict=True)
@@ -84,6 +93,19 @@ def flatten(table: pa.Table) -> pa.Table:
                 columns[name] = column
         table = pa.table(columns)
     return table
+
+
+def flat_types(types: Iterable[tuple[str, pa.DataType]]) -> dict[str, pa.DataType]:
+    """The columns of `flatten`, by name, of columns (name, type)."""
+    flat: dict[str, pa.DataType] = {}
+    for name, type in types:
+        inner = [(f"{name}{SEPARATOR}{f.name}", f.type) for f in type] if _nested(type) else []
+        flat |= flat_types(inner) if _nested(type) else {name: type}
+    return flat
+
+
+def _nested(type: pa.DataType) -> bool:
+    return bool(is_.is_struct(type)) and not is_picture(type)
 
 
 def shown(name: str) -> str:
@@ -134,13 +156,19 @@ def _infer(
     if name in head.column_names:
         type = head.schema.field(name).type
         kind, depth = kind_of(type), innermost(type)[1]
-        if kind is None or (kind == "text" and depth):
+        if kind is None or (kind in ("text", "image") and depth):
             raise UsageError(
                 f"column {shown(name)!r} has the type {type}, which no space holds; give numbers,"
-                " booleans or lists of them, strings, or structs"
+                " booleans or lists of them, strings, pictures, or structs"
             )
-        shape = _shape(head, name) if depth else ()
-        yield ColumnLeaf(shown(name), path, (name,), kind, shape)
+        if kind == "image":
+            shape, pixels = _picture_shape(head, name), True
+        else:
+            shape = _shape(head, name) if depth else ()
+            pixels = depth == 3 and _is_pixels(innermost(type)[0], shape, shown(name))
+        if pixels and name.split(SEPARATOR)[0] == "action":
+            raise UsageError(f"{shown(name)} must not be an image; act in numbers")
+        yield ColumnLeaf(shown(name), path, (name,), kind, shape, pixels=pixels)
         return
     below = columns_of(name, head.column_names)
     keys = dict.fromkeys(column[len(name) + 1 :].split(SEPARATOR)[0] for column in below)
@@ -170,15 +198,38 @@ def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
     )
 
 
+def _is_pixels(type: pa.DataType, shape: tuple[int, ...], name: str) -> bool:
+    """True if nested lists of this shape are an image. Raises UsageError for another layout."""
+    if not is_.is_uint8(type):
+        return False
+    box = spaces.Box(0, 255, shape, np.uint8)
+    check_layout(box, name)
+    return is_image(box)
+
+
+def _picture_shape(head: pa.Table, name: str) -> tuple[int, ...]:
+    """[height, width, channels] of the first picture of a column that can be read."""
+    frames, missing = logged_frames(head[name].combine_chunks())
+    problem = "it has none"
+    with FrameDecoder() as decoder:
+        for frame in frames[~missing].tolist():
+            if frame.raw:
+                problem = "its space is unknown"
+                break
+            try:
+                return decoder.decode(frame).shape
+            except FrameProblem as error:
+                problem = problem if problem != "it has none" else str(error)
+    raise UsageError(
+        f"column {shown(name)!r} holds no picture that can be read in its first {head.num_rows}"
+        f" rows: {problem}; give PNG or JPEG, or video"
+    )
+
+
 def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[ColumnLeaf]:
     """The leaves of an environment's space, with the columns that hold them."""
     leaves = []
     for leaf in SpaceCodec(space, part).leaves:
-        if leaf.image is not None:
-            raise UsageError(
-                f"{leaf.name} is an image, which no log format is imported with yet; collect it, or"
-                " drop this key with a wrapper"
-            )
         path = tuple(map(str, leaf.path))
         name = SEPARATOR.join((part, *path))
         below = columns_of(name, head.column_names)
@@ -192,15 +243,20 @@ def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list
                 f" (it has {names}); give one column, or one per element, or leave --env out"
             )
         kinds = {kind_of(head.schema.field(column).type) for column in columns}
-        text = isinstance(leaf.space, spaces.Text)
-        if not kinds <= ({"text"} if text else {"number", "bool"}):
+        text, pixels = isinstance(leaf.space, spaces.Text), leaf.image is not None
+        fits = {"text"} if text else {"number", "bool"}
+        if pixels:
+            fits = {"number"} if kinds == {"number"} else {"image"}
+        if not kinds <= fits:
             type = head.schema.field(columns[0]).type
             raise UsageError(
                 f"column {shown(columns[0])!r} must fit the environment's {leaf.name}, which is"
                 f" {leaf.space}, got {type}; convert it, or leave --env out"
             )
-        kind = "text" if text else "bool" if kinds == {"bool"} else "number"
-        leaves.append(ColumnLeaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
+        kind = str(kinds.pop()) if len(kinds) == 1 else "number"
+        leaves.append(
+            ColumnLeaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space, pixels)
+        )
     return leaves
 
 
@@ -209,7 +265,7 @@ def find_options(head: pa.Table) -> list[ColumnLeaf]:
     for name in sorted(columns_of("task", head.column_names)):
         key, type = name.removeprefix(f"task{SEPARATOR}"), head.schema.field(name).type
         kind = kind_of(type)
-        if name == "task" or SEPARATOR in key or kind is None or innermost(type)[1]:
+        if name == "task" or SEPARATOR in key or kind in (None, "image") or innermost(type)[1]:
             raise UsageError(
                 f"column {shown(name)!r} must hold one number, boolean or string per reset option"
                 f" (a struct, or columns task.NAME), got {type}"

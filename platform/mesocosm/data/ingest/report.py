@@ -29,6 +29,8 @@ class ImportTally:
     left_out: Counter[str] = field(default_factory=Counter)
     """Episodes, by reason."""
     left_out_rows: Counter[str] = field(default_factory=Counter)
+    left_out_numbers: set[int] = field(default_factory=set)
+    """The numbers of the episodes that are left out, among all that begin."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first fault of each reason, with file and row."""
     last_actions: int = 0
@@ -125,7 +127,7 @@ class Inspection:
         tally, limit = self.tally, self.limit
         rows, lost = sum(tally.rows.values()), sum(tally.left_out_rows.values())
         varies = any(
-            stat.low != stat.high or stat.longest
+            stat.low != stat.high or stat.longest or "image" in stat.kinds
             for name, stat in tally.stats.items()
             if name.partition(".")[0] == "observation"
         )

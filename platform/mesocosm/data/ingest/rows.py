@@ -10,7 +10,8 @@ in any process and joined in order (`episodes`), so rows are plain arrays by nam
     duration [B]                    seconds, NaN where the row has none
     behaviour, task, seed, success  [B] object; constant in an episode. Success may be None
     wrong [B]                       the row is faulty
-    obs_*, act_*, next_* [B, ...]   values: a leaf each, or encoded (`manifest.ARRAYS`, `texts`)
+    obs_*, act_*, next_* [B, ...]   values: a leaf each, or encoded (`manifest.ARRAYS`, `texts`).
+                                    Of images digests; encoded, references (`LoggedFrame`)
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from gymnasium import spaces
 
+from mesocosm.data.ingest.frames import FrameDecoder, digest, digests, raw_frames
 from mesocosm.data.ingest.leaves import ColumnLeaf, kind_of
 from mesocosm.data.ingest.readers import PROBLEM, LogPiece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
 from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
+from mesocosm.data.ingest.video import FrameProblem
 from mesocosm.datasets.bounds import FIX, outside
+from mesocosm.datasets.images import image_names
 from mesocosm.datasets.leaf import EXACT, FLOAT32
 from mesocosm.datasets.spaces import SpaceCodec, shown_space
 from mesocosm.datasets.texts import text_problem
@@ -47,6 +52,9 @@ FIXES = {
     "wrong shape": "; give one shape in all rows",
     "too large": "; rescale it",
     "unreadable episode": "; correct it, or set bad=drop",
+    "unreadable frame": "; write it again, or set bad=drop",
+    "missing frame": "; correct the timestamps or the video, or set bad=drop",
+    "alpha channel": "; save frames as RGB, without alpha",
     OUTSIDE: f"; {FIX}",
 }
 
@@ -67,17 +75,24 @@ class Batch:
 
 
 def read_batch(
-    table: pa.Table, schema: Schema, codecs: Codecs | None, piece: LogPiece, begin: int
+    table: pa.Table,
+    schema: Schema,
+    codecs: Codecs | None,
+    piece: LogPiece,
+    begin: int,
+    decoder: FrameDecoder,
 ) -> Batch:
     """Check the rows of a table that `Schema.select` made.
 
     Args:
-        codecs: Those that encode the values. None returns the values as they are.
+        codecs: Those that encode the values. None returns the values as they are, and decodes and
+            checks pictures.
 
     Raises:
         RowError: A column has another type than in the first rows, or no row has an episode.
     """
     rows, count = _CheckedRows(table, schema, piece), table.num_rows
+    rows.decoder = decoder if codecs is None else None
     everything = np.ones(count, bool)
     observation = [rows.read(leaf, everything) for leaf in schema.observation]
     taken = [take(table, leaf) for leaf in schema.action]
@@ -125,10 +140,16 @@ def read_batch(
             codec = codecs[part == "act"]
             encoded = _encode(codec, arrays, usable)
             columns |= zip((f"{part}_num", f"{part}_cat", f"{part}_text"), encoded, strict=True)
+            columns |= _references(codec, leaves, arrays, part)
             continue
         for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
-            columns[f"{part}_{i}"] = array
             name = leaf.name.removeprefix("next_")
+            if leaf.pixels:
+                columns[f"{part}_{i}"] = array if leaf.kind == "image" else digests(array)
+                seen = Stat(int(usable.sum()), frozenset({"image"}))
+                stats[name] = stats.get(name, Stat()).merged(seen)
+                continue
+            columns[f"{part}_{i}"] = array
             stats[name] = stats.get(name, Stat()).merged(Stat.of(array[usable]))
     return Batch(piece.source, piece.number, begin, columns, rows.problems(), stats)
 
@@ -140,6 +161,9 @@ def begins(keys: Array) -> Array:
 
 class _CheckedRows:
     """The rows of a table, and the first fault of each."""
+
+    decoder: FrameDecoder | None = None
+    """Decodes pictures to check them. None leaves them as they are."""
 
     def __init__(self, table: pa.Table, schema: Schema, piece: LogPiece):
         self._table, self._schema = table, schema
@@ -206,6 +230,8 @@ class _CheckedRows:
     ) -> Array:
         name, space = leaf.name, leaf.space
         self.mark(missing & mask, "missing value", lambda row: f"{name} is missing")
+        if leaf.kind == "image":
+            return self._check_frames(leaf, values, mask)
         shape = f"{name} must have the shape {leaf.shape}"
         self.mark(misshapen & mask, "wrong shape", lambda row: shape)
         kind, flat = values.dtype.kind, values.reshape(len(values), math.prod(leaf.shape))
@@ -236,6 +262,31 @@ class _CheckedRows:
         self.mark(bad, OUTSIDE, text)
         return values
 
+    def _check_frames(self, leaf: ColumnLeaf, frames: Array, mask: Array) -> Array:
+        """Digests [B] of the frames of `mask`; without a decoder, the frames [B] themselves."""
+        if self.decoder is None:
+            return frames
+        dtype = None if leaf.space is None else np.dtype(leaf.space.dtype)
+        checked = np.full(len(frames), b"", object)
+        for row in np.flatnonzero(mask & ~self.wrong).tolist():
+            reason = None
+            try:
+                frame = self.decoder.decode(frames[row], leaf.shape, dtype)
+            except FrameProblem as problem:
+                reason, text = problem.reason, f"{leaf.name}: {problem}"
+            else:
+                checked[row] = digest(frame)
+                if frames[row].raw and leaf.space is not None:
+                    if not np.isfinite(frame).all():
+                        reason, text = "not finite", f"{leaf.name} must be finite"
+                    elif outside(leaf.space, frame[None], self._schema.bounds)[0]:
+                        must = f"{leaf.name} must be in the environment's {leaf.space}"
+                        reason, text = OUTSIDE, f"{must}, got {frame.min()} to {frame.max()}"
+            if reason is not None:
+                at = np.arange(len(frames)) == row
+                self.mark(at, reason, partial(_constant, text))
+        return checked
+
     def _check_elements(
         self, leaf: ColumnLeaf, flat: Array, mask: Array, bad: Array, reason: str, must: str
     ) -> None:
@@ -249,9 +300,26 @@ class _CheckedRows:
         self.mark(mask & bad.any(1), reason, text)
 
 
+def _constant(text: str, row: int) -> str:
+    return text
+
+
+def _references(
+    codec: SpaceCodec, leaves: Sequence[ColumnLeaf], arrays: Sequence[Array], part: str
+) -> Rows:
+    """`LoggedFrame` [B] of each image, by the name of its rows."""
+    frames: list[Array] = []
+    for leaf, column, array in zip(codec.leaves, leaves, arrays, strict=True):
+        if leaf.image is not None:
+            raw = column.kind != "image"
+            frames.append(raw_frames(array.astype(leaf.dtype)) if raw else array)
+    names = [name.replace("obs", part, 1) for name in image_names(len(frames))]
+    return dict(zip(names, frames, strict=True))
+
+
 def _encode(codec: SpaceCodec, arrays: Sequence[Array], usable: Array) -> tuple[Array, ...]:
     """(numbers, categories, texts) of every row as they are stored; 0 or "" where it is not
-    usable.
+    usable. Images are left out.
     """
     count = len(usable)
     numbers = np.zeros((count, codec.numbers))
@@ -259,9 +327,13 @@ def _encode(codec: SpaceCodec, arrays: Sequence[Array], usable: Array) -> tuple[
     texts = np.full((count, len(codec.text_leaves)), "", object)
     values = []
     for leaf, array in zip(codec.leaves, arrays, strict=True):
+        if leaf.image is not None:
+            shape = (int(usable.sum()), *leaf.shape)
+            values.append(np.broadcast_to(np.zeros((), leaf.dtype), shape))  # takes no memory
+            continue
         integers = leaf.text is None and leaf.dtype.kind != "f" and array.dtype.kind == "f"
         values.append(array[usable].astype(np.int64) if integers else array[usable])
     if usable.any():
-        encoded = codec.encode_stored(values, int(usable.sum()))
+        encoded = codec.encode_stored(values, int(usable.sum()))[:3]
         numbers[usable], categories[usable], texts[usable] = encoded
     return numbers, categories, texts

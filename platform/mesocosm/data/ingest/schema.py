@@ -21,6 +21,7 @@ from mesocosm.data.ingest.leaves import (
     columns_of,
     find_leaves,
     find_options,
+    flat_types,
     flatten,
     innermost,
     kind_of,
@@ -288,16 +289,15 @@ def _compare(
     """
     others, unused = _renames(source, other, columns)
     typed = first.format not in ("jsonl", *TRACES)
-    table = other.empty_table().select([name for name in renames if name in other.names])
-    table = flatten(table.rename_columns([renames[name] for name in table.column_names]))
+    types = flat_types((to, other.field(n).type) for n, to in renames.items() if n in other.names)
     names = [n for n, to in renames.items() if typed or to.split(SEPARATOR)[0] in REQUIRED]
     missing = [name for name in names if name not in other.names]
     for field in schema:
         name = _file_name(field.name, renames)
-        if field.name not in table.column_names:
+        if field.name not in types:
             missing += [name] if typed else []
             continue
-        a, b = field.type, table.schema.field(field.name).type
+        a, b = field.type, types[field.name]
         if len({_comparable(a, typed), _comparable(b, typed)} - {None}) > 1:
             raise UsageError(
                 f"column {name!r} is {a} in {first.name!r} and {b} in {source.name!r} (mixed"

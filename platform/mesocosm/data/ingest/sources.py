@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mesocosm.config import fingerprint
 from mesocosm.data.ingest.readers import (
     About,
     LogPiece,
@@ -23,8 +24,10 @@ from mesocosm.data.ingest.readers import (
     minari,
     otel,
     parquet,
+    pictures,
     rllib,
 )
+from mesocosm.data.ingest.readers.lerobot_cameras import INFO
 from mesocosm.data.ingest.readers.traces import TraceOptions, TraceReader, documents
 from mesocosm.errors import MesocosmError, UsageError
 
@@ -33,6 +36,7 @@ READERS: dict[str, Any] = {
     "lerobot": lerobot,
     "minari": minari,
     "parquet": parquet,
+    "pictures": pictures,
     "rllib": rllib,
     "agentworld": TraceReader(agentworld.traces, "AgentWorldBench"),
     "chat": TraceReader(chat.traces, "a chat"),
@@ -47,7 +51,7 @@ IN_FOLDERS = (".parquet", ".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Source:
-    """One file of logs, or one Minari dataset."""
+    """One file of logs, one episode's folder of pictures, or one Minari dataset."""
 
     format: str
     path: str
@@ -64,9 +68,26 @@ class Source:
     def files(self) -> list[str]:
         return self.about.files or [self.path]
 
+    def stamp(self) -> tuple[int, tuple[str, ...]]:
+        """Its size in bytes, and strings that change when its files do."""
+        sizes, marks = zip(*map(files.stamp, self.files), strict=True)
+        return sum(sizes), marks
+
+    def checksum(self, by_path: Mapping[str, str]) -> str:
+        """The sha256 of a file, or one of those of several; of a folder with their names.
+
+        Args:
+            by_path: The sha256 of each file.
+        """
+        sums = [by_path[path] for path in self.files]
+        if self.format == "pictures":  # the name of a folder is that of its camera
+            names = [os.path.relpath(path, self.path) for path in self.files]
+            return fingerprint("source", [names, sums])
+        return sums[0] if len(sums) == 1 else fingerprint("source", sums)
+
     def head(self) -> pa.Table:
         reader = READERS[self.format]
-        if self.format in TRACES:
+        if self.format in (*TRACES, "pictures"):
             return reader.head(self.path, self.traces)
         return reader.head(self.path)
 
@@ -121,8 +142,10 @@ def sources(words: Sequence[str], fetch: bool, traces: TraceOptions | None = Non
 def _sources_of(word: str, fetch: bool) -> list[Source]:
     if word.startswith(minari.PREFIX):
         return [Source("minari", minari.folder(word, fetch), word)]
-    if not files.is_remote(word) and os.path.exists(os.path.join(word, lerobot.INFO)):
+    if not files.is_remote(word) and os.path.exists(os.path.join(word, INFO)):
         return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.data(word)]
+    if not files.is_remote(word) and os.path.isdir(word) and pictures.holds(word):
+        return [Source("pictures", os.path.abspath(path), path) for path in pictures.episodes(word)]
     try:
         paths = files.expand(word, IN_FOLDERS) or files.expand(word, [".json"])
         if not paths:

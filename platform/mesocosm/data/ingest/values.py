@@ -12,6 +12,7 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.data.ingest.frames import logged_frames
 from mesocosm.data.ingest.leaves import SEPARATOR, ColumnLeaf, Space, innermost, kind_of, shown
 from mesocosm.errors import UsageError
 
@@ -33,7 +34,7 @@ def take(table: pa.Table, leaf: ColumnLeaf) -> tuple[Array, Array, Array]:
 
     Returns:
         (values [B, *shape], missing [B] bool, wrong shape [B] bool). Values are 0 in rows that
-        are missing, also in part, or of another shape.
+        are missing, also in part, or of another shape. Of pictures they are `LoggedFrame` [B].
     """
     parts = []
     kinds = ("number", "bool") if leaf.kind == "flag" else (leaf.kind,)
@@ -42,6 +43,9 @@ def take(table: pa.Table, leaf: ColumnLeaf) -> tuple[Array, Array, Array]:
         if not is_.is_null(innermost(array.type)[0]) and kind_of(array.type) not in kinds:
             must = f"{shown(name)} must be {' or '.join(kinds)}"
             raise RowError(_first_valid(array), f"{must}, got {array.type} (mixed dtypes)")
+        if leaf.kind == "image":
+            frames, absent = logged_frames(array)
+            return frames, absent, np.zeros(len(frames), bool)
         parts.append(_values(array, leaf.kind, () if leaf.flattened else leaf.shape))
     if not leaf.flattened:
         return parts[0]
@@ -112,7 +116,7 @@ class Stat:
 
     count: int = 0
     kinds: frozenset[str] = frozenset()
-    """NumPy's names of the types, or text."""
+    """NumPy's names of the types, text, or image."""
     low: tuple[float, ...] = ()
     """Per element."""
     high: tuple[float, ...] = ()
@@ -158,6 +162,8 @@ def infer_space(leaf: ColumnLeaf, stat: Stat, action: bool) -> tuple[Space, str]
     """
     if not stat.count:
         raise UsageError(f"{leaf.name} has no value in any usable row; give data that has some")
+    if leaf.pixels:
+        return spaces.Box(0, 255, leaf.shape, np.uint8), "frames of the first one's size"
     if "text" in stat.kinds:
         charset = "".join(sorted(stat.characters))
         how = f"guess: at most {stat.longest} of the {len(charset)} characters seen"

@@ -5,7 +5,8 @@
     read(piece, columns) -> Tables   those columns of a piece's rows, in order, in batches
     about(path) -> About             optional: what the format adds to the documented schema
 
-Formats of traces of language agents (`traces.TraceReader`) take options too: head(path, options).
+Formats of traces of language agents (`traces.TraceReader`) and `pictures` take options too:
+head(path, options).
 The tables have the documented schema. An episode that cannot be read is rows of its episode and
 step, with a message in the column PROBLEM.
 """
@@ -60,4 +61,4 @@ class LogPiece:
     skip: int = 0
     """Rows at its beginning that are not read."""
     traces: Any = None
-    """`traces.TraceOptions`, of a format of traces."""
+    """`traces.TraceOptions`, with the names of columns."""

@@ -13,11 +13,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pyarrow as pa
+from gymnasium import spaces
 
-from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, About, LogPiece
-from mesocosm.datasets.parquet import arrow
+from mesocosm.data.ingest.frames import frame_array
+from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, PROBLEM, About, LogPiece
+from mesocosm.datasets.images import is_image
+from mesocosm.datasets.leaf import children
+from mesocosm.datasets.parquet import arrow, without_images
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
 
@@ -120,7 +125,8 @@ def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     for table in _tables(piece.path, piece.begin, piece.end):
         names = [name for name in (*columns, PROBLEM) if name in table.column_names]
         tables.append(table.select(names))
-        if sum(map(len, tables)) >= BATCH_ROWS:
+        size = sum(table.nbytes for table in tables)
+        if sum(map(len, tables)) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield pa.concat_tables(tables, promote_options="default")
             tables = []
     if tables:
@@ -150,7 +156,7 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
     """Raises ValueError where T rewards do not come with T actions and T+1 observations."""
     length = len(episode.rewards)
     parts = {
-        "observation": arrow(dataset.observation_space, episode.observations),
+        "observation": _observations(dataset.observation_space, episode.observations),
         "action": arrow(dataset.action_space, episode.actions),
         "reward": pa.array(np.asarray(episode.rewards)),
         "terminated": pa.array(np.asarray(episode.terminations)),
@@ -169,6 +175,16 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
         elif length:
             columns[name] = pa.concat_arrays([values, pa.nulls(1, values.type)])
     return pa.table(columns)
+
+
+def _observations(space: gymnasium.Space[Any], batch: Any) -> pa.Array:
+    """Observations as a nested Arrow array, whose images are the values of their frames."""
+    if is_image(space):
+        return frame_array(raw=[frame.tobytes() for frame in np.asarray(batch, space.dtype)])
+    if isinstance(space, spaces.Dict | spaces.Tuple) and without_images(space) is not space:
+        parts = [_observations(child, batch[key]) for key, child in children(space)]
+        return pa.StructArray.from_arrays(parts, [str(key) for key, _ in children(space)])
+    return arrow(space, batch)
 
 
 def _open(path: str) -> Any:

@@ -23,7 +23,8 @@ PIECE_ROWS = 1 << 17
 
 def head(path: str) -> pa.Table:
     with _open(path) as (file, schema):
-        batch = next(file.iter_batches(HEAD_ROWS), None)
+        size = _batch_rows(file, range(file.num_row_groups), HEAD_ROWS)
+        batch = next(file.iter_batches(size), None)
         return (
             schema.empty_table() if batch is None else pa.Table.from_batches([batch]).cast(schema)
         )
@@ -46,13 +47,18 @@ def pieces(path: str) -> list[tuple[int, int]]:
 def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     with _open(piece.path) as (file, schema):
         numbers = list(range(piece.begin, piece.end))
-        groups = [file.metadata.row_group(i) for i in numbers]
-        bytes, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
-        size = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(bytes, 1)))
+        size = _batch_rows(file, numbers, BATCH_ROWS)
         names = [name for name in columns if name in schema.names]
         types = pa.schema([schema.field(name) for name in names])
         for batch in file.iter_batches(size, row_groups=numbers, columns=names):
             yield pa.Table.from_batches([batch]).select(names).cast(types)
+
+
+def _batch_rows(file: pq.ParquetFile, numbers: Sequence[int], most: int) -> int:
+    """The rows of these row groups that are read at a time, at most `most`."""
+    groups = [file.metadata.row_group(i) for i in numbers]
+    bytes, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
+    return max(1, min(most, BATCH_BYTES * rows // max(bytes, 1)))
 
 
 @contextmanager
