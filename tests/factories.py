@@ -26,6 +26,8 @@ from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.prepare import fitted_base
 
+SHORT_RUN = ("train.steps=12", "train.checkpoint_every=4", "train.validate_every=6")
+"""Keys of a pretraining of a few seconds."""
 SMALL_WORLD = (
     "model.size=10k",
     "model.members=2",

@@ -176,10 +176,10 @@ def prose(page: Path) -> str:
 
 
 def lay_out(page: Path, folder: Path) -> list[str]:
-    """Where a reader of the page stands: beside the repository's configs and the files that the
-    page writes, whose names it gives.
+    """Where a reader of the page stands: beside the repository's benchmarks, clusters and configs,
+    and the files that the page writes, whose names it gives.
     """
-    for part in ("configs", "clusters"):
+    for part in ("benchmarks", "clusters", "configs"):
         (folder / part).symlink_to(REPOSITORY / part)
     files = [(block.file, block.lines) for block in blocks(page) if block.file is not None]
     for file, lines in files:

@@ -153,7 +153,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.xdist_group(f"pages {i % 2}"), id=name(page))
+        for i, page in enumerate(RUN)
+    ],
+)
 def test_the_commands_of_a_page_run(
     page: Path, made: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mesocosm.model.fitting import ALONE, EVERY, StoppedFit, fit
+from mesocosm.model.fitting import ALONE, EVERY, StoppedFit, fit, of_part
 
 
 def run(held_out_optimum: float | None, most: int) -> tuple[Tensor, StoppedFit]:
@@ -51,3 +51,10 @@ def test_without_held_out_data_the_number_of_steps_is_fixed() -> None:
 def test_same_input_same_bits() -> None:
     first, second = (run(held_out_optimum=3.0, most=5000) for _ in range(2))
     assert torch.equal(first[0], second[0]) and first[1] == second[1]
+
+
+def test_long_fits_say_how_far_they_are() -> None:
+    weight, said = torch.zeros(1, requires_grad=True), list[str]()
+    optimizer = torch.optim.Adam([weight], lr=0.01)
+    fit(optimizer, lambda step: weight.square().sum(), None, 120, of_part(said.append, "reward"))
+    assert said == ["reward, step 50 of at most 120", "reward, step 100 of at most 120"]

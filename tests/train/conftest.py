@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factories import SMALL_WORLD
+from factories import SHORT_RUN, SMALL_WORLD
+from pytest import approx
 
 from mesocosm.config import load as load_config
 from mesocosm.jobs.pretrain import JOB, PretrainConfig
@@ -50,6 +51,18 @@ class Pretrained:
     def log(self) -> str:
         return (self.folder / "log.txt").read_text()
 
+    def has_weights_of(self, other: Pretrained) -> bool:
+        """Whether both worlds have the same weights to the last bit."""
+        one, two = ((x.artifact.path / "model.safetensors").read_bytes() for x in (self, other))
+        return bool(one == two)
+
+    def has_losses_of(self, whole: Pretrained, **tolerance: float) -> bool:
+        """Whether each step's last loss is that of the undisturbed run."""
+        return bool(
+            {step: values[-1] for step, values in self.losses.items()}
+            == approx({step: whole.losses[step][0] for step in self.losses}, **tolerance)
+        )
+
 
 def _load(root: str, *overrides: str) -> PretrainConfig:
     keys = (f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides)
@@ -73,3 +86,13 @@ def load() -> Callable[..., PretrainConfig]:
 def pretrain() -> Callable[..., Pretrained]:
     """`pretrain(root, *overrides)`"""
     return _pretrain
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    cart_root: Callable[..., str],
+    pretrain: Callable[..., Pretrained],
+) -> Pretrained:
+    """One worker, never disturbed."""
+    return pretrain(cart_root(tmp_path_factory.mktemp("whole")), *SHORT_RUN)

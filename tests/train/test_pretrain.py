@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import SHORT_RUN
 from pytest import approx
 
 from mesocosm.data.loading.codec import Codec
@@ -26,20 +24,13 @@ from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
-from mesocosm.train import checkpoint, prepare, training, worker
+from mesocosm.train import checkpoint, prepare, training
 from mesocosm.train import pretrain as driver
 from mesocosm.train.schedule import FACTOR, MARGIN, lr_factor
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-SHORT = ("train.steps=12", "train.checkpoint_every=4", "train.validate_every=6")
 STEPS, NAMES = range(1, 13), ("counts", "metrics", "checks")
 Make = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: Make) -> Any:
-    """One worker, never disturbed."""
-    return pretrain(cart_root(tmp_path_factory.mktemp("whole")), *SHORT)
 
 
 def test_losses_fall(whole: Any, golden: Any) -> None:
@@ -92,9 +83,9 @@ def test_the_artifact_has_its_provenance(whole: Any) -> None:
 def test_known_parts_are_of_the_world_and_change_no_weight(whole: Any, pretrain: Make) -> None:
     root, module = str(whole.artifact.path.parent.parent), "mesocosm.envs.known"
     ended = f"{module}:cartpole_terminated"
-    result = pretrain(root, *SHORT, f"known.terminated={ended}")
+    result = pretrain(root, *SHORT_RUN, f"known.terminated={ended}")
     meta, world = result.artifact.meta, World.load(result.artifact.path)
-    assert result.artifact.id != whole.artifact.id and same_weights(result, whole)
+    assert result.artifact.id != whole.artifact.id and result.has_weights_of(whole)
     assert meta["config"]["known"]["terminated"]["function"] == ended
     assert "known" not in whole.artifact.meta["config"]
     assert meta["checks"]["termination"] == f"not applicable: {ended} is known"
@@ -102,110 +93,15 @@ def test_known_parts_are_of_the_world_and_change_no_weight(whole: Any, pretrain:
     assert meta["metrics"]["termination_recall"] == learned
     assert world.known is not None and world.known.reward is None
     with pytest.raises(UsageError, match=r"known.terminated='.*:never' must agree with the data"):
-        pretrain(root, *SHORT, f"known.terminated={module}:never")
+        pretrain(root, *SHORT_RUN, f"known.terminated={module}:never")
     assert Storage(root).list("runs/checkpoints") == []
 
 
 def test_run_again_reuses_the_world_and_leaves_nothing(whole: Any, pretrain: Make) -> None:
     root = str(whole.artifact.path.parent.parent)
-    again = pretrain(root, *SHORT, "train.zero_stage=1", "train.checkpoint_every=6")
+    again = pretrain(root, *SHORT_RUN, "train.zero_stage=1", "train.checkpoint_every=6")
     assert again.artifact.id == whole.artifact.id and "found worlds/" in again.log
     assert Storage(root).list("runs/checkpoints") == []
-
-
-def same_weights(a: Any, b: Any) -> bool:
-    """Whether two worlds have the same weights to the last bit."""
-    one, other = ((x.artifact.path / "model.safetensors").read_bytes() for x in (a, b))
-    return bool(one == other)
-
-
-def agree(result: Any, whole: Any, **tolerance: float) -> bool:
-    """Whether each step's last loss is that of the undisturbed run."""
-    return bool(
-        {step: values[-1] for step, values in result.losses.items()}
-        == approx({step: whole.losses[step][0] for step in result.losses}, **tolerance)
-    )
-
-
-def _after_put(step: int, action: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
-    """Call `action(feed)` in the worker after it reports `step`."""
-
-    def changed(config: dict[str, Any]) -> None:
-        from mesocosm.train.feed import Feed
-
-        put = Feed.put
-
-        def put_and_act(self: Feed, record: dict[str, Any]) -> None:
-            put(self, record)
-            if record.get("step") == step:
-                action(self)
-
-        Feed.put = put_and_act  # type: ignore[method-assign]
-        worker.train_loop(config)
-
-    patch.setattr(driver, "train_loop", changed)
-
-
-def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
-    """Stop as a driver that is interrupted does."""
-
-    def stop(feed: Any) -> None:
-        feed.stop("a test")
-        feed.flush()
-
-    _after_put(step, stop, patch)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_costs_no_digit(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the
-    undisturbed run, also those trained twice.
-    """
-    marker = tmp_path / "killed"
-
-    def kill_once(feed: Any) -> None:
-        if not marker.exists():
-            feed.flush()
-            marker.touch()
-            time.sleep(8.0)  # the controller polls its workers for step 4's checkpoint
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    _after_put(6, kill_once, monkeypatch)
-    killed = pretrain(cart_root(tmp_path), *SHORT)
-    assert marker.exists() and same_weights(whole, killed)
-    assert killed.losses == {
-        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
-    }
-
-
-def test_a_stopped_training_saves_a_checkpoint(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped in step 6, two steps after a checkpoint: the next run resumes from step 6, and ends
-    with the undisturbed run's weights.
-    """
-    root = cart_root(tmp_path)
-    with monkeypatch.context() as patch:
-        _stop_after(6, patch)
-        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again"):
-            pretrain(root, *SHORT)
-    again = pretrain(root, *SHORT)
-    assert "resuming from step 6 of 12" in again.log and min(again.losses) == 7
-    assert same_weights(whole, again)
-
-
-@pytest.mark.slow
-def test_two_workers_agree_with_one(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make
-) -> None:
-    options = ("train.workers=2", "train.accumulate=2", "train.peak_flops=1e9")
-    two = pretrain(cart_root(tmp_path), *SHORT, *options)
-    last = two.line(12)
-    flops = two.artifact.meta["counts"]["flops"] / 12 / (8 * 8) * last["positions_per_s"]
-    assert last["mfu"] == approx(flops / 1e9 / 2), "of the declared peak of each worker"
-    assert two.artifact.id == whole.artifact.id and agree(two, whole, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -224,7 +120,7 @@ def test_a_diverging_loss_stops_the_run_and_names_the_step(
     losses = [json.loads(line)["train/loss"] for line in lines]
     limits = np.minimum.accumulate(losses) * FACTOR + MARGIN
     good = 1 + int(np.flatnonzero(np.array(losses) <= limits)[-1])
-    assert last[1].step == good < len(losses), "no checkpoint while the loss was high"
+    assert last[1].step == good, "no checkpoint while the loss was high"
 
 
 def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
@@ -253,7 +149,7 @@ def test_workers_that_cannot_start_are_an_error(
     message = r"train\.workers=1 of pretraining were not to be started in 2 attempts: .*again"
     try:
         with pytest.raises(MesocosmError, match=message):
-            pretrain(cart_root(tmp_path), *SHORT)
+            pretrain(cart_root(tmp_path), *SHORT_RUN)
     finally:
         ray.kill(holder)
 
@@ -292,65 +188,6 @@ def test_corrupted_histories_of_a_single_episode_train_every_member(
 
 
 @pytest.mark.slow
-def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
-    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker, sharded = tmp_path / "killed", (*SHORT, "train.workers=2", "train.zero_stage=2")
-    whole = pretrain(cart_root(tmp_path / "whole"), *sharded)
-
-    def killed_once(config: dict[str, Any]) -> None:
-        import ray.train
-
-        from mesocosm.train import feed
-        from mesocosm.train.schedule import Watch
-
-        feed.FLUSH_SECONDS = 0.0  # rank 0 dies with its group: it reports every step
-        check = Watch.check
-
-        def check_and_die(self: Watch, step: int, **values: Any) -> str | None:
-            if step == 7 and ray.train.get_context().get_world_rank() == 1 and not marker.exists():
-                marker.touch()
-                time.sleep(8.0)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return check(self, step, **values)
-
-        Watch.check = check_and_die  # type: ignore[assignment]
-        worker.train_loop(config)
-
-    monkeypatch.setattr(driver, "train_loop", killed_once)
-    killed = pretrain(cart_root(tmp_path / "killed-root"), *sharded)
-    assert marker.exists()
-    assert killed.losses == {
-        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
-    }
-    assert same_weights(whole, killed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resume_at_another_world_size(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
-) -> None:
-    """Two workers train five steps under each ZeRO stage, and one worker the rest."""
-    root, other = cart_root(tmp_path), (stage + 1) % 4
-    with pytest.MonkeyPatch.context() as patch:
-        _stop_after(5, patch)
-        with pytest.raises(MesocosmError, match="run the same command again"):
-            pretrain(root, *SHORT, "train.workers=2", f"train.zero_stage={stage}")
-    message = rf"train\.zero_stage must be {stage} to resume from step 5, got {other}"
-    with pytest.raises(UsageError, match=message):
-        pretrain(root, *SHORT, f"train.zero_stage={other}")
-    resumed = pretrain(root, *SHORT, f"train.zero_stage={stage}")
-    assert "resuming from step 5 of 12" in resumed.log and min(resumed.losses) == 6
-    files = list(Path(root).glob("runs/pretrain/*/metrics.jsonl"))
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-    assert losses == approx({step: loss for step, (loss,) in whole.losses.items()}, abs=1e-4)
-    one, other = (World.load(result.artifact.path).net.state_dict() for result in (whole, resumed))
-    torch.testing.assert_close(dict(other), dict(one), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
@@ -367,7 +204,7 @@ def test_other_ways_to_compute_the_same(
     options: list[str],
     tolerance: float,
 ) -> None:
-    assert agree(pretrain(cart_root(tmp_path), *SHORT, *options), whole, rel=tolerance)
+    assert pretrain(cart_root(tmp_path), *SHORT_RUN, *options).has_losses_of(whole, rel=tolerance)
 
 
 @pytest.mark.slow
@@ -380,37 +217,3 @@ def test_termination_is_learned(
     assert meta["checks"] == {"termination": "passed", "actions": "passed"}
     assert meta["metrics"]["termination_recall"] >= 0.6
     assert meta["metrics"]["termination_precision"] > 0.6
-
-
-OVERFIT = ("model.family=ensemble", "model.members=4", "model.size=30k", "train.steps=400")
-OVERFIT += ("train.lr=2e-2",)
-
-
-def test_held_out_episodes_choose_the_weights_and_end_training(
-    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """120 transitions are overfitted early. A run that is stopped after the chosen step and resumed
-    still has its weights.
-    """
-    roots = [cart_root(tmp_path / name, 120) for name in ("whole", "stopped")]
-    result = pretrain(roots[0], *OVERFIT)
-    meta, world = result.artifact.meta, World.load(result.artifact.path)
-    judged = {r["step"]: r["held_out/loss"] for r in result.lines if "held_out/loss" in r}
-    step, ended = meta["metrics"]["chosen_step"], meta["counts"]["steps"]
-    assert step == min(judged, key=judged.__getitem__) < ended == max(judged) < 400
-    assert f"kept the weights of step {step:.0f}" in result.log
-    assert (world.base.widening != 1).all()
-    world.base.widening.fill_(1.0)  # as they were when they were validated
-    dataset = prepare.open_datasets(Storage(roots[0]), ["cart"])
-    loader = Loader(dataset, Codec.from_json(world.codec), "valid", 8, 8, 0)
-    losses = [world.losses(windows) for windows in loader.eval_batches()]
-    count = sum(float(part.transitions) for part in losses)
-    nats = sum(float(part.nats["dynamics"]) for part in losses) / count
-    assert nats == approx(meta["metrics"]["valid/dynamics"], rel=1e-4)
-
-    with monkeypatch.context() as patch:
-        _stop_after(int(step) + 5, patch)
-        with pytest.raises(MesocosmError, match="ended before step 400"):
-            pretrain(roots[1], *OVERFIT)
-    again = pretrain(roots[1], *OVERFIT)
-    assert f"resuming from step {step + 5:.0f}" in again.log and same_weights(result, again)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.fitting import StoppedFit, fit
+from mesocosm.model.fitting import Report, StoppedFit, fit, of_part, silent
 from mesocosm.model.heads import reward_outputs
 from mesocosm.model.ladder import BASE_HIDDEN
 from mesocosm.model.layers import MemberMLP
@@ -149,10 +149,16 @@ class Base(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def fit(spec: Spec, config: ModelConfig, transitions: Transitions, seed: int) -> Base:
+    def fit(
+        spec: Spec,
+        config: ModelConfig,
+        transitions: Transitions,
+        seed: int,
+        report: Report = silent,
+    ) -> Base:
         """Fit on the CPU in float32, on at most MAX_TRANSITIONS of `transitions`, spread evenly.
 
-        The same input gives the same bits.
+        The same input gives the same bits. `report` is called with the progress in words.
         """
         observation, action, task, following = (part.to("cpu") for part in transitions[:4])
         episode = transitions[4].cpu()
@@ -180,7 +186,8 @@ class Base(nn.Module):
         _fit_ridge(base, x, change, keep)
         residual = change - torch.matmul(x, base.ridge)
         base.scale.copy_(torch.maximum(residual.pow(2).mean((0, 1)).sqrt(), bins))
-        fitted = _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator)
+        told = of_part(report, "base")
+        fitted = _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator, told)
         chunks = torch.arange(len(episode)).split(CHUNK)
         error = change - torch.cat([base(observation[c], action[c], task[c]) for c in chunks], 1)
         held_out = ~keep
@@ -219,7 +226,13 @@ def _fit_ridge(base: Base, x: Tensor, change: Tensor, keep: Tensor) -> None:
 
 
 def _fit_mlp(
-    base: Base, x: Tensor, target: Tensor, keep: Tensor, most: int, generator: torch.Generator
+    base: Base,
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    most: int,
+    generator: torch.Generator,
+    report: Report,
 ) -> StoppedFit:
     """AdamW on the Huber loss of `target` [K, N, n], which keeps rare impacts from dominating. Each
     member draws from its own rows, and the rows that it leaves out stop the fit.
@@ -245,7 +258,8 @@ def _fit_mlp(
         return len(rows) * huber(torch.stack(draws), torch.ones(len(rows), BATCH))
 
     judged, weight = _padded(held_out)
-    result = fit(optimizer, loss, (lambda: huber(judged, weight)) if judged.numel() else None, most)
+    judge = (lambda: huber(judged, weight)) if judged.numel() else None
+    result = fit(optimizer, loss, judge, most, report)
     for buffer, values in zip(weights, trained, strict=True):
         buffer.copy_(values.detach())
     return result

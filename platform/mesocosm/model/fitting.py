@@ -25,6 +25,18 @@ GAIN = 0.01
 ALONE = 300
 """The most steps without held-out data."""
 
+Report = Callable[[str], None]
+"""Takes the progress of a fit in words."""
+
+
+def silent(text: str) -> None:
+    """A Report for nobody."""
+
+
+def of_part(report: Report, part: str) -> Report:
+    """A Report that names the part before each text."""
+    return lambda text: report(f"{part}, {text}")
+
 
 @dataclass(frozen=True)
 class StoppedFit:
@@ -39,6 +51,7 @@ def fit(
     loss: Callable[[int], Tensor],
     held_out: Callable[[], Tensor] | None,
     most: int,
+    report: Report = silent,
 ) -> StoppedFit:
     """Minimise `loss` and leave the average with the least held-out loss in the parameters.
 
@@ -48,6 +61,7 @@ def fit(
         held_out: The scalar loss of the present parameters on held-out data; None if no data are
             held out, and the fit then ends after ALONE steps.
         most: The most steps.
+        report: Called with the progress in words after each evaluation.
 
     Returns:
         The steps to the kept weights and their held-out loss.
@@ -65,6 +79,8 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 / (SHARE * step + 1))
+        if not step % EVERY:
+            report(f"step {step:,} of at most {most:,}")
         if held_out is None or (step % EVERY and step != most):
             continue
         value = _judged(parameters, average, held_out)

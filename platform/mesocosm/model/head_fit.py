@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mesocosm.model import mup
 from mesocosm.model.base import Base
-from mesocosm.model.fitting import StoppedFit, fit
+from mesocosm.model.fitting import Report, StoppedFit, fit, of_part, silent
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, head_inputs, reward_outputs
 from mesocosm.model.net import unroll
 from mesocosm.model.rng import fitted_by
@@ -27,7 +27,12 @@ WEIGHT_DECAY = 0.01
 
 
 def fit_heads(
-    base: Base, draw: Callable[[int], Windows], held_out: Windows, most: int, seed: int
+    base: Base,
+    draw: Callable[[int], Windows],
+    held_out: Windows,
+    most: int,
+    seed: int,
+    report: Report = silent,
 ) -> None:
     """Fit both networks in place, on the CPU; the same input gives the same bits.
 
@@ -37,6 +42,7 @@ def fit_heads(
         held_out: The same, of which each member is judged by the episodes that it leaves out.
         most: The most steps of a network.
         seed: Of the first weights.
+        report: Called with the progress in words.
     """
     spec, members = base.spec, base.members
     events = held_out.events
@@ -63,11 +69,13 @@ def fit_heads(
 
     if reward_outputs(spec) > 1:
         judged = bool((1 - trained(held_out.episode)).any())
-        base.record("reward", _fit(base.reward, rewards, draw, held_out, judged, most, seed))
+        told = of_part(report, "reward")
+        base.record("reward", _fit(base.reward, rewards, draw, held_out, judged, most, seed, told))
     if events is not None:
         ends = events.terminated > 0.5
         judged = bool((1 - trained(events.episode[ends])).any())
-        result = _fit(base.termination, terminations, draw, held_out, judged, most, seed)
+        told = of_part(report, "termination")
+        result = _fit(base.termination, terminations, draw, held_out, judged, most, seed, told)
         base.record("termination", result)
 
 
@@ -79,6 +87,7 @@ def _fit(
     judged: bool,
     most: int,
     seed: int,
+    report: Report,
 ) -> StoppedFit:
     """Fit `network` by `losses`: losses [K, N], weights [N], and 1 [K, N] where a member trains on
     the transition. `judged`: transitions that matter are held out.
@@ -97,6 +106,6 @@ def _fit(
         weight = weight * (1 - keep)
         return (loss * weight).sum() / weight.sum()
 
-    result = fit(optimizer, train, judge if judged else None, most)
+    result = fit(optimizer, train, judge if judged else None, most, report)
     network.requires_grad_(False)
     return result

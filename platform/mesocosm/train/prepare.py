@@ -24,6 +24,7 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import LANGUAGE, SEQUENCE, ModelConfig
+from mesocosm.model.fitting import Report, silent
 from mesocosm.model.spec import Spec
 from mesocosm.model.start import ANCHORS
 from mesocosm.store.artifacts import Storage
@@ -156,24 +157,30 @@ def fit_base(
     config: ModelConfig,
     seed: int,
     data: DataConfig | None = None,
+    report: Report = silent,
 ) -> Base:
     """The base stored at `path`, or a new one, which is stored there. `data`: the order of the
-    data.
+    data. `report` is called with the progress in words.
     """
     base = read_base(storage, path, codec.spec, config)
     if base is None:
-        base = fitted_base(dataset, codec, config, seed, data)
+        base = fitted_base(dataset, codec, config, seed, data, report)
         storage.write(path, save(base.state_dict()))
     return base.eval()
 
 
 def fitted_base(
-    dataset: Dataset, codec: Codec, config: ModelConfig, seed: int, data: DataConfig | None = None
+    dataset: Dataset,
+    codec: Codec,
+    config: ModelConfig,
+    seed: int,
+    data: DataConfig | None = None,
+    report: Report = silent,
 ) -> Base:
     """A base fitted on the training split: the start model, the change of the numbers, then reward
     and termination, on batches of single transitions in the order of `data`.
     """
-    base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
+    base = Base.fit(codec.spec, config, transitions(dataset, codec), seed, report)
     base.start.fit(*start_parts(dataset, codec, limit=ANCHORS))
     data = data or DataConfig()
     events = head_fit.BATCH if codec.spec.terminal_rate > 0 else 0
@@ -185,7 +192,8 @@ def fitted_base(
     judged = next(load(JUDGED, 0).eval_batches(most=JUDGED))
     if events:
         judged = replace(judged, events=load(1, 3 * JUDGED).batch(0).events)
-    head_fit.fit_heads(base, load(head_fit.BATCH, events).batch, judged, config.head_steps, seed)
+    draw = load(head_fit.BATCH, events).batch
+    head_fit.fit_heads(base, draw, judged, config.head_steps, seed, report)
     return base
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,8 @@ def _train(
             storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
             if isinstance(codec, Codec):
                 settings = work.model, work.seed, work.data
-                prepare.fit_base(storage, base_path, dataset, codec, *settings)
+                first = partial(update, 0)
+                prepare.fit_base(storage, base_path, dataset, codec, *settings, first)
             alive = True
             while alive and failure is None:
                 alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)

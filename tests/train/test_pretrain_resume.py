@@ -1,0 +1,201 @@
+"""A pretraining that is stopped or killed, or has two workers, ends as an undisturbed one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import SHORT_RUN
+from pytest import approx
+
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model.world import World
+from mesocosm.store.artifacts import Storage
+from mesocosm.train import prepare, worker
+from mesocosm.train import pretrain as driver
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+Make = Callable[..., Any]
+
+
+def _after_put(step: int, action: Callable[[Any], None], patch: pytest.MonkeyPatch) -> None:
+    """Call `action(feed)` in the worker after it reports `step`."""
+
+    def changed(config: dict[str, Any]) -> None:
+        from mesocosm.train.feed import Feed
+
+        put = Feed.put
+
+        def put_and_act(self: Feed, record: dict[str, Any]) -> None:
+            put(self, record)
+            if record.get("step") == step:
+                action(self)
+
+        Feed.put = put_and_act  # type: ignore[method-assign]
+        worker.train_loop(config)
+
+    patch.setattr(driver, "train_loop", changed)
+
+
+def _stop_after(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Stop as a driver that is interrupted does."""
+
+    def stop(feed: Any) -> None:
+        feed.stop("a test")
+        feed.flush()
+
+    _after_put(step, stop, patch)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_digit(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the
+    undisturbed run, also those trained twice.
+    """
+    marker = tmp_path / "killed"
+
+    def kill_once(feed: Any) -> None:
+        if not marker.exists():
+            feed.flush()
+            marker.touch()
+            time.sleep(8.0)  # the controller polls its workers for step 4's checkpoint
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _after_put(6, kill_once, monkeypatch)
+    killed = pretrain(cart_root(tmp_path), *SHORT_RUN)
+    assert marker.exists() and whole.has_weights_of(killed)
+    assert killed.losses == {
+        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
+    }
+
+
+def test_a_stopped_training_saves_a_checkpoint(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in step 6, two steps after a checkpoint: the next run resumes from step 6, and ends
+    with the undisturbed run's weights.
+    """
+    root = cart_root(tmp_path)
+    with monkeypatch.context() as patch:
+        _stop_after(6, patch)
+        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again"):
+            pretrain(root, *SHORT_RUN)
+    again = pretrain(root, *SHORT_RUN)
+    assert "resuming from step 6 of 12" in again.log and min(again.losses) == 7
+    assert whole.has_weights_of(again)
+
+
+@pytest.mark.slow
+def test_two_workers_agree_with_one(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make
+) -> None:
+    options = ("train.workers=2", "train.accumulate=2", "train.peak_flops=1e9")
+    two = pretrain(cart_root(tmp_path), *SHORT_RUN, *options)
+    last = two.line(12)
+    flops = two.artifact.meta["counts"]["flops"] / 12 / (8 * 8) * last["positions_per_s"]
+    assert last["mfu"] == approx(flops / 1e9 / 2), "of the declared peak of each worker"
+    assert two.artifact.id == whole.artifact.id and two.has_losses_of(whole, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
+    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker, sharded = tmp_path / "killed", (*SHORT_RUN, "train.workers=2", "train.zero_stage=2")
+    whole = pretrain(cart_root(tmp_path / "whole"), *sharded)
+
+    def killed_once(config: dict[str, Any]) -> None:
+        import ray.train
+
+        from mesocosm.train import feed
+        from mesocosm.train.schedule import Watch
+
+        feed.FLUSH_SECONDS = 0.0  # rank 0 dies with its group: it reports every step
+        check = Watch.check
+
+        def check_and_die(self: Watch, step: int, **values: Any) -> str | None:
+            if step == 7 and ray.train.get_context().get_world_rank() == 1 and not marker.exists():
+                marker.touch()
+                time.sleep(8.0)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return check(self, step, **values)
+
+        Watch.check = check_and_die  # type: ignore[assignment]
+        worker.train_loop(config)
+
+    monkeypatch.setattr(driver, "train_loop", killed_once)
+    killed = pretrain(cart_root(tmp_path / "killed-root"), *sharded)
+    assert marker.exists()
+    assert killed.losses == {
+        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
+    }
+    assert whole.has_weights_of(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_at_another_world_size(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
+) -> None:
+    """Two workers train five steps under each ZeRO stage, and one worker the rest."""
+    root, other = cart_root(tmp_path), (stage + 1) % 4
+    with pytest.MonkeyPatch.context() as patch:
+        _stop_after(5, patch)
+        with pytest.raises(MesocosmError, match="run the same command again"):
+            pretrain(root, *SHORT_RUN, "train.workers=2", f"train.zero_stage={stage}")
+    message = rf"train\.zero_stage must be {stage} to resume from step 5, got {other}"
+    with pytest.raises(UsageError, match=message):
+        pretrain(root, *SHORT_RUN, f"train.zero_stage={other}")
+    resumed = pretrain(root, *SHORT_RUN, f"train.zero_stage={stage}")
+    assert "resuming from step 5 of 12" in resumed.log and min(resumed.losses) == 6
+    files = list(Path(root).glob("runs/pretrain/*/metrics.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert losses == approx({step: loss for step, (loss,) in whole.losses.items()}, abs=1e-4)
+    one, other = (World.load(result.artifact.path).net.state_dict() for result in (whole, resumed))
+    torch.testing.assert_close(dict(other), dict(one), atol=1e-4, rtol=1e-4)
+
+
+OVERFIT = ("model.family=ensemble", "model.members=4", "model.size=30k", "train.steps=400")
+OVERFIT += ("train.lr=2e-2",)
+
+
+def test_held_out_episodes_choose_the_weights_and_end_training(
+    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120 transitions are overfitted early. A run that is stopped after the chosen step and resumed
+    still has its weights.
+    """
+    roots = [cart_root(tmp_path / name, 120) for name in ("whole", "stopped")]
+    result = pretrain(roots[0], *OVERFIT)
+    meta, world = result.artifact.meta, World.load(result.artifact.path)
+    judged = {r["step"]: r["held_out/loss"] for r in result.lines if "held_out/loss" in r}
+    step, ended = meta["metrics"]["chosen_step"], meta["counts"]["steps"]
+    assert step == min(judged, key=judged.__getitem__) < ended == max(judged) < 400
+    assert f"kept the weights of step {step:.0f}" in result.log
+    assert (world.base.widening != 1).all()
+    world.base.widening.fill_(1.0)  # as they were when they were validated
+    dataset = prepare.open_datasets(Storage(roots[0]), ["cart"])
+    loader = Loader(dataset, Codec.from_json(world.codec), "valid", 8, 8, 0)
+    losses = [world.losses(windows) for windows in loader.eval_batches()]
+    count = sum(float(part.transitions) for part in losses)
+    nats = sum(float(part.nats["dynamics"]) for part in losses) / count
+    assert nats == approx(meta["metrics"]["valid/dynamics"], rel=1e-4)
+
+    with monkeypatch.context() as patch:
+        _stop_after(int(step) + 5, patch)
+        with pytest.raises(MesocosmError, match="ended before step 400"):
+            pretrain(roots[1], *OVERFIT)
+    again = pretrain(roots[1], *OVERFIT)
+    assert f"resuming from step {step + 5:.0f}" in again.log and result.has_weights_of(again)
