@@ -39,13 +39,14 @@ def untrained(
     terminal: float = 0.05,
     rewards: tuple[float, ...] | None = None,
     seed: int = 0,
+    tokenizers: tuple[Any, ...] = (),
     **model: Any,
 ) -> World:
     """A world with random weights, whose episodes end with probability `terminal` per step.
 
-    `model` holds keys of ModelConfig.
+    `tokenizers` has one for each image, and `model` holds keys of ModelConfig.
     """
-    o, a = SpaceCodec(observation), SpaceCodec(action, "action")
+    o, a = SpaceCodec(observation, tokenizers=tokenizers), SpaceCodec(action, "action")
     environment = {"id": "Test-v0", "version": "0", "kwargs": {}, "task": list(task)}
     environment |= {"max_episode_steps": None, "success": None}
     rest = {"reward_values": rewards, "reward_mean": 0.0, "reward_scale": 1.0, "reward_bin": 1e-3}

@@ -22,6 +22,7 @@ from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served, reply_of
+from mesocosm.serve.json_pictures import to_strings
 from mesocosm.serve.protocol import AnyStarts, Message, pack, unpack
 from mesocosm.store.artifacts import Storage
 
@@ -226,11 +227,12 @@ class HttpSessions:
                 world's own.
 
         Returns:
-            The session, the world, and each environment's observation and task.
+            The session, the world, and each environment's observation and task. Images are base64
+            of PNG.
         """
         with self._env(session) as env:
             env.starts = start
-            observation = self._observations.unbatch(env.reset(seed=seed)[0])
+            observation = self._unbatch(env.reset(seed=seed)[0])
             reply = {"observation": observation, "task": env.task_options}
         return {"session": session, "world": self.id, **reply}
 
@@ -252,8 +254,13 @@ class HttpSessions:
                 raise UsageError(f"the session's last reset failed; {fix}") from error
             reply = {name: infos.get(name) for name in STEP_INFOS}
             reply |= {"reward": reward, "terminated": terminated, "truncated": truncated}
-            reply |= {"observation": self._observations.unbatch(observation)}
+            reply |= {"observation": self._unbatch(observation)}
             return reply | {"task": env.task_options}
+
+    def _unbatch(self, observations: Any) -> list[Any]:
+        """The observation of each environment, with images as base64 of PNG."""
+        space = self.codec.observation_space
+        return [to_strings(space, value) for value in self._observations.unbatch(observations)]
 
     def end(self, session: str) -> None:
         if not self.sessions.pop(session):

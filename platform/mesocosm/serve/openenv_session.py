@@ -58,7 +58,9 @@ class TextObservation(Model):
     """
 
     text: str
-    """The observation; in a world whose observations are not texts, its JSON"""
+    """The observation; in a world whose observations are not texts, its JSON. Images are base64 of
+    PNG, without quotes where the observation is one image
+    """
     task: dict[str, bool | int | float | str]
     """The reset options of the episode's task; empty where the world has none"""
     commands: list[str] | None = None

@@ -16,6 +16,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.serve.connection import Served
 from mesocosm.serve.http_sessions import DEADLINE_S, MAX_ENVS, HttpSessions, to_json
+from mesocosm.serve.json_pictures import from_strings
 from mesocosm.serve.plans import ServedPlans
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.schema import Model, integer, json_type
@@ -54,8 +55,10 @@ class HttpPlans:
     def plan(self, request: Any) -> bytes:
         """Plan actions. Returns the reply as JSON. Raises UsageError for an invalid request."""
         policy = PlannerPolicy(self._plans)
+        codec = self._observations
         try:
-            batch = self._observations.decode(*self._observations.encode_list(request.observation))
+            values = [from_strings(codec.space, value) for value in request.observation]
+            batch = codec.decode_stored(*codec.stored_list(values))
         except MesocosmError as error:
             raise UsageError(str(error)) from error
         count = len(request.observation)

@@ -1,7 +1,8 @@
 """JSON types of Gymnasium spaces, exact to shapes, bounds and characters.
 
 pydantic validates requests with them, and OpenAPI publishes them. A Dict is an object, a Tuple and
-every array a (nested) array, a Text a string, a bool true or false, a category an integer.
+every array a (nested) array, a Text a string, a bool true or false, a category an integer, an image
+base64 of a PNG (`json_pictures`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
+from mesocosm.datasets.images import is_image
 from mesocosm.datasets.leaf import EXACT, children
 
 
@@ -61,7 +63,18 @@ def json_type(space: gymnasium.Space[Any], name: str, *, reply: bool = False) ->
         pattern = f"^[{characters}]*$" if points and points[-1] < 0xD800 else None
         lengths: Any = {"min_length": space.min_length, "max_length": space.max_length}
         return Annotated[str, Strict(), Field(pattern=pattern, **lengths)]
+    if is_image(space):
+        return _picture(space)
     return _array(_numbers(space, reply).tolist())
+
+
+def _picture(space: Any) -> Any:
+    """The annotation of an image, whose content JSON Schema names and does not check."""
+    height, width, channels = space.shape
+    kind = "grey" if channels == 1 else "RGB"
+    about: dict[str, Any] = {"contentEncoding": "base64", "contentMediaType": "image/png"}
+    text = f"a PNG of {width} x {height} pixels, {kind}"
+    return Annotated[str, Strict(), Field(description=text, json_schema_extra=about)]
 
 
 def _numbers(space: Any, reply: bool) -> NDArray[Any]:
