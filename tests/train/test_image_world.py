@@ -76,20 +76,28 @@ def write(folder: Path, episodes: list[Episode], space: Any, id: str = "d0", **f
     return folder / id
 
 
-@pytest.fixture(scope="module")
-def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def coin_games(folder: Path) -> Dataset:
     """40 episodes of CoinGrid."""
     space = CoinGrid().observation_space
-    episodes = [played(k) for k in range(40)]
-    return Dataset([write(tmp_path_factory.mktemp("games"), episodes, space, shard_rows=300)])
+    return Dataset([write(folder, [played(k) for k in range(40)], space, shard_rows=300)])
 
 
-@pytest.fixture(scope="module")
-def dictionary(games: Dataset) -> PatchDictionary:
+def cells(games: Dataset) -> PatchDictionary:
+    """The dictionary of their cells."""
     counts = PatchCounts("observation", 8)
     for shard in range(len(games.shards)):
         counts.add(games.images(shard, "obs_image0")[:])
     return counts.dictionary((40, 40, 3), 64)
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return coin_games(tmp_path_factory.mktemp("games"))
+
+
+@pytest.fixture(scope="module")
+def dictionary(games: Dataset) -> PatchDictionary:
+    return cells(games)
 
 
 @pytest.fixture(scope="module")

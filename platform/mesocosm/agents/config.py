@@ -65,7 +65,8 @@ class AgentConfig(JobConfig):
     """
     starts: str | None = None
     """`generated`: imagined episodes begin at samples of the world; `logged`: uniformly at
-    observations of the world's datasets. Defaults to `logged` for SAC, `generated` for the others.
+    observations of the world's datasets. Defaults to `logged` for SAC and in worlds of images,
+    `generated` for the others.
     """
     datasets: list[str] = field(default_factory=list)
     """Datasets of logged starts, and of SAC's real transitions. Defaults to those that the world

@@ -19,10 +19,12 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from mesocosm.agents.candidate_module import row_space
 from mesocosm.agents.durations import Durations
+from mesocosm.datasets.images import image_spaces
 from mesocosm.datasets.masks import has_mask, mask_size
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.policies.candidates import COMMANDS, CandidateEpisodes, Candidates, check_spaces
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
+from mesocosm.policies.images import ImageEncoder, ImageMemory
 from mesocosm.serve.client import WorldVectorEnv
 
 
@@ -58,11 +60,27 @@ class Statistics:
 class FlatEnv(VectorEnv[Any, Any, Any]):
     """A vector environment with flat float32 observations and head actions, and its statistics."""
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], candidates: Candidates | None = None):
+    def __init__(
+        self,
+        env: VectorEnv[Any, Any, Any],
+        candidates: Candidates | None = None,
+        encoder: ImageEncoder | None = None,
+    ):
+        """Wrap an environment.
+
+        Args:
+            env: The environment.
+            candidates: How an agent lists its commands, where it acts in texts.
+            encoder: How an agent sees images. A world then gives its codes.
+        """
         self.env, self.num_envs = env, env.num_envs
         self._commands: CandidateEpisodes | None = None
-        spaces = env.single_observation_space, env.single_action_space
+        self._images = None if encoder is None else ImageMemory(encoder, self.num_envs)
+        self._seen = env.single_observation_space if encoder is None else encoder.space
+        spaces = self._seen, env.single_action_space
         self.single_observation_space, self.single_action_space = head_spaces(spaces, candidates)
+        if encoder is not None and isinstance(env, WorldVectorEnv):
+            env.keep_codes()
         if candidates is None:
             self.map = ActionMap(env.single_action_space, has_mask(env.single_observation_space))
         else:
@@ -74,12 +92,15 @@ class FlatEnv(VectorEnv[Any, Any, Any]):
         self._statistics = Statistics()
 
     def _flat(self, observations: Any) -> NDArray[np.float32]:
-        return flatten_batch(self.env.single_observation_space, observations)
+        return flatten_batch(self._seen, observations)
 
     def _encode(
         self, observations: Any, began: NDArray[np.bool_], infos: Mapping[str, Any]
     ) -> NDArray[np.float32]:
         """The rows of observations, where the episodes of `began` [B] have just begun."""
+        if self._images is not None:
+            self._images.restart(began)
+            observations = self._images.see(observations)
         if self._commands is None:
             return self._flat(observations)
         self._commands.restart(began)
@@ -109,10 +130,16 @@ class AgentEnv(FlatEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], candidates: Candidates | None = None):
+    def __init__(
+        self,
+        env: VectorEnv[Any, Any, Any],
+        candidates: Candidates | None = None,
+        encoder: ImageEncoder | None = None,
+    ):
+        """As `FlatEnv`."""
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib needs NEXT_STEP autoreset, got {mode}"
-        super().__init__(env, candidates)
+        super().__init__(env, candidates, encoder)
         self._durations = Durations(env.metadata)
         self._begin()
 
@@ -158,6 +185,8 @@ class AgentEnv(FlatEnv):
         state = {"env": self.env.state(), "durations": self._durations.reported}
         if self._commands is not None:
             state["commands"] = self._commands.state()
+        if self._images is not None:
+            state["images"] = self._images.state()
         return state | copy.deepcopy(episodes)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -168,19 +197,24 @@ class AgentEnv(FlatEnv):
         self._durations.reported = state["durations"]
         if self._commands is not None:
             self._commands.restore(state["commands"])
+        if self._images is not None:
+            self._images.restore(state["images"])
         self._ended, self._return = state["ended"], state["return"]
         self._length = state["length"]
 
 
 def make_env(
-    arguments: Mapping[str, Any], candidates: Candidates | None, num_envs: int
+    arguments: Mapping[str, Any],
+    candidates: Candidates | None,
+    encoder: ImageEncoder | None,
+    num_envs: int,
 ) -> AgentEnv:
     """An imagined environment; `arguments` are those of its `WorldVectorEnv`.
 
     RLlib resets each runner's environment with another seed, so that runners imagine different
     episodes.
     """
-    return AgentEnv(WorldVectorEnv(num_envs, **arguments), candidates)
+    return AgentEnv(WorldVectorEnv(num_envs, **arguments), candidates, encoder)
 
 
 def head_spaces(
@@ -196,6 +230,12 @@ def head_spaces(
             raise UsageError(
                 "an agent acts in texts by choosing among candidates, got candidates=null; set"
                 " candidates=infos or candidates=module:function"
+            )
+        if images := image_spaces(spaces[0]):
+            raise UsageError(
+                f"an agent sees images as the codes of a tokenizer, got {images[0]} without one;"
+                " train it in a world (mesocosm tokenize, pretrain data.tokenizer=ID, train-agent),"
+                " or give features with a wrapper"
             )
         masked = mask_size(*spaces) is not None
         return flat_space(spaces[0]), ActionMap(spaces[1], masked).head

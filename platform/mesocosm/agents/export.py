@@ -16,7 +16,9 @@ from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
 from mesocosm.agents.sac_learner import NORM_EPS
 from mesocosm.agents.table_module import TableModule
-from mesocosm.policies.policy import describe, sequential
+from mesocosm.policies.image_policy import ImagePolicy
+from mesocosm.policies.images import ImageEncoder
+from mesocosm.policies.policy import Policy, describe, sequential
 from mesocosm.policies.value import ValueFunction
 
 ACTIVATIONS = {"swish": "silu"}
@@ -24,18 +26,26 @@ ACTIVATIONS = {"swish": "silu"}
 
 
 def save_agent(
-    algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]], folder: Path
+    algorithm: Algorithm,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+    folder: Path,
+    encoder: ImageEncoder | None = None,
 ) -> None:
     """Write an algorithm's policy, value function and training state into `folder`.
 
     Args:
         algorithm: An algorithm that trains in a world.
-        spaces: The world's (observation, action) spaces.
+        spaces: The (observation, action) spaces of its network.
         folder: Made where it does not exist.
+        encoder: How it sees images; `spaces` are then those that it makes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     module = module_of(algorithm)
-    export(algorithm, module, spaces).save(folder)
+    policy = export(algorithm, module, spaces)
+    if encoder is not None:
+        assert isinstance(policy, Policy)
+        policy = ImagePolicy(policy, encoder)
+    policy.save(folder)
     if not isinstance(module, CandidateModule):  # no planner takes texts
         export_value(algorithm, module).save(folder)
     save_training(module, folder)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.policies.heads import map_batch
+from mesocosm.policies.images import encoder_of
 from mesocosm.policies.policy import Acts, begin_episodes
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -22,7 +23,7 @@ def imagined_episodes(
     """Imagine one episode of each of P policies in each of its n = num_envs / P environments.
 
     Args:
-        policies: Policies, which act greedily.
+        policies: Policies, which act greedily. Those of images have the world's tokenizer.
         env: The environments. It asks for disagreement only where its rewards need it, and is
             closed. Its penalty is part of the reward. An episode ends at
             its horizon, or where the world terminates or diverges.
@@ -34,6 +35,9 @@ def imagined_episodes(
     """
     count = env.num_envs // len(policies)
     assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
+    encoder = next(filter(None, map(encoder_of, policies)), None)
+    if encoder is not None:
+        env.keep_codes()
     rng = np.random.default_rng(seed)
     env.disagreement_every = 0
     total, running, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
@@ -49,6 +53,8 @@ def imagined_episodes(
                 # A policy whose episodes are over repeats its last actions.
                 if running[rows].any() or not steps:
                     rows_of_policy = map_batch(lambda leaf, rows=rows: leaf[rows], observation)
+                    if encoder is not None and encoder_of(policy) is None:
+                        rows_of_policy = encoder.frames(rows_of_policy)
                     actions[i] = policy.act(rows_of_policy, False, rng)
             batch = map_batch(_concatenate, *actions)
             observation, reward, terminated, truncated, _ = env.step(batch)

@@ -12,6 +12,7 @@ from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.policies.attention import attends
 from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 from mesocosm.policies.heads import mask_columns
+from mesocosm.policies.images import ImageEncoder
 
 Settings = dict[str, dict[str, Any]]
 ON_POLICY = ("PPO", "APPO", "IMPALA")
@@ -98,8 +99,12 @@ class Setup:
     """Learners in Ray actors; 0 for one in this process."""
     candidates: Candidates | None = None
     """How it lists and sees commands, where its actions are texts."""
+    encoder: ImageEncoder | None = None
+    """How it sees images."""
     spaces: tuple[gym.Space[Any], gym.Space[Any]] | None = None
-    """The environment's (observation, action) spaces. A mask of actions in them is used."""
+    """The (observation, action) spaces: the environment's, or those that `encoder` makes of them. A
+    mask of actions in them is used.
+    """
 
     @property
     def mask(self) -> tuple[int, int] | None:

@@ -30,11 +30,11 @@ from mesocosm.agents.env import head_spaces, make_env
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.gate import check_passed
 from mesocosm.agents.settings import Setup
-from mesocosm.agents.validation import SAC_KEYS, Spaces, starts_of
+from mesocosm.agents.validation import SAC_KEYS, starts_of
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, refuse_images, start_texts
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, start_texts
 from mesocosm.data.loading.windows import observation_parts, start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
@@ -69,10 +69,6 @@ class TrainAgentPlan(Plan[AgentConfig]):
         """The agent that training begins with."""
         return None if self.config.init is None else self.former
 
-    @property
-    def spaces(self) -> Spaces:
-        return self.codec.observation_space, self.codec.action_space
-
 
 class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     """Train an agent and export it.
@@ -95,10 +91,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
         codec = batch_codec(json.loads((world.path / "codec.json").read_text()))
-        refuse_images(codec, "train-agent")
-        spaces = codec.observation_space, codec.action_space
         validation.check_world(config, world)
-        datasets, data = validation.datasets_of(config, storage, world, spaces)
+        datasets, data = validation.datasets_of(config, storage, world, codec)
         if config.horizon is not None:
             horizon = Horizon(config.horizon, "as configured")
         else:
@@ -106,22 +100,24 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             horizon = horizon_of(storage, world, limit, "horizon")
         name = config.init or config.rival
         former = None if name is None else storage.artifact("agents", name)
-        validation.check_spaces(config, spaces, former)
+        spaces = codec.observation_space, codec.action_space
+        encoder = validation.encoder_for(config, codec, world)
+        seen = validation.check_spaces(config, spaces, former, encoder)
         inputs = {
             "worlds": [world.id],
             "datasets": datasets,
             "agents": [] if former is None else [former.id],
         }
-        head = head_spaces(spaces, settings.candidates_of(config))[1]
+        head = head_spaces(seen, settings.candidates_of(config))[1]
         setup = settings.imagined(config, codec.spec.reward_size, head)
-        setup = replace(setup, spaces=spaces)
+        setup = replace(setup, spaces=seen, encoder=encoder)
         left_out = ["world", "backend", "app", "datasets", "init", "rival", "learners"]
         if not setup.branches:
             left_out += SAC_KEYS
         facts = identity(config, without=left_out)
         facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
         facts |= settings.candidate_facts(config)
-        facts["starts"] = starts_of(config)
+        facts["starts"] = starts_of(config, codec)
         if config.rival is not None:
             facts["rival"] = True
         if config.learners:
@@ -227,7 +223,7 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
     config = plan.config
     starts: Any = None
-    if starts_of(config) == "logged":
+    if starts_of(config, plan.codec) == "logged":
         assert plan.data is not None
         if isinstance(plan.codec, Codec):
             starts = observation_parts(plan.data, plan.codec, "train", MAX_STARTS, config.seed)
@@ -264,7 +260,7 @@ def _of_whole_episodes(plan: TrainAgentPlan, arguments: Mapping[str, Any]) -> di
 def _build(plan: TrainAgentPlan, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
     config, folder = plan.config, run.folder / "rllib"
     if not plan.setup.branches:
-        make = partial(make_env, arguments, plan.setup.candidates)
+        make = partial(make_env, arguments, plan.setup.candidates, plan.setup.encoder)
         return rllib.build(plan.setup, make, folder)
     branches = partial(mbpo.make_env, arguments, config.gamma)
     algorithm = rllib.build(plan.setup, branches, folder)
@@ -316,7 +312,7 @@ def _train_from(
 
     def snapshot(iteration: int) -> None:
         if iteration in snapshots:
-            save_agent(algorithm, plan.spaces, to := folder / SNAPSHOTS / str(iteration))
+            _save(algorithm, plan, to := folder / SNAPSHOTS / str(iteration))
             checkpoints.save_snapshot(to, iteration)
 
     try:
@@ -329,10 +325,15 @@ def _train_from(
                 rllib.load_training(algorithm, plan.initial.path)
             snapshot(0)
         metrics = _iterate(config, run, algorithm, checkpoints, progress, snapshot)
-        save_agent(algorithm, plan.spaces, folder)
+        _save(algorithm, plan, folder)
     finally:
         algorithm.stop()
     return metrics
+
+
+def _save(algorithm: Algorithm, plan: TrainAgentPlan, folder: Path) -> None:
+    assert plan.setup.spaces is not None
+    save_agent(algorithm, plan.setup.spaces, folder, plan.setup.encoder)
 
 
 def _iterate(

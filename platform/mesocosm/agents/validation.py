@@ -12,10 +12,13 @@ from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, TextBatchCodec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.model.any_world import is_text
 from mesocosm.policies.candidates import INFOS
+from mesocosm.policies.images import ImageEncoder, check_tokenizer
 from mesocosm.policies.stored import load_policy
 from mesocosm.serve.client import BACKENDS
 from mesocosm.store.artifacts import Artifact, Storage
@@ -66,20 +69,52 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 
-def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -> None:
+def encoder_for(config: AgentConfig, codec: AnyBatchCodec, world: Artifact) -> ImageEncoder | None:
+    """How an agent sees the images of a world; None where it has none.
+
+    Raises:
+        UsageError: The algorithm does not train on images.
+    """
+    if isinstance(codec, TextBatchCodec) or not codec.observation_codec.tokenizers:
+        return None
+    if config.algo == "SAC":
+        raise UsageError(
+            f"algo must be PPO, APPO, IMPALA or DQN in {world.name}, a world of images, got SAC:"
+            " its branches begin within logged episodes, without the frames before; use PPO"
+        )
+    return ImageEncoder(codec.observation_space, codec.observation_codec.tokenizers)
+
+
+def check_spaces(
+    config: AgentConfig,
+    spaces: Spaces,
+    former: Artifact | None,
+    encoder: ImageEncoder | None = None,
+) -> Spaces:
     """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
 
-    `former` is the initial agent or the rival.
+    Args:
+        config: Of the training.
+        spaces: The environment's.
+        former: The initial agent or the rival.
+        encoder: How it sees images.
+
+    Returns:
+        The spaces between which its network acts.
     """
-    module = check_agent(settings.imagined(config), spaces)
+    seen = spaces if encoder is None else (encoder.space, spaces[1])
+    module = check_agent(settings.imagined(config), seen)
     if former is None:
-        return
+        return seen
     policy, key = load_policy(former.path), "rival" if config.init is None else "init"
     if (policy.observation_space, policy.action_space) != spaces:
         fix = "use an agent of this environment"
         raise UsageError(f"{key}={former.name} was trained on other spaces; {fix}")
+    if encoder is not None:
+        check_tokenizer(policy, encoder.tokenizers, f"{key}={former.name}", "the world")
     if config.init is not None:
         check_init(module, former.path, former.name)
+    return seen
 
 
 def check_world(config: AgentConfig, world: Artifact) -> None:
@@ -115,7 +150,7 @@ def _check_text_world(config: AgentConfig, world: Artifact) -> None:
 
 
 def datasets_of(
-    config: AgentConfig, storage: Storage, world: Artifact, spaces: Spaces
+    config: AgentConfig, storage: Storage, world: Artifact, codec: AnyBatchCodec
 ) -> tuple[list[str], Dataset | None]:
     """The data of logged starts and of SAC's real transitions: ids, and all of it opened as one;
     ([], None) where none is used.
@@ -125,7 +160,7 @@ def datasets_of(
             branch.
     """
     sac = config.algo == "SAC"
-    if starts_of(config) != "logged" and not sac:
+    if starts_of(config, codec) != "logged" and not sac:
         return [], None
     names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
     if not names:
@@ -136,7 +171,7 @@ def datasets_of(
         )
     artifacts = [storage.artifact("datasets", name) for name in names]
     data = Dataset([artifact.path for artifact in artifacts])
-    if (data.observation_space, data.action_space) != spaces:
+    if (data.observation_space, data.action_space) != (codec.observation_space, codec.action_space):
         of_data = ", ".join(artifact.name for artifact in artifacts)
         fix = f"use data of the environment of {world.name}"
         raise UsageError(f"datasets: {of_data} has other spaces than the world; {fix}")
@@ -149,6 +184,11 @@ def datasets_of(
     return [artifact.id for artifact in artifacts], data
 
 
-def starts_of(config: AgentConfig) -> str:
-    """The source of the first observations of imagined episodes: `generated` or `logged`."""
-    return config.starts or ("logged" if config.algo == "SAC" else "generated")
+def starts_of(config: AgentConfig, codec: AnyBatchCodec) -> str:
+    """The source of the first observations of imagined episodes: `generated` or `logged`, the
+    default for SAC and in a world of images.
+    """
+    if config.starts is not None:
+        return config.starts
+    images = isinstance(codec, Codec) and bool(codec.observation_codec.tokenizers)
+    return "logged" if config.algo == "SAC" or images else "generated"

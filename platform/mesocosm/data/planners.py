@@ -9,11 +9,12 @@ import gymnasium
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.model.world import World
+from mesocosm.policies.image_policy import ImagePolicy
 from mesocosm.policies.plan_state import PlanSize
 from mesocosm.policies.planner import Planner
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Policy
-from mesocosm.policies.stored import policy_folder
+from mesocosm.policies.stored import load_policy, policy_folder
 from mesocosm.policies.value import ValueFunction
 from mesocosm.store.artifacts import Storage
 
@@ -22,10 +23,16 @@ def load_agent(storage: Storage, ref: str) -> tuple[Policy, ValueFunction]:
     """The policy and value function of `agents/ID`, or of its snapshot `agents/ID@ITERATION`.
 
     Raises:
-        UsageError: There is no such agent or snapshot.
+        UsageError: There is no such agent or snapshot, or it sees images.
         ArtifactError: It has no value function, as before Mesocosm exported them.
     """
     folder = policy_folder(storage, ref)
+    policy = load_policy(folder)
+    if isinstance(policy, ImagePolicy):
+        raise UsageError(
+            f"a planner cannot use {ref}, which sees images: the value function reads several"
+            " frames, and a plan ends in one; use kind trained"
+        )
     return Policy.load(folder), ValueFunction.load(folder)
 
 

@@ -16,7 +16,7 @@ In memory the frames of an episode are an array [rows, height, width, channels] 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,6 +71,53 @@ def check_layout(space: Space, name: str) -> None:
         f"{name} must be [height, width, channels] with 1 or 3 channels to be an image, got shape"
         f" {list(shape)}: {problem}; {fix}"
     )
+
+
+def image_spaces(space: Space) -> list[Any]:
+    """The images of a space, in order."""
+    if is_image(space):
+        return [space]
+    if isinstance(space, spaces.Dict):
+        return [leaf for child in space.spaces.values() for leaf in image_spaces(child)]
+    if isinstance(space, spaces.Tuple):
+        return [leaf for child in space.spaces for leaf in image_spaces(child)]
+    return []
+
+
+def with_images(space: Space, replacements: Iterator[Space]) -> Space:
+    """The space with another one in place of each image, in order."""
+    if is_image(space):
+        return next(replacements)
+    if isinstance(space, spaces.Dict):  # pairs keep their order; gymnasium sorts a dict
+        return spaces.Dict([(k, with_images(v, replacements)) for k, v in space.spaces.items()])
+    if isinstance(space, spaces.Tuple):
+        return spaces.Tuple([with_images(child, replacements) for child in space.spaces])
+    return space
+
+
+def image_values(space: Space, batch: Any) -> list[Any]:
+    """The values of each image of a batch in vector layout, in order."""
+    if is_image(space):
+        return [batch]
+    if isinstance(space, spaces.Dict):
+        return [v for k, child in space.spaces.items() for v in image_values(child, batch[k])]
+    if isinstance(space, spaces.Tuple):
+        pairs = zip(space.spaces, batch, strict=True)
+        return [value for child, part in pairs for value in image_values(child, part)]
+    return []
+
+
+def with_image_values(space: Space, batch: Any, values: Iterator[Any]) -> Any:
+    """A batch in vector layout with other values in place of each image, in order."""
+    if is_image(space):
+        return next(values)
+    if isinstance(space, spaces.Dict):
+        items = space.spaces.items()
+        return {key: with_image_values(child, batch[key], values) for key, child in items}
+    if isinstance(space, spaces.Tuple):
+        pairs = zip(space.spaces, batch, strict=True)
+        return tuple(with_image_values(child, part, values) for child, part in pairs)
+    return batch
 
 
 def image_names(count: int) -> list[str]:

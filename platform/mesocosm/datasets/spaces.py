@@ -280,16 +280,19 @@ class SpaceCodec:
 
         return _build(self.space, map(column, self.leaves))
 
-    def decode(self, numbers: Array, categories: Array) -> Any:
+    def decode(self, numbers: Array, categories: Array, codes: bool = False) -> Any:
         """Decode numbers [B, n] and categories [B, m] into a vector environment's batch
         (`gymnasium.vector.utils.concatenate`).
 
         Integers are rounded and saturate at their dtype's range. A text that ends before its
-        min_length continues with the first character; one without slots is empty.
+        min_length continues with the first character; one without slots is empty. With `codes` an
+        image stays the codes [B, n] of its tokenizer.
         """
         self.check_images()
 
         def column(leaf: Leaf) -> Any:
+            if leaf.image is not None and codes:
+                return categories[:, leaf.categories]
             if leaf.image is not None:
                 frames = self.tokenizers[leaf.image].decode(categories[:, leaf.categories])
                 return as_dtype(frames, leaf.dtype)

@@ -35,6 +35,7 @@ from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.policy_set import Noisy
+from mesocosm.policies.image_policy import ImagePolicy
 from mesocosm.policies.planner import Planner
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.policies.policy import Acts, Policy
@@ -293,11 +294,13 @@ def policy_identity(policy: Acts) -> list[Any]:
     """
     if isinstance(policy, Noisy):
         return ["noisy", policy.noise, policy_identity(policy.policy)]
-    if isinstance(policy, Policy | CandidatePolicy):
+    if isinstance(policy, Policy | CandidatePolicy | ImagePolicy):
         digest = hashlib.sha256()
         for name, tensor in sorted(policy.network.state_dict().items()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         rest = policy.identity if isinstance(policy, CandidatePolicy) else []
+        if isinstance(policy, ImagePolicy):
+            rest = [policy.encoder.id]
         return ["network", digest.hexdigest(), *rest]
     if isinstance(policy, PlannerPolicy) and isinstance(policy.planner, Planner):
         agent = policy.planner.agent

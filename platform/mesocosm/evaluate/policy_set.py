@@ -27,7 +27,9 @@ from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.heads import batch_size, stack
-from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy
+from mesocosm.policies.image_policy import ImagePolicy
+from mesocosm.policies.images import encoder_of
+from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, begin_episodes
 from mesocosm.policies.scorer import CandidatePolicy
 from mesocosm.policies.stored import policy_of
 from mesocosm.store.artifacts import Artifact, Storage
@@ -61,7 +63,23 @@ class Noisy:
 
     def __init__(self, policy: Acts, action_space: Space, noise: float):
         self.policy, self.noise, self.action_space = policy, noise, copy.deepcopy(action_space)
+        if isinstance(policy, ImagePolicy):  # each has a memory of its own
+            self.policy = policy.copied()
         self.observation_space = getattr(policy, "observation_space", None)
+        self.encoder = encoder_of(policy)
+
+    def reset(self, num_envs: int = 1, seed: int = 0) -> None:
+        """Begin new episodes in `num_envs` environments."""
+        begin_episodes(self.policy, num_envs, seed)
+
+    def start(self, k: int, rng: Rng) -> None:
+        """Begin episode k of one environment (`envs.episode.EpisodeAct`)."""
+        if isinstance(self.policy, EpisodeAct):
+            self.policy.start(k, rng)
+
+    def __call__(self, observation: Any, rng: Rng) -> Any:
+        """The action of one environment (`envs.episode.Act`)."""
+        return self.act_one(observation, False, rng)
 
     def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
         """Map observations of B environments to B actions."""

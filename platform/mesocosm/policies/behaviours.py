@@ -217,6 +217,7 @@ def policy_actions(
 ) -> Act:
     """The actions of an exported policy on one observation at a time."""
     # They import torch: only where a policy acts.
+    from mesocosm.policies.image_policy import ImagePolicy
     from mesocosm.policies.scorer import CandidatePolicy
     from mesocosm.policies.stored import policy_of
 
@@ -228,7 +229,7 @@ def policy_actions(
                 f"policy {ref!r} needs the {name} space {expected}, reality.env has {space}; use a"
                 " policy of this environment"
             )
-    if isinstance(policy, CandidatePolicy):
+    if isinstance(policy, CandidatePolicy | ImagePolicy):
         policy.explores = explore
         return policy
     return lambda observation, rng: policy.act_one(observation, explore, rng)

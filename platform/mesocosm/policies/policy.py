@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -292,8 +293,13 @@ class Policy:
     def load(folder: Path) -> Policy:
         """Read a policy. Raises ArtifactError where it is missing or has another schema."""
         data, weights = read_files(folder)
-        spaces = (space_from_json(data["observation_space"]), space_from_json(data["action_space"]))
-        policy = Policy(data["algo"], *spaces, Layout(**data["network"]), data["epsilon"])
+        return Policy.of(data, weights, space_from_json(data["observation_space"]))
+
+    @staticmethod
+    def of(data: Mapping[str, Any], weights: dict[str, Tensor], observed: gym.Space[Any]) -> Policy:
+        """The policy of policy.json and its weights, whose network observes a space."""
+        layout, action = Layout(**data["network"]), space_from_json(data["action_space"])
+        policy = Policy(data["algo"], observed, action, layout, data["epsilon"])
         policy.network.load_state_dict(weights)
         return policy
 

@@ -1,4 +1,4 @@
-"""Policies in storage: networks of numbers, and scorers of candidate commands."""
+"""Policies in storage: networks of numbers or images, and scorers of candidate commands."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import UsageError
+from mesocosm.policies.image_policy import ENCODER, ImagePolicy
 from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, Policy
 from mesocosm.policies.scorer import CandidatePolicy
 from mesocosm.store.artifacts import Storage
 
-StoredPolicy = Policy | CandidatePolicy
+StoredPolicy = Policy | CandidatePolicy | ImagePolicy
 
 
 def load_policy(folder: Path) -> StoredPolicy:
-    """Read a policy of either kind. Raises ArtifactError where it is missing or damaged."""
+    """Read a policy of any kind. Raises ArtifactError where it is missing or damaged."""
     file = folder / POLICY_JSON
     data = json.loads(file.read_text()) if file.is_file() else {}
+    if ENCODER in data:
+        return ImagePolicy.load(folder)
     return CandidatePolicy.load(folder) if "candidates" in data else Policy.load(folder)
 
 

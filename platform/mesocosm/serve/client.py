@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space, iterate
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
@@ -34,6 +34,7 @@ from mesocosm.model.language.history import TextHistory
 from mesocosm.model.language.session import Texts
 from mesocosm.model.tensors import Parts
 from mesocosm.serve.connection import Connection, Served, reply_of
+from mesocosm.serve.infos import final_infos
 from mesocosm.serve.protocol import CONTEXT, START, Message, batch_rows, get, put
 from mesocosm.serve.session import Sessions, Worlds
 
@@ -251,7 +252,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._steps = after
         if restarted.any():
             if same_step:
-                infos = self._final(reply, restarted, infos)
+                last = self._codec.decode_observation(get(reply, "final"), self._task)
+                infos = final_infos(self.observation_space, last, restarted, infos)
             self._steps = np.where(restarted, 0, after)
             self._episode = self._episode + restarted
             self._task = get(reply, "task").where(torch.from_numpy(restarted), self._task)
@@ -261,6 +263,13 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._seconds += time.monotonic() - began
         self._tokens += int(reply["tokens"].sum()) if "tokens" in reply else 0
         return decoded, reward, terminated, truncated, infos
+
+    def keep_codes(self) -> None:
+        """Give images as codes [B, n] int64 of the world's tokenizer from here on, not as frames.
+        Policies of images read both (`policies.images`).
+        """
+        if isinstance(self._codec, Codec):
+            self._codec.codes = True
 
     def take_usage(self) -> tuple[float, int]:
         """(seconds in reset and step, tokens that a text world generated) since the last call."""
@@ -310,23 +319,6 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             size = self._codec.spec.reward_size
             reward = reward - size * np.minimum(self.penalty * disagreement, 1.0)
         return reward, infos
-
-    def _final(
-        self, reply: Message, restarted: NDArray[np.bool_], infos: dict[str, Any]
-    ) -> dict[str, Any]:
-        """SAME_STEP's infos: an ended episode's last step is under "final_info" and "final_obs"."""
-        last = self._codec.decode_observation(get(reply, "final"), self._task)
-        final = np.full(self.num_envs, None, dtype=object)
-        for i, value in enumerate(iterate(self.observation_space, last)):
-            if restarted[i]:
-                final[i] = value
-        current: dict[str, Any] = {"final_obs": final, "_final_obs": restarted}
-        ended: dict[str, Any] = {}
-        for name in [name for name in infos if not name.startswith("_")]:
-            zero = np.zeros(1, infos[name].dtype)
-            current |= {name: np.where(restarted, zero, infos[name]), f"_{name}": ~restarted}
-            ended |= {name: np.where(restarted, infos[name], zero), f"_{name}": restarted}
-        return current | {"final_info": ended, "_final_info": restarted}
 
     def state(self) -> dict[str, Any]:
         """A picklable state from which `restore` continues in another process."""

@@ -53,6 +53,8 @@ class Codec:
         delta_scale: Array,
         rest: Mapping[str, Any],
     ):
+        self.codes = False
+        """True: `decode_observation` leaves images as codes [B, n] int64."""
         self.environment = dict(environment)
         """`manifest.Environment` as JSON: id, version, kwargs, task, max_episode_steps, success"""
         self.options = list(options)
@@ -327,7 +329,7 @@ class Codec:
             numbers[:, columns.numbers] = of_keys[:, : len(columns.numbers)]
             categories[:, columns.categories] = codes[:, : len(columns.categories)]
         raw = self._scalings["observation"].raw(torch.from_numpy(numbers))
-        return self._observation.decode(raw, categories)
+        return self._observation.decode(raw, categories, self.codes)
 
     def decode_action(self, parts: Parts) -> Any:
         """Parts [B, ...] -> B actions in a vector environment's layout."""

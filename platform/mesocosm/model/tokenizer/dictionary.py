@@ -7,6 +7,7 @@ ever appended, so that the codes of a dictionary keep their meaning in all that 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from mesocosm.model.tokenizer.frames import cut, paste
 
 Array = NDArray[Any]
+INDICATORS = 16
+"""The most codes of a dictionary that a policy's network reads as indicators."""
 BLOCK = 1024
 """Patches without a code whose distances to all codes are computed at once."""
 
@@ -72,6 +75,23 @@ class PatchDictionary:
     def decode(self, codes: Array) -> Array:
         """Frames uint8 [B, height, width, channels] of codes [B, n]."""
         return paste(self.table[codes], self.shape, self.patch)
+
+    def features(self, codes: Array) -> Array:
+        """[B, n * f] float32 in [-1, 1] of codes [B, n]: an indicator of each code, where there are
+        few; else the means of each channel in the four quarters of its patch.
+        """
+        return self._features[codes].reshape(len(codes), -1)
+
+    @cached_property
+    def _features(self) -> Array:
+        """[V, f] float32"""
+        if len(self.table) <= INDICATORS:
+            return np.eye(len(self.table), dtype=np.float32)
+        pixels = self.table.reshape(len(self.table), self.patch, self.patch, self.shape[2])
+        middle = self.patch // 2
+        halves = [slice(None)] if not middle else [slice(middle), slice(middle, None)]
+        means = [pixels[:, rows, columns].mean((1, 2)) for rows in halves for columns in halves]
+        return (np.concatenate(means, 1) / 127.5 - 1).astype(np.float32)
 
     def state(self) -> dict[str, Array]:
         """The table, the patch's side and the frame's shape."""

@@ -34,6 +34,9 @@ class FrameTokenizer(Protocol):
     def decode(self, codes: Array) -> Array:
         """Frames uint8 [B, height, width, channels] of codes [B, n]."""
 
+    def features(self, codes: Array) -> Array:
+        """[B, f] float32 in [-1, 1] of codes [B, n]: the codes as a policy's network reads them."""
+
     def state(self) -> dict[str, Array]:
         """Its arrays by name, from which `tokenizer_of` makes it again."""
 

@@ -118,6 +118,14 @@ class PatchFSQ:
                 patches[start : start + BLOCK] = pixels.round().to(torch.uint8).numpy()
         return paste(patches, self.shape, self.patch)
 
+    def features(self, codes: Array) -> Array:
+        """[B, n] float32 in [-1, 1]: the digits of codes [B, n], from the lowest level to the
+        highest.
+        """
+        highest = np.array(self.sizes, np.float32) - 1
+        scaled_digits: Array = 2 * codes.astype(np.float32) / highest - 1
+        return scaled_digits
+
     def state(self) -> dict[str, Array]:
         """The weights and levels, the patch's side and the frame's shape."""
         weights = {name: value.numpy() for name, value in self.networks.state_dict().items()}
