@@ -23,7 +23,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
-from mesocosm.jobs.loop_config import check
+from mesocosm.jobs.loop_checks import check
 from mesocosm.jobs.loop_preflight import Ready
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage

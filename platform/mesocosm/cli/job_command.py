@@ -13,7 +13,7 @@ import click
 
 from mesocosm import config, faults, output, shipped
 from mesocosm.cli import options
-from mesocosm.cli.keys import describe, field_names
+from mesocosm.cli.keys import config_class, describe, field_names
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs.registry import JOBS, JobEntry
 from mesocosm.store.files import use_cache
@@ -62,7 +62,7 @@ class JobCommand(click.Command):
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(f"\nExample:\n  mesocosm {self.name} {self.job.example}\n")
         formatter.write("\nConfig keys and their defaults, by section:\n")
-        schema = importlib.import_module(self.job.module).JOB.config
+        schema = config_class(self.job.module)
         for section, lines in describe(str(self.name), schema).items():
             if lines:
                 keys = "\n  ".join(lines)
@@ -89,8 +89,8 @@ def _run_job(
     from mesocosm.store.artifacts import Storage
 
     paths = [shipped.config_path(file, name) for file in files]  # importing a job takes seconds
+    loaded = _load(name, config_class(JOBS[name].module), paths, overrides, flags)
     job = importlib.import_module(JOBS[name].module).JOB
-    loaded = _load(name, job.config, paths, overrides, flags)
     use_cache(loaded.storage.cache)
     loaded.force |= force
     loaded.wait |= wait

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import itertools
 import json
 import operator
@@ -32,6 +33,14 @@ def config_of(module: str) -> tuple[str, str]:
     bases = [ast.unparse(base) for node in classes for base in node.bases]
     (job,) = (base for base in bases if base.startswith("Job["))
     return module, job.removeprefix("Job[").partition(",")[0]
+
+
+def config_class(module: str) -> type[JobConfig]:
+    """The class of a job's config, imported without the job."""
+    source = _find_class(*config_of(module))
+    assert source is not None, module
+    found: type[JobConfig] = getattr(importlib.import_module(source[0]), source[1])
+    return found
 
 
 def field_names(module: str) -> list[str]:

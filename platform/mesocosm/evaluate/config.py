@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesocosm import checks
 from mesocosm.config import ADDED, JobConfig
-from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import UsageError
-from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Artifact
 from mesocosm.user_code import source_hash
+
+if TYPE_CHECKING:  # a config needs no torch
+    from mesocosm.data.loading.text_batch import AnyBatchCodec
+
+HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
+"""Steps ahead of the open-loop error; `full` is whole episodes."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The config of the job `loop`, and its checks before the start."""
+"""The config of the job `loop`, and how its stages get theirs from it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from mesocosm.agents import validation as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
-from mesocosm.data.collecting import config as collecting
 from mesocosm.data.collecting.config import CollectConfig
-from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
-from mesocosm.jobs import baseline as model_free
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig
 from mesocosm.train.config import PretrainConfig
 
@@ -64,57 +59,6 @@ class LoopConfig(JobConfig):
 FREE = ("rounds", "target", "stop_at_target", "baselines")
 """Keys of the loop's length and of its comparisons. A loop that changes them keeps its ledger."""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
-FILLED = {
-    "collect": ("ledger",),
-    "explore": ("ledger",),
-    "pretrain": ("known",),
-    "serve": ("world", "name"),
-    "agent": ("world", "app", "rival"),
-    "evaluate": ("world", "agent", "ledger"),
-    "baselines": ("ledger",),
-}
-"""Keys of the stages that only the loop can know."""
-
-
-def check(cfg: LoopConfig) -> None:
-    """Raise UsageError at the first invalid value of any stage."""
-    if cfg.rounds < 1:
-        raise UsageError(f"rounds must be >= 1, got {cfg.rounds}")
-    if cfg.stop_at_target and cfg.target is None:
-        raise UsageError("stop_at_target=true needs a target; set target to a mean return")
-    if cfg.warm_start not in (True, False, "auto"):
-        raise UsageError(f"warm_start must be true, false or auto, got {cfg.warm_start!r}")
-    reality_config.check(cfg.reality)
-    names = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
-    blocks: dict[str, JobConfig] = {name: getattr(cfg, name) for name in names}
-    blocks |= {f"baselines[{i}]": block for i, block in enumerate(cfg.baselines)}
-    refuse_filled(blocks, FILLED, "loop")
-    if cfg.pretrain.data.datasets:
-        raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")
-    budget = cfg.reality.budget.steps
-    needed = (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
-    if budget is not None and needed > budget:
-        raise UsageError(
-            f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds;"
-            " raise it, or lower rounds or explore.steps"
-        )
-    reality_config.check_affordable(cfg.reality, needed)
-    # "?" stands for artifacts that the loop will make.
-    with stage("collect"):
-        collecting.check(fill(cfg.collect, cfg, 0))
-    with stage("explore"):
-        collecting.check(fill(acting(cfg.explore, "?"), cfg, 1))
-    with stage("pretrain"):
-        _check_pretrain(cfg)
-    with stage("serve"):
-        serving.check(cfg.serve)
-    with stage("agent"):
-        agents.check(cfg.agent)
-    with stage("evaluate"):
-        replace(cfg.evaluate, world="?", agent="?").validate()
-    for i, block in enumerate(cfg.baselines):
-        with stage(f"baselines[{i}]"):
-            model_free.check(fill(block, cfg, i))
 
 
 def refuse_filled(
@@ -145,19 +89,6 @@ def stage(name: str) -> Iterator[None]:
         if str(error).startswith(f"{name}."):
             raise
         raise UsageError(f"{name}: {error}") from error
-
-
-def _check_pretrain(cfg: LoopConfig) -> None:
-    """Raise UsageError where the pretraining of any round would be refused."""
-    weights = cfg.pretrain.data.weights
-    for round in {0, cfg.rounds - 1}:
-        count = len(cfg.datasets) + round + (0 if cfg.datasets else 1)
-        if weights is not None and len(weights) != count:
-            numbers = f"got {len(weights)} for the {count} datasets of round {round + 1}"
-            key = "pretrain.data.weights"
-            raise UsageError(f"{key} must have one entry per dataset, {numbers}; leave it out")
-        data = replace(cfg.pretrain.data, datasets=["?"] * count)
-        replace(cfg.pretrain, data=data).validate()
 
 
 def acting(block: CollectConfig, policy: str) -> CollectConfig:

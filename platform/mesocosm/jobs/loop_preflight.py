@@ -24,7 +24,8 @@ from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.evaluate.report.page import money
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
-from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill, stage
+from mesocosm.jobs.loop_checks import check
+from mesocosm.jobs.loop_config import LoopConfig, acting, fill, stage
 from mesocosm.policies import behaviours
 from mesocosm.serve.config import first_replicas
 from mesocosm.store.artifacts import Artifact, Storage

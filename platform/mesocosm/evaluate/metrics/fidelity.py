@@ -11,9 +11,10 @@ import numpy as np
 
 from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.evaluate.config import HORIZONS
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play, single_steps
-from mesocosm.evaluate.metrics.open_loop import HORIZONS, OpenLoop, Progress, open_loop
+from mesocosm.evaluate.metrics.open_loop import OpenLoop, Progress, open_loop
 from mesocosm.model.base import Base
 from mesocosm.model.world import World
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.evaluate.config import HORIZONS
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import ROWS, Array, Log, codec_of, play
 from mesocosm.model.base import Base
@@ -28,7 +29,6 @@ from mesocosm.train.prepare import transitions
 
 Progress = Callable[[str], None]
 """Receives in a few words how far a long computation is."""
-HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
 FULL_EPISODES = 16
 """Episodes rolled out in full at most."""
 
