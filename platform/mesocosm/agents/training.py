@@ -101,7 +101,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         name = config.init or config.rival
         former = None if name is None else storage.artifact("agents", name)
         spaces = codec.observation_space, codec.action_space
-        encoder = validation.encoder_for(config, codec, world)
+        encoder = validation.encoder_for(config, spaces[0], validation.tokenizers_of(codec))
         seen = validation.check_spaces(config, spaces, former, encoder)
         inputs = {
             "worlds": [world.id],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -13,10 +14,11 @@ from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.text_batch import AnyBatchCodec, TextBatchCodec
+from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.model.any_world import is_text
+from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.policies.candidates import INFOS
 from mesocosm.policies.images import ImageEncoder, check_tokenizer
 from mesocosm.policies.stored import load_policy
@@ -69,20 +71,32 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 
-def encoder_for(config: AgentConfig, codec: AnyBatchCodec, world: Artifact) -> ImageEncoder | None:
+def encoder_for(
+    config: AgentConfig, observation: gymnasium.Space[Any], tokenizers: Sequence[FrameTokenizer]
+) -> ImageEncoder | None:
     """How an agent sees the images of a world; None where it has none.
+
+    Args:
+        config: Of the training.
+        observation: The world's observation space.
+        tokenizers: The world's (`tokenizers_of`).
 
     Raises:
         UsageError: The algorithm does not train on images.
     """
-    if isinstance(codec, TextBatchCodec) or not codec.observation_codec.tokenizers:
+    if not tokenizers:
         return None
     if config.algo == "SAC":
         raise UsageError(
-            f"algo must be PPO, APPO, IMPALA or DQN in {world.name}, a world of images, got SAC:"
-            " its branches begin within logged episodes, without the frames before; use PPO"
+            "algo must be PPO, APPO, IMPALA or DQN in a world of images, got SAC: its branches"
+            " begin within logged episodes, without the frames before; use PPO"
         )
-    return ImageEncoder(codec.observation_space, codec.observation_codec.tokenizers)
+    return ImageEncoder(observation, tokenizers)
+
+
+def tokenizers_of(codec: AnyBatchCodec) -> Sequence[FrameTokenizer]:
+    """The tokenizers of a world's images, in order; none where it has no images."""
+    return codec.observation_codec.tokenizers if isinstance(codec, Codec) else ()
 
 
 def check_spaces(
@@ -190,5 +204,4 @@ def starts_of(config: AgentConfig, codec: AnyBatchCodec) -> str:
     """
     if config.starts is not None:
         return config.starts
-    images = isinstance(codec, Codec) and bool(codec.observation_codec.tokenizers)
-    return "logged" if config.algo == "SAC" or images else "generated"
+    return "logged" if config.algo == "SAC" or tokenizers_of(codec) else "generated"

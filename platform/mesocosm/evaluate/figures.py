@@ -47,6 +47,11 @@ def log_figures(
     add("termination", ends, late="bias", off="error", missed="missed")
     add("reward", one_step, accuracy="reward_accuracy", r2="reward_r2")
     add("starts", measured["starts"], "auc", "validity", "coverage")
+    if (images := measured.get("images")) is not None:
+        add("images", images, "unigram", "copy_or_unigram")
+        for image in images["images"]:
+            rows_of = {row["steps"]: row["world"] for row in image["rows"]}
+            values |= {f"moving_psnr/{image['name']}/{k}": v for k, v in rows_of.items()}
     parts = measured.get("known", {})
     for part, names in (
         ("reward", ("known", "learned")),

@@ -76,14 +76,17 @@ def side_by_side(
     seed: int,
     count: int = 3,
     samples: int = 4,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """The first `count` judged episodes beside the same policy imagined from their first states.
 
     Returns:
-        `report.trajectories`; rollouts are as long as the real episode at most.
+        `report.trajectories`; rollouts are as long as the real episode at most. Empty in a world of
+        images, whose codes make no lines.
     """
     shown = list(episodes[:count])
     columns = codec_of(world).observation_codec
+    if columns.tokenizers:
+        return []
     horizon = min(report.STEPS, max(len(episode) for episode in shown))
     imagined = imagine(world, policy, starts_of(world, shown), horizon, seed, samples)
     pairs = []
@@ -97,4 +100,4 @@ def side_by_side(
             span, name = getattr(leaf, kind), leaf.name.removeprefix("observation.")
             width = span.stop - span.start
             names += [name] if width == 1 else [f"{name}[{i}]" for i in range(width)]
-    return report.trajectories(title, names, pairs)
+    return [report.trajectories(title, names, pairs)]

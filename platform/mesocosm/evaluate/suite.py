@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
+from mesocosm.agents.validation import tokenizers_of
 from mesocosm.data.analysis.evidence import Evidence, evidence
 from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset
@@ -35,6 +36,7 @@ from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.model.any_world import AnyWorld
 from mesocosm.model.world import World
+from mesocosm.policies.images import check_tokenizer
 from mesocosm.policies.policy import Acts
 from mesocosm.policies.stored import policy_of
 from mesocosm.runs.tracking import Run
@@ -132,8 +134,10 @@ def prepare(
     candidates = [replace(policy, held_out=policy.name not in logged) for policy in named]
     snapshots = [] if agent is None else policy_set.snapshots(agent, storage)
     start = None if agent is None or not cfg.gain else gain.start_of(agent, storage)
+    tokenizers = tokenizers_of(codec)
     for candidate in [*candidates, *snapshots, *([] if start is None else [start])]:
         check_spaces(candidate.policy, facts, cfg.reality)
+        check_tokenizer(candidate.policy, tokenizers, candidate.name, world.name)
     check_steps(cfg, len(snapshots), horizon.steps)
     refs = [config.policy for config in cfg.policies if config.policy is not None]
     if cfg.compares:

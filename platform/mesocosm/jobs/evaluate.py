@@ -15,7 +15,9 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.config import identity
 from mesocosm.data.analysis.evidence import Evidence
-from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec, refuse_images
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.text_batch import AnyBatchCodec, batch_codec
+from mesocosm.data.loading.windows import coded
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
@@ -24,9 +26,11 @@ from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sour
 from mesocosm.evaluate.figures import log_figures, text_figures
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
+from mesocosm.evaluate.metrics.images import image_fidelity
 from mesocosm.evaluate.metrics.log import check_dataset
 from mesocosm.evaluate.policy_value import policy_value
 from mesocosm.evaluate.report import page, report
+from mesocosm.evaluate.report.frames import images_json
 from mesocosm.evaluate.report.verdicts import verdicts
 from mesocosm.evaluate.text_world import NOT_MEASURED, check_text_config, measure
 from mesocosm.job import Job, Plan
@@ -96,10 +100,11 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
         datasets = [storage.artifact("datasets", name) for name in names]
         world, dataset = load_any(artifact.path), Dataset([d.path for d in datasets])
         codec = batch_codec(world.codec)
-        refuse_images(codec, "evaluate")
         if isinstance(world, TextWorld):
             check_text_config(config)
         check_dataset(dataset, codec)
+        if isinstance(codec, Codec):
+            dataset = coded(dataset, codec)
         prepared, agents = None, list[str]()
         identities: list[Any] = []
         if agent is not None or config.compares:
@@ -170,6 +175,16 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
             seed=cfg.seed,
             progress=partial(update, 0),
         )
+        frames = image_fidelity(
+            world,
+            dataset,
+            faithful.losses,
+            horizons=plan.horizons,
+            starts=cfg.starts,
+            seed=cfg.seed,
+            split=faithful.open_loop.split,
+            progress=partial(update, 0),
+        )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
     result, ledger, store = None, None, JudgeStore(run.storage, job.shared or id)
     if prepared is not None:
@@ -183,6 +198,8 @@ def _evaluate(job: Evaluate, plan: Evaluation, world: World, run: Run) -> Artifa
         if policy is not None:
             result = suite.judge_one(policy_set.AGENT, policy, prepared, ledger, store, run)
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
+    if frames is not None:
+        measured["images"] = images_json(frames)
     agent = None
     if policy is not None and result is not None and prepared is not None and ledger is not None:
         agent = suite.agent_summary(measured, result, world, policy, prepared, ledger, store, run)
@@ -345,9 +362,9 @@ def _report(
     return replace(
         about,
         agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
-        trajectories=[
-            imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)
-        ],
+        trajectories=imagine.side_by_side(
+            world, policy, result.episodes, title=name, seed=cfg.seed
+        ),
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
 

@@ -110,6 +110,14 @@ def runs(array: Array, first: Index, size: int) -> Array:
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
 
 
+def coded(dataset: Dataset, codec: Codec) -> Dataset:
+    """A dataset in which images are the codes of the codec's tokenizers, too."""
+    tokenizers = codec.observation_codec.tokenizers
+    if not tokenizers or dataset.observation_codec.tokenizers:
+        return dataset
+    return dataset.tokenized(tokenizers)
+
+
 def spread_episodes(dataset: Dataset, split: Split, limit: int | None) -> Array:
     """The numbers of the episodes of a split, in order: at most `limit`, spread evenly."""
     episodes = dataset.episodes(split)
@@ -145,9 +153,7 @@ def observation_parts(
 
 
 def _parts(dataset: Dataset, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
-    tokenizers = codec.observation_codec.tokenizers
-    if tokenizers and not dataset.observation_codec.tokenizers:
-        dataset = dataset.tokenized(tokenizers)
+    dataset = coded(dataset, codec)
     table = dataset.table[episodes]
     rows = table["first_row"] + steps
     arrays = dataset.gathered(table["shard"], {"obs_num": rows, "obs_cat": rows})

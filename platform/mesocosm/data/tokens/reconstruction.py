@@ -86,14 +86,17 @@ class Reconstruction:
         return {
             "frames": self.frames,
             "exact": self.exact / self.frames if self.frames else None,
-            "psnr": _psnr(self.squares, self.values),
-            "moving_psnr": _psnr(self.moving_squares, self.moving_values),
+            "psnr": psnr(self.squares, self.values),
+            "moving_psnr": psnr(self.moving_squares, self.moving_values),
             "unseen": self.unseen / self.patches if known else None,
             "codes_used": sum(count > 0 for count in self.used),
         }
 
 
-def _psnr(squares: float, values: int) -> float | None:
+def psnr(squares: float, values: int) -> float | None:
+    """PSNR in dB of the summed squared errors of uint8 values and their number; None without error
+    or values.
+    """
     if not values or not squares:
         return None
     return float(10 * np.log10(255.0**2 * values / squares))

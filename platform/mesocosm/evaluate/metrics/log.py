@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.text_batch import AnyBatchCodec
+from mesocosm.data.loading.windows import coded
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
 from mesocosm.model.carry import Carry, Context, StepOut
 from mesocosm.model.tensors import Parts
+from mesocosm.model.tokenizer.frames import as_bytes
 from mesocosm.model.world import World
 
 Array = NDArray[Any]
@@ -34,7 +36,7 @@ class Log:
 
     def __init__(self, dataset: Dataset, codec: Codec, split: Split):
         check_dataset(dataset, codec)
-        self.dataset, self.codec, self.split = dataset, codec, split
+        self.dataset, self.codec, self.split = coded(dataset, codec), codec, split
         self.episodes: Array = dataset.episodes(split)
         self.lengths: Array = dataset.table["length"][self.episodes].astype(np.int64)
         self._options = codec.option_rows(
@@ -54,6 +56,10 @@ class Log:
 
     def observation(self, episode: Array, step: Array) -> Parts:
         return self.codec.observation_parts(*self._pair("obs", episode, step))
+
+    def frames(self, image: str, episode: Array, step: Array) -> Array:
+        """The frames of one of `image_names`, uint8 [n, height, width, channels]."""
+        return as_bytes(self._gather(image, episode, step))
 
     def action(self, episode: Array, step: Array) -> Parts:
         return self.codec.action_parts(*self._pair("act", episode, step))

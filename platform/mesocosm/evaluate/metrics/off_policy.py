@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.windows import coded
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import Environment
@@ -144,6 +145,7 @@ def off_policy(
         progress: Called on each imagined step.
     """
     codec, notes = codec_of(world), []
+    logs = coded(logs, codec)
     split: Split = "valid" if len(logs.episodes("valid")) >= 2 else "train"
     if split == "train":
         notes.append(
@@ -185,7 +187,7 @@ def off_policy(
                 seed=seed,
                 valid_fraction=0.0,
             )
-            data = Dataset([Path(folder) / "episodes"])
+            data = coded(Dataset([Path(folder) / "episodes"]), codec)
             far = one_step_errors(world, data, "train", seed=seed)
             table = fidelity(
                 world,

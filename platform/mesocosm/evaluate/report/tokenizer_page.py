@@ -7,15 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from mesocosm.evaluate.report.frames import strip
 from mesocosm.evaluate.report.page import PAGES
-from mesocosm.pictures import address
 
 Array = NDArray[Any]
-LARGEST = 96
-"""Pixels of a side to which small frames are enlarged, by whole factors."""
 
 
 def render(report: Mapping[str, Any], pictures: Sequence[tuple[Array, Array]]) -> str:
@@ -51,13 +48,3 @@ def sentence(image: Mapping[str, Any]) -> str:
     if figures["unseen"]:
         parts.append(f"{figures['unseen']:.2%} of their patches have no code of their own")
     return "; ".join(parts)
-
-
-def strip(frames: Array) -> str:
-    """Frames uint8 [B, H, W, C] side by side, as the address of a PNG picture."""
-    b, h, w, _ = frames.shape
-    times = max(1, LARGEST // max(h, w))
-    gap = np.full((b, h, 1, 3), 255, np.uint8)
-    coloured = np.concatenate([np.broadcast_to(frames, (b, h, w, 3)), gap], 2)
-    row = coloured.transpose(1, 0, 2, 3).reshape(h, b * (w + 1), 3)
-    return address(row.repeat(times, 0).repeat(times, 1))
