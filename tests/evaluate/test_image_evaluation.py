@@ -19,6 +19,7 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.metrics.images import CodeCounts, image_fidelity, moving_psnr
+from mesocosm.evaluate.metrics.open_loop import most_frequent
 from mesocosm.jobs.evaluate import JOB
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
@@ -56,6 +57,13 @@ def test_references_are_distributions() -> None:
         np.testing.assert_allclose(chances.sum(0), 1.0)
     unigram, copy = counts.nats(before, after).mean(0)
     assert abs(unigram - np.log(6)) < 0.02 and copy < unigram - 0.3
+
+
+def test_the_most_frequent_sample_and_the_smallest_of_equals() -> None:
+    samples = np.array([[[5, 1], [2, 1], [5, 0], [2, 0], [7, 1]]])
+    np.testing.assert_array_equal(most_frequent(samples), [[2, 1]])
+    alone = np.random.default_rng(0).integers(0, 9, (4, 1, 3))
+    np.testing.assert_array_equal(most_frequent(alone), alone[:, 0])
 
 
 def test_psnr_is_of_moving_pixels() -> None:

@@ -176,8 +176,7 @@ class _Measure:
                 facts["linear"] = self._linear(name, start, ahead, true, still)
         if truth.categories.shape[1]:
             expected = truth.categories.numpy()
-            counts = (categories[..., None] == np.arange(categories.max() + 1)).sum(1)
-            right = (counts.argmax(-1) == expected).mean(-1)  # the smallest of equals
+            right = (most_frequent(categories) == expected).mean(-1)
             facts["accuracy"], interval = stats.grouped_mean(right, group, seed=seed)
             unchanged = float((first.categories.numpy() == expected).mean())
             facts |= {"accuracy_interval": interval, "persistence_accuracy": unchanged}
@@ -254,6 +253,14 @@ class _Measure:
             return ratio
         self.notes.append(f"horizon {name}: the linear model left the finite numbers.")
         return None
+
+
+def most_frequent(categories: Array) -> Array:
+    """[n, m]: the most frequent of the samples [n, S, m], the smallest of equals."""
+    ordered = np.sort(categories, 1)
+    counts = np.stack([(ordered == ordered[:, k : k + 1]).sum(1) for k in range(ordered.shape[1])])
+    best: Array = np.take_along_axis(ordered, counts.argmax(0)[:, None], 1)[:, 0]
+    return best
 
 
 def linear_model(dataset: Dataset, codec: Codec) -> Base:
