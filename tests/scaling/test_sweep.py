@@ -58,7 +58,7 @@ def test_the_table_has_a_row_a_cell(whole: Whole, golden: Any) -> None:
         parts = (float(row[part]) for part in ("dynamics", "reward", "termination", "task"))
         assert float(row["loss"]) == pytest.approx(sum(parts))
     losses = {f"loss {i}": float(row["loss"]) for i, row in enumerate(rows)}
-    golden.check("sweep", losses, tolerance=0.05)
+    golden.check("sweep", losses, tolerance=golden.TRAINED)
     assert len({row["trunk"] for row in rows}) == 2
     summary = json.loads((artifact.path / "summary.json").read_text())
     steps, seconds = summary["steps"], summary["seconds"]

@@ -39,8 +39,8 @@ def config_class(module: str) -> type[JobConfig]:
     """The class of a job's config, imported without the job."""
     source = _find_class(*config_of(module))
     assert source is not None, module
-    found: type[JobConfig] = getattr(importlib.import_module(source[0]), source[1])
-    return found
+    schema: type[JobConfig] = getattr(importlib.import_module(source[0]), source[1])
+    return schema
 
 
 def field_names(module: str) -> list[str]:

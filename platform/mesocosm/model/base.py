@@ -186,8 +186,10 @@ class Base(nn.Module):
         _fit_ridge(base, x, change, keep)
         residual = change - torch.matmul(x, base.ridge)
         base.scale.copy_(torch.maximum(residual.pow(2).mean((0, 1)).sqrt(), bins))
-        told = of_part(report, "base")
-        fitted = _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator, told)
+        progress = of_part(report, "base")
+        fitted = _fit_mlp(
+            base, x, residual / base.scale, keep, config.base_steps, generator, progress
+        )
         chunks = torch.arange(len(episode)).split(CHUNK)
         error = change - torch.cat([base(observation[c], action[c], task[c]) for c in chunks], 1)
         held_out = ~keep

@@ -69,13 +69,15 @@ def fit_heads(
 
     if reward_outputs(spec) > 1:
         judged = bool((1 - trained(held_out.episode)).any())
-        told = of_part(report, "reward")
-        base.record("reward", _fit(base.reward, rewards, draw, held_out, judged, most, seed, told))
+        progress = of_part(report, "reward")
+        base.record(
+            "reward", _fit(base.reward, rewards, draw, held_out, judged, most, seed, progress)
+        )
     if events is not None:
         ends = events.terminated > 0.5
         judged = bool((1 - trained(events.episode[ends])).any())
-        told = of_part(report, "termination")
-        result = _fit(base.termination, terminations, draw, held_out, judged, most, seed, told)
+        progress = of_part(report, "termination")
+        result = _fit(base.termination, terminations, draw, held_out, judged, most, seed, progress)
         base.record("termination", result)
 
 
