@@ -54,12 +54,10 @@ STARTERS = {"ray_local", "one_rank", "s3_environment", "cluster", "lab"}
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its tier, and run longer tiers and files first: workers then end
-    together. A file's tests run on one worker, unless they say another group.
+    together.
     """
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
-        if "xdist_group" not in names:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if not names & {"integration", "slow"}:
             starts = STARTERS & set(getattr(item, "fixturenames", ()))
             item.add_marker(pytest.mark.integration if starts else pytest.mark.unit)

@@ -153,13 +153,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=pytest.mark.xdist_group(f"pages {i % 2}"), id=name(page))
-        for i, page in enumerate(RUN)
-    ],
-)
+@pytest.mark.parametrize("page", RUN, ids=name)
 def test_the_commands_of_a_page_run(
     page: Path, made: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
