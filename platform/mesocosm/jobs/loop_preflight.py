@@ -6,11 +6,13 @@ They take no real step. A loop that fails later has wasted the steps of a round.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mesocosm.agents import validation as agents
 from mesocosm.data.collecting.acts import build_act
+from mesocosm.data.tokens.reading import stored_tokenizers
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.datasets.manifest import Manifest, current_id
@@ -26,6 +28,7 @@ from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
 from mesocosm.jobs.loop_checks import check
 from mesocosm.jobs.loop_config import LoopConfig, acting, fill, stage
+from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.policies import behaviours
 from mesocosm.serve.config import first_replicas
 from mesocosm.store.artifacts import Artifact, Storage
@@ -79,7 +82,8 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
             " train-agent one by one"
         )
     observation, action = facts.spaces
-    codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
+    tokenizers = _tokenizers(cfg, storage, SpaceCodec(observation, "observation"))
+    codecs = SpaceCodec(observation, "observation", tokenizers), SpaceCodec(action, "action")
     prepare.check_leaves(*codecs, cfg.pretrain.model)
     horizon = None
     if facts.max_episode_steps is not None:
@@ -90,7 +94,7 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     known.check_spaces(functions, *facts.spaces, KNOWN)
     ready = Ready(datasets, facts, horizon, functions)
     _check_pretraining(cfg, datasets)
-    _check_agent(cfg, storage, facts)
+    _check_agent(cfg, storage, facts, tokenizers)
     _check_evaluation(cfg, storage, ready)
     for i, block in enumerate(cfg.baselines):
         with stage(f"baselines[{i}]"):
@@ -191,11 +195,29 @@ def _check_spaces_of(datasets: list[str], storage: Storage, facts: EnvFacts) -> 
             raise UsageError(f"datasets: {name} has other spaces than reality.env")
 
 
-def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
+def _tokenizers(
+    cfg: LoopConfig, storage: Storage, observation: SpaceCodec
+) -> tuple[FrameTokenizer, ...]:
+    """The tokenizers of images, which are fitted before the loop: by data that it begins with, or
+    by an earlier collection of the environment.
+    """
+    ref = cfg.pretrain.data.tokenizer
+    if ref is None:
+        return ()
+    with stage("pretrain"):
+        files, tokenizers = stored_tokenizers(storage, ref)
+        tokenizers.check(observation.image_leaves, files.name)
+    return tokenizers.each
+
+
+def _check_agent(
+    cfg: LoopConfig, storage: Storage, facts: EnvFacts, tokenizers: Sequence[FrameTokenizer]
+) -> None:
     block = cfg.agent
     former = None if block.init is None else storage.artifact("agents", block.init)
     with stage("agent"):
-        agents.check_spaces(block, facts.spaces, former)
+        encoder = agents.encoder_for(block, facts.observation_space, tokenizers)
+        agents.check_spaces(block, facts.spaces, former, encoder)
         _check_spaces_of(block.datasets, storage, facts)
     needs = {
         "agent.max_disagreement": block.max_disagreement is not None,

@@ -26,7 +26,7 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.model.tokenizer.kinds import KINDS
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
+from mesocosm.store.cache import Partial, open_partial
 
 Array = NDArray[Any]
 TOKENIZER, ARRAYS = "tokenizer.json", "tokenizer.safetensors"
@@ -93,6 +93,14 @@ class Tokenizers:
             )
 
 
+def stored_tokenizers(storage: Storage, ref: str) -> tuple[Partial, Tokenizers]:
+    """The files of a tokenizer, and the tokenizers in them. Raises as `tokenized`."""
+    files = open_partial(storage, "tokenizers", ref)
+    folder = files.hold(TOKENIZER).parent
+    files.hold(ARRAYS)
+    return files, Tokenizers.load(folder)
+
+
 def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
     """A view of a dataset in which images are categories, too: the codes of a tokenizer.
 
@@ -105,10 +113,7 @@ def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
         UsageError: There is no such tokenizer, or it is for other images.
         ArtifactError: It is damaged.
     """
-    files = open_partial(storage, "tokenizers", ref)
-    folder = files.hold(TOKENIZER).parent
-    files.hold(ARRAYS)
-    tokenizers = Tokenizers.load(folder)
+    files, tokenizers = stored_tokenizers(storage, ref)
     tokenizers.check(dataset.observation_codec.image_leaves, files.name)
 
     def stored(place: str, image: str) -> Path | None:

@@ -1,0 +1,47 @@
+"""The whole loop on an environment that is seen as pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mesocosm.config import load
+from mesocosm.data.collecting.config import CollectConfig
+from mesocosm.errors import UsageError
+from mesocosm.jobs import collect, loop, tokenize
+from mesocosm.jobs.loop_config import LoopConfig
+from mesocosm.jobs.tokenize import TokenizeConfig
+from mesocosm.policies.image_policy import ImagePolicy
+from mesocosm.policies.stored import load_policy
+from mesocosm.runs import tracking
+from mesocosm.store.artifacts import Storage
+
+REALITY = ["reality.env=mesocosm.envs.pixels:CoinGrid", "reality.horizon=10"]
+LOOP = "rounds=1 collect.steps=200 collect.workers=0 pretrain.train.steps=5 evaluate.episodes=2"
+LOOP += " pretrain.model.family=sequence pretrain.model.size=10k pretrain.model.context=4"
+LOOP += " agent.iterations=1 agent.num_envs=8 agent.rollout=32 agent.snapshots=0"
+LOOP += " agent.backend=local evaluate.starts=8 evaluate.horizons=[1] evaluate.full=false"
+
+
+def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root: str) -> None:
+    words = [*REALITY, *LOOP.split(), f"storage.root={root}", "tracking.uri=none"]
+    cfg = load(LoopConfig, [], words)
+    with pytest.raises(UsageError, match=r"pretrain.*data\.tokenizer"):
+        loop.JOB.resolve(cfg, Storage(root))
+    logs = load(CollectConfig, [], [*REALITY, "steps=200", "workers=0", f"storage.root={root}"])
+    with tracking.start("collect", logs, quiet=True) as run:
+        data = collect.JOB.run(logs, run)
+    tokens = load(TokenizeConfig, [], [f"data.datasets=[{data.id}]", f"storage.root={root}"])
+    with tracking.start("tokenize", tokens, quiet=True) as run:
+        tokenizer = tokenize.JOB.run(tokens, run)
+    cfg.pretrain.data.tokenizer = tokenizer.id
+    with tracking.start("loop", cfg, quiet=True) as run:
+        artifact = loop.JOB.run(cfg, run)
+    (point,) = json.loads((artifact.path / "summary.json").read_text())["curves"]["world"][0][
+        "points"
+    ]
+    assert point["real_steps"] == 200
+    (agent,) = Storage(root).list("agents")
+    policy = load_policy(Storage(root).artifact("agents", agent).path)
+    assert isinstance(policy, ImagePolicy), "the policy has the encoder of frames"
