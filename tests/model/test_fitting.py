@@ -54,7 +54,7 @@ def test_same_input_same_bits() -> None:
 
 
 def test_long_fits_say_how_far_they_are() -> None:
-    weight, said = torch.zeros(1, requires_grad=True), list[str]()
+    weight, reports = torch.zeros(1, requires_grad=True), list[str]()
     optimizer = torch.optim.Adam([weight], lr=0.01)
-    fit(optimizer, lambda step: weight.square().sum(), None, 120, of_part(said.append, "reward"))
-    assert said == ["reward, step 50 of at most 120", "reward, step 100 of at most 120"]
+    fit(optimizer, lambda step: weight.square().sum(), None, 120, of_part(reports.append, "reward"))
+    assert reports == ["reward, step 50 of at most 120", "reward, step 100 of at most 120"]
