@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 TESTED_RAY = "2.60."
 
@@ -26,6 +25,8 @@ def private_start() -> Iterator[None]:
     that is off, no forwarding of logs that nobody reads, an agent without metrics, and workers
     start when something runs on them.
     """
+    from unittest.mock import patch  # takes 60 ms, which commands without Ray do not need
+
     import ray
     from ray._private import node, services, utils
 
