@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -141,17 +140,6 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._videos: OrderedDict[str, Video] = OrderedDict()
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-
-    def __enter__(self) -> FrameDecoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the videos."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +212,7 @@ def _picture_shape(head: pa.Table, name: str) -> tuple[int, ...]:
     """[height, width, channels] of the first picture of a column that can be read."""
     frames, missing = logged_frames(head[name].combine_chunks())
     problem = "it has none"
-    with FrameDecoder() as decoder:
+    with closing(FrameDecoder()) as decoder:
         for frame in frames[~missing].tolist():
             if frame.raw:
                 problem = "its space is unknown"
