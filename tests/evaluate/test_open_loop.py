@@ -163,7 +163,7 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
         act_one = act
 
     episodes = episodes_of(Walk(), Drift(), 4, seed=5)
-    shown = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
+    [shown] = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
     assert shown["names"] == ["observation[0]", "observation[1]"]
     for pair, episode in zip(shown["episodes"], episodes, strict=True):
         assert len(pair["imagined"]) == 2

@@ -168,6 +168,26 @@ def test_a_request_in_work_is_not_cut(server: Server, monkeypatch: pytest.Monkey
         assert line.recv(4096).startswith(b"HTTP/1.1 200")
 
 
+def test_a_thinking_client_keeps_its_connection(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next request cannot meet a connection that the server is closing: a step would be lost.
+
+    A request without the token wins no time.
+    """
+    monkeypatch.setattr(http_connection, "HEAD_S", 0.5)
+
+    def answers(line: socket.socket) -> bytes:
+        return b"".join(iter(lambda: line.recv(4096), b""))  # until the server closes
+
+    with server.connect(f"POST /body HTTP/1.1\r\n{KNOWN}\r\n") as line:
+        time.sleep(6.0)  # uvicorn's own limit is 5 s
+        line.sendall(f"POST /body HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n".encode())
+        assert answers(line).count(b"HTTP/1.1 200") == 2
+    with server.connect("GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as line:
+        assert answers(line).count(b"HTTP/1.1 200") == 1
+
+
 def test_a_slow_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_guard, "BODY_S", 0.5)
     head = f"POST /body HTTP/1.1\r\n{KNOWN}Connection: close\r\nContent-Length: 9\r\n\r\n"

@@ -1,6 +1,7 @@
 """HTTP connections with a time limit: uvicorn 0.54 waits forever for a request's head.
 
-A connection waits while it has no request with the token, for at most `HEAD_S` seconds. When
+A connection waits while it has no request with the token: for at most `HEAD_S` seconds, or
+`KEEP_ALIVE_S` after a request with the token, since an agent may think long between two steps. When
 `CONNECTIONS` are open, a new one replaces the one that has waited longest.
 """
 
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 CONNECTIONS = 256
 """Connections at once, and requests with the token at once"""
 HEAD_S = 10.0
-"""Seconds from a connection's opening, or its last reply, to a request with the token"""
+"""Seconds from a connection's opening, or its last refusal, to a request with the token"""
+KEEP_ALIVE_S = 300.0
+"""Seconds from the reply to a request with the token to the connection's next request"""
 REPORT_S = 60.0
 """Seconds between log lines about a lack of file descriptors"""
 GRACE_S = 0.1
@@ -98,6 +101,7 @@ class HttpConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._unset_keepalive_if_required()  # uvicorn's own limit, the same for every connection
         self._wait()
 
     def _wait(self) -> None:
@@ -105,11 +109,13 @@ class HttpConnection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._since = self.loop.time()
-        self._deadline = self.loop.call_later(HEAD_S, self._expire)
+        known = self.cycle is not None and self.scope["state"].get("admitted")
+        limit = KEEP_ALIVE_S if known else HEAD_S
+        self._deadline = self.loop.call_later(limit, self._expire, limit)
 
-    def _expire(self) -> None:
+    def _expire(self, limit: float) -> None:
         if self.waiting:
-            self.drop(408, f"the head did not arrive within {HEAD_S:g} s; send it at once")
+            self.drop(408, f"the head did not arrive within {limit:g} s; send it at once")
 
     def drop(self, status: int, detail: str) -> None:
         """Close the connection, with an error for a client that has sent part of a head."""
