@@ -1,20 +1,25 @@
 """Ray Train's TorchTrainer without the helper processes that a run here does not need.
 
-Each helper is a Python process that imports Ray Data, some 3 s of CPU, before the first step.
+Each helper is a Python process that imports Ray Data, and the controller torch as well: 3 to 5 s of
+CPU before the first step.
 Written against the internals of ray 2.60, to which the package is pinned.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import FailureConfig
 
 from mesocosm.store.artifacts import Storage
@@ -23,9 +28,9 @@ from mesocosm.train.worker import TrainWork
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """No Ray Datasets are passed, so none are managed. A private Ray, which ends with the driver,
-    has no autoscaler to ask for nodes, and no dashboard, without which the cleaner of placement
-    groups only logs a failed query a second.
+    """No Ray Datasets are passed, so none are managed. A private Ray ends with the driver, which
+    therefore runs the controller itself. It has no autoscaler to ask for nodes, and no dashboard,
+    without which the cleaner of placement groups only logs a failed query a second.
     """
 
     def __init__(self, *args: Any, private: bool, **kwargs: Any):
@@ -40,9 +45,40 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        if self._private:
-            arguments["scaling_policy"] = _FixedWorkers(self.scaling_config)  # type: ignore[arg-type]
-        return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        if not self._private:
+            return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
+        arguments["scaling_policy"] = _FixedWorkers(self.scaling_config)  # type: ignore[arg-type]
+        controller = _Controller(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _Workers(WorkerGroup):  # type: ignore[misc]
+    """The workers of a controller that is no actor. They ask it for nothing: checkpoints are read
+    from storage.
+    """
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        tasks = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[i] for name, values in train_context_args.items()},
+            )
+            for i, worker in enumerate(workers)
+        ]
+        ray.get(tasks)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _Workers
 
 
 class _FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
@@ -71,6 +107,7 @@ def make_trainer(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     if private:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     filesystem, base = storage.arrow()
     path, _, name = checkpoint.folder_of(work.id).rpartition("/")
     options, gpus = work.train, work.train.gpus_per_worker or 0.0
