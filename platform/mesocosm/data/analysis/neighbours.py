@@ -166,12 +166,16 @@ def nearest(reference: Array, queries: Array, k: int = 1) -> tuple[Array, Array]
     Returns:
         (distances [Q, k] float64, positions in `reference` [Q, k]).
     """
-    from sklearn.neighbors import NearestNeighbors  # a second to import
-
     reference, queries = reference.astype(np.float64), queries.astype(np.float64)
-    algorithm = "kd_tree" if reference.shape[1] < WIDE else "brute"
-    index = NearestNeighbors(n_neighbors=k, algorithm=algorithm).fit(reference)
-    places: Array = index.kneighbors(queries, return_distance=False)
+    if reference.shape[1] < WIDE:
+        from scipy.spatial import KDTree  # half a second to import
+
+        places: Array = KDTree(reference).query(queries, np.arange(1, k + 1))[1]
+    else:
+        from sklearn.neighbors import NearestNeighbors  # two seconds to import
+
+        index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(reference)
+        places = index.kneighbors(queries, return_distance=False)
     # Distances by matrix products are not exact: equal points would be 1e-7 apart.
     apart = [np.linalg.norm(queries - reference[places[:, j]], axis=1) for j in range(k)]
     return np.stack(apart, 1), places
