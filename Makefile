@@ -12,6 +12,8 @@ STAMP := $(VENV)/.installed
 WORKERS := 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
+# Hundreds of short processes import the package; compiling it each time takes a fifth of an import.
+export PYTHONDONTWRITEBYTECODE :=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install browser domains run test test-unit test-all coverage lint docs bench bench-agents bench-world \

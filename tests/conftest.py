@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers are nice otherwise, and wait while other tests compute.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import browsers
 import factories

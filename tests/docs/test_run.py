@@ -35,9 +35,10 @@ from .test_docs import SOMEBODY
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 AGENT = ("iterations=1", "num_envs=8", "rollout=32", "snapshots=1")
+FITS = ("model.base_steps=50", "model.head_steps=50")
 SHORT = {
     "collect": ("steps=400", "workers=0"),
-    "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20"),
+    "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20", *FITS),
     "train-agent": AGENT,
     "evaluate": (
         "episodes=2",
@@ -55,13 +56,20 @@ SHORT = {
         "collect.steps=400",
         "collect.workers=0",
         "pretrain.train.steps=20",
+        *(f"pretrain.{word}" for word in FITS),
         *(f"agent.{word}" for word in AGENT),
         "evaluate.episodes=2",
         "evaluate.graded=0",
         "evaluate.policies=[]",
         "baselines=[]",
     ),
-    "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
+    "sweep": (
+        "grid.sizes=[10k]",
+        "grid.data=[2000,4000]",
+        "grid.seeds=[0]",
+        "train.warmup=2",
+        *FITS,
+    ),
 }
 """What a job's command is given beside its own words."""
 QUIET = "tracking.uri=none"
