@@ -83,6 +83,10 @@ class TrainConfig:
     the base's one-step error. The targets stay true, so that the world learns to correct its own
     errors and drifts less over long horizons.
     """
+    dropout: float = field(default=0.0, metadata=ADDED)
+    """Share of what each block of a language network adds that is zeroed in training, against
+    overfitting of logs that are read many times.
+    """
     precision: str = "auto"
     """`fp32`, `bf16` (with float32 masters: ZeRO stage 1 at least), or `auto`: fp32 on CPU, bf16 on
     CUDA.
@@ -140,6 +144,14 @@ class PretrainConfig(JobConfig):
             value, above = getattr(t, key), key not in not_negative
             if value is not None and not (0 < value < math.inf or (value == 0 and not above)):
                 raise UsageError(f"train.{key} must be {'>' if above else '>='} 0, got {value}")
+        if not 0 <= t.dropout < 1:
+            raise UsageError(f"train.dropout must be >= 0 and < 1, got {t.dropout}")
+        if t.dropout and (self.model.family != LANGUAGE or self.model.pretrained):
+            raise UsageError(
+                f"train.dropout must be 0 with model.family={self.model.family} and"
+                f" model.pretrained={self.model.pretrained}, got {t.dropout}; it is for language"
+                " networks from scratch"
+            )
         if self.model.family == LANGUAGE:
             self._refuse_unread()
         if t.warmup + t.decay > 1:

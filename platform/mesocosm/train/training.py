@@ -96,6 +96,8 @@ class RankTrainer:
         torch.manual_seed(seed)
         net = cls.new_net(dataset, codec, model, seed)
         net.checkpoint_activations = options.activation_checkpointing
+        if isinstance(net, TextNet):
+            net.drop(options.dropout)
         running, rates, progress = engine.start(net, options, rank, resume_from)
         frozen = base().to(rank.device) if base is not None else None
         chosen = None

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mesocosm.model.ladder import HEAD, LANGUAGE_RUNGS, RUNGS, language_dims, nominal
@@ -99,6 +100,31 @@ def test_activations_may_be_recomputed(changes: dict[str, bool]) -> None:
         network.logits(network.hidden(ids, position)).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_is_for_training_alone_and_may_be_recomputed() -> None:
+    network = randomised(Llama(shape())).requires_grad_(True).train()
+    ids, position = torch.randint(0, 61, (2, 10)), torch.arange(10).expand(2, -1)
+
+    def trained(rate: float, seed: int, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+        network.drop(rate)
+        network.checkpoint_activations = recompute
+        network.zero_grad()
+        torch.manual_seed(seed)
+        hidden = network.hidden(ids, position)
+        hidden.square().sum().backward()
+        assert network.embed.grad is not None
+        return hidden.detach(), network.embed.grad.clone()
+
+    whole = trained(0.0, 0)[0]
+    first, again, recomputed = trained(0.5, 0), trained(0.5, 0), trained(0.5, 0, recompute=True)
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(first, again, recomputed, strict=True)
+    )
+    assert not torch.equal(first[0], whole) and not torch.equal(first[0], trained(0.5, 1)[0])
+    network.eval()
+    assert torch.equal(network.hidden(ids, position), whole)
 
 
 def test_updates_do_not_grow_with_the_width() -> None:

@@ -58,6 +58,8 @@ class TokenNorm(nn.Module):
 class LlamaBlock(nn.Module):
     """Attention and SwiGLU, each added to its input."""
 
+    dropout: float = 0.0  # of what is added, in training
+
     def __init__(self, shape: Shape, members: int, rank: int):
         super().__init__()
         self.shape = shape
@@ -132,10 +134,13 @@ class LlamaBlock(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor, by: Selection) -> Tensor:
         """Add the attention's result [..., heads * head], then the SwiGLU."""
-        x = x + _adapted(self.out, self.out_adapter, attended, by)
+        x = x + self._dropped(_adapted(self.out, self.out_adapter, attended, by))
         joint = _adapted(self.up, self.up_adapter, self.norm_2(x), by)
         gate, up = joint.chunk(2, -1)
-        return x + _adapted(self.down, self.down_adapter, F.silu(gate) * up, by)
+        return x + self._dropped(_adapted(self.down, self.down_adapter, F.silu(gate) * up, by))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 class Llama(nn.Module):
@@ -172,6 +177,13 @@ class Llama(nn.Module):
         return self.embed.device
 
     # Training.
+
+    def drop(self, rate: float) -> None:
+        """Zero this share of what each block adds to its input, in training mode (Srivastava et al.
+        2014), by torch's global generator.
+        """
+        for block in cast(list[LlamaBlock], list(self.blocks)):
+            block.dropout = rate
 
     def hidden(
         self,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mesocosm.model.heads import RewardHead, TerminationHead, bce, reward_outputs
-from mesocosm.model.language.llama import padded
+from mesocosm.model.language.llama import Llama, padded
 from mesocosm.model.language.shape import Shape
 from mesocosm.model.language.stream import DYNAMICS, READ, TASK, TokenRows
 from mesocosm.model.layers import Linear
@@ -139,6 +139,11 @@ class TextNet(nn.Module):
     def model(self) -> Backbone:
         """The backbone by its calls."""
         return cast(Backbone, self.backbone)
+
+    def drop(self, rate: float) -> None:
+        """As `Llama.drop`. Other backbones drop nothing."""
+        if isinstance(self.backbone, Llama):
+            self.backbone.drop(rate)
 
     def forward(self, rows: TokenRows) -> TextLosses:
         """The losses of rows, each token read by its member. The objective is the sum of all parts,
