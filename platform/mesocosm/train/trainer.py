@@ -8,6 +8,7 @@ Written against the internals of ray 2.60, to which the package is pinned.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         if not self._private:
             return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
         arguments["scaling_policy"] = _FixedWorkers(self.scaling_config)  # type: ignore[arg-type]
+        # Its tracebacks of workers that are started again are not for the user's terminal.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         controller = _Controller(**arguments)
         asyncio.run(controller.run())
         return controller.get_result()
