@@ -19,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: install browser domains run test test-unit test-all coverage lint docs bench bench-agents bench-world \
     bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families \
     bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs \
-    bench-language bench-training bench-domains bench-images clean
+    bench-language bench-training bench-domains bench-images bench-pixels clean
 
 install: $(STAMP)
 
@@ -79,7 +79,7 @@ docs: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language bench-training bench-images: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy bench-sac bench-starts bench-planner bench-scale bench-text-envs bench-language bench-training bench-images bench-pixels: install
 	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install
