@@ -9,8 +9,8 @@ The aims are a median of 150 after the first round, and of 200 after the second.
 
 Results lie in benchmarks/results/bench_pixels.json, and a finished cell is never run again. A cell
 that takes longer than --minutes is interrupted and goes on after its last finished stage when the
-command is run again. --dry-run lists the cells; otherwise the end prints the table of
-docs/images.md.
+command is run again; a round that was measured is not measured again. --dry-run lists the cells;
+otherwise the end prints the table of docs/images.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -69,8 +68,8 @@ def run(cell: Cell) -> None:
     tokens = config.load(tokenize.TokenizeConfig, [], settings)
     with tracking.start("tokenize", tokens) as running:
         cfg.pretrain.data.tokenizer = tokenize.JOB.run(tokens, running).id
-    points: list[dict[str, Any]] = []
-    for rounds in range(1, cfg.rounds + 1):
+    points = read_results(RESULTS).get(cell.name, {"points": []})["points"]
+    for rounds in range(len(points) + 1, cfg.rounds + 1):
         part = replace(cfg, rounds=rounds)
         with tracking.start("loop", part) as running:
             artifact = loop.JOB.run(part, running)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gymnasium import Space
+
 from mesocosm.agents import validation as agents
 from mesocosm.data.collecting.acts import build_act
 from mesocosm.data.tokens.reading import stored_tokenizers
@@ -82,7 +84,7 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
             " train-agent one by one"
         )
     observation, action = facts.spaces
-    tokenizers = _tokenizers(cfg, storage, SpaceCodec(observation, "observation"))
+    tokenizers = _tokenizers(cfg, storage, observation)
     codecs = SpaceCodec(observation, "observation", tokenizers), SpaceCodec(action, "action")
     prepare.check_leaves(*codecs, cfg.pretrain.model)
     horizon = None
@@ -196,7 +198,7 @@ def _check_spaces_of(datasets: list[str], storage: Storage, facts: EnvFacts) -> 
 
 
 def _tokenizers(
-    cfg: LoopConfig, storage: Storage, observation: SpaceCodec
+    cfg: LoopConfig, storage: Storage, observation: Space[Any]
 ) -> tuple[FrameTokenizer, ...]:
     """The tokenizers of images, which are fitted before the loop: by data that it begins with, or
     by an earlier collection of the environment.
@@ -205,9 +207,8 @@ def _tokenizers(
     if ref is None:
         return ()
     with stage("pretrain"):
-        files, tokenizers = stored_tokenizers(storage, ref)
-        tokenizers.check(observation.image_leaves, files.name)
-    return tokenizers.each
+        images = SpaceCodec(observation, "observation").image_leaves
+        return stored_tokenizers(storage, ref, images)[1].each
 
 
 def _check_agent(

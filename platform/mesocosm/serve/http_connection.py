@@ -69,10 +69,14 @@ class HttpConnection(H11Protocol):
     _since = 0.0
 
     @property
+    def _admitted(self) -> bool:
+        """True if the latest request has the token."""
+        return self.cycle is not None and bool(self.scope["state"].get("admitted"))
+
+    @property
     def waiting(self) -> bool:
         """True if the connection has no request with the token."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return answered or not self.scope["state"].get("admitted")
+        return not self._admitted or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -109,8 +113,7 @@ class HttpConnection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         self._since = self.loop.time()
-        known = self.cycle is not None and self.scope["state"].get("admitted")
-        limit = KEEP_ALIVE_S if known else HEAD_S
+        limit = KEEP_ALIVE_S if self._admitted else HEAD_S
         self._deadline = self.loop.call_later(limit, self._expire, limit)
 
     def _expire(self, limit: float) -> None:

@@ -1,8 +1,8 @@
 """Ray Train's TorchTrainer without the helper processes that a run here does not need.
 
-Each helper is a Python process that imports Ray Data, and the controller torch as well: 3 to 5 s of
-CPU before the first step.
-Written against the internals of ray 2.60, to which the package is pinned.
+Each helper is a Python process that imports Ray Data, and the controller torch as well: 3 to 9 s of
+CPU before the first step. Written against the internals of ray 2.60, to which the package is
+pinned.
 """
 
 from __future__ import annotations

@@ -93,12 +93,18 @@ class Tokenizers:
             )
 
 
-def stored_tokenizers(storage: Storage, ref: str) -> tuple[Partial, Tokenizers]:
-    """The files of a tokenizer, and the tokenizers in them. Raises as `tokenized`."""
+def stored_tokenizers(
+    storage: Storage, ref: str, images: Sequence[Leaf]
+) -> tuple[Partial, Tokenizers]:
+    """The files of a tokenizer, and the tokenizers in them, which are for these images. Raises as
+    `tokenized`.
+    """
     files = open_partial(storage, "tokenizers", ref)
     folder = files.hold(TOKENIZER).parent
     files.hold(ARRAYS)
-    return files, Tokenizers.load(folder)
+    tokenizers = Tokenizers.load(folder)
+    tokenizers.check(images, files.name)
+    return files, tokenizers
 
 
 def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
@@ -113,8 +119,8 @@ def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
         UsageError: There is no such tokenizer, or it is for other images.
         ArtifactError: It is damaged.
     """
-    files, tokenizers = stored_tokenizers(storage, ref)
-    tokenizers.check(dataset.observation_codec.image_leaves, files.name)
+    images = dataset.observation_codec.image_leaves
+    files, tokenizers = stored_tokenizers(storage, ref, images)
 
     def stored(place: str, image: str) -> Path | None:
         path = files.hold(f"codes/{place}") / f"{image}.npy"
