@@ -191,6 +191,7 @@ def test_corrupted_histories_of_a_single_episode_train_every_member(
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
+        (["train.precision=bf16"], 0.05),
         (["train.precision=bf16", "train.zero_stage=3"], 0.05),
         (["train.activation_checkpointing=true"], 1e-5),
     ],
@@ -207,8 +208,11 @@ def test_other_ways_to_compute_the_same(
 
 
 @pytest.mark.slow
-def test_termination_is_learned(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
-    keys = ("train.steps=600", "train.batch=16")
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_termination_is_learned(
+    tmp_path: Path, cart_root: Make, pretrain: Make, family: str
+) -> None:
+    keys = (f"model.family={family}", "train.steps=600", "train.batch=16")
     meta = pretrain(cart_root(tmp_path, 2500), *keys).artifact.meta
     assert meta["checks"] == {"termination": "passed", "actions": "passed"}
     assert meta["metrics"]["termination_recall"] >= 0.6

@@ -157,7 +157,7 @@ def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_at_another_world_size(
     whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
 ) -> None:

@@ -124,9 +124,11 @@ def test_a_stopped_training_resumes_with_the_same_digits(
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        (("train.workers=2", "train.activation_checkpointing=true"), 1e-4),
+        (("train.workers=2",), 1e-4),
+        (("train.precision=bf16",), 0.05),
+        (("train.workers=2", "train.zero_stage=1"), 1e-4),
         (("train.workers=2", "train.zero_stage=2"), 1e-4),
-        (("train.precision=bf16",), 0.05),  # with ZeRO stage 1
+        (("train.activation_checkpointing=true",), 1e-5),
         (("train.dropout=0.01",), 0.05),
     ],
 )
