@@ -170,6 +170,7 @@ def test_a_signal_ends_a_job_without_ray(
     assert job.process.returncode == 130
 
 
+@pytest.mark.slow
 def test_timeout_ends_a_job_on_ray(collection: Callable[..., Collection]) -> None:
     """`timeout` signals its child, and then the whole process group: the child twice, and what it
     started.

@@ -222,6 +222,15 @@ def test_sac_learns_from_branches_and_from_the_logs(
     assert real_return(policy) > -7.5, "a random policy earns -14"
     again = artifact.meta["config"]
     assert again["starts"] == "logged" and again["branch"] == 5 and again["real_share"] == 0.1
+
+
+@pytest.mark.slow
+def test_sac_continues_an_agent_and_keeps_a_better_rival(
+    ray_local: None, seek: tuple[str, Artifact]
+) -> None:
+    root, _ = seek
+    config = agent_config(root, "algo=SAC starts=null iterations=8 rollout=10 snapshots=2")
+    artifact, _, _ = train_agent(config)
     init = agent_config(root, f"algo=SAC iterations=1 rollout=5 init={artifact.id} seed=1")
     continued, _, _ = train_agent(init)
     assert continued.meta["metrics"]["former_return"] == pytest.approx(

@@ -16,6 +16,7 @@ from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.settings import Setup
 
 
+@pytest.mark.slow
 def test_no_weights_are_dropped_on_a_busy_machine(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

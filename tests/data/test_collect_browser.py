@@ -33,7 +33,10 @@ time.sleep(600)
 @browsers.needed
 @pytest.mark.parametrize(
     ("page", "reason"),
-    [("dialog", "the page opened a dialog: 'Are you sure?'"), ("hang", "did not answer in 5 s")],
+    [
+        ("dialog", "the page opened a dialog: 'Are you sure?'"),
+        pytest.param("hang", "did not answer in 5 s", marks=pytest.mark.slow),
+    ],
 )
 def test_a_bad_page_is_dropped_metered_and_named(
     page: str,

@@ -67,6 +67,7 @@ def test_steps_of_interrupted_attempts_count(lab: Lab, monkeypatch: pytest.Monke
     assert 0 <= success["real"] <= 1 and 0 <= success["world"] <= 1, "without a comparison, too"
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_continues_to_the_same_result(lab: Lab, tmp_path: Path) -> None:
     """It is interrupted while it judges the agent, and again while it compares policies."""
     shutil.copytree(lab.root, tmp_path / "root")

@@ -34,13 +34,13 @@ from mesocosm.serve.protocol import START
 EASY = Chores(easy=True)
 
 
-def played(seed: int) -> ImaginedText:
-    """A real episode of an expert."""
+def played(seed: int, most: int = 30) -> ImaginedText:
+    """A real episode of an expert, of at most `most` steps."""
     act, generator = ChoresExpert(), np.random.default_rng(seed)
     first, _ = EASY.reset(seed=seed)
     act.start(0, generator)
     text, steps, ended = first, [], False
-    while not ended and len(steps) < 30:
+    while not ended and len(steps) < most:
         action = act(text, generator)
         text, reward, ended, _, _ = EASY.step(action)
         steps.append(ImaginedStep(action, text, reward, ended))
@@ -58,8 +58,8 @@ def episode(played: ImaginedText, number: int) -> TextEpisode:
 def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:
     """Also after shorter episodes have left the batch."""
     small = world(2, 1)
-    model = TextWorld(small.net, small.tokenizer, window=2048, longest=200, longest_start=300)
-    episodes = [episode(played(seed), seed) for seed in range(3)]
+    model = TextWorld(small.net, small.tokenizer, window=2048, longest=120, longest_start=300)
+    episodes = [episode(played(seed, most), seed) for seed, most in enumerate((7, 3, 5))]
     predictions = predict_steps(model, episodes, EASY.check_episode)
     assert len(predictions) == sum(len(e.actions) for e in episodes)
     assert model.temperature == 1.0

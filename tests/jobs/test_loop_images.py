@@ -19,6 +19,7 @@ from mesocosm.store.artifacts import Storage
 
 REALITY = ["reality.env=mesocosm.envs.pixels:CoinGrid", "reality.horizon=10"]
 LOOP = "rounds=1 collect.steps=200 collect.workers=0 pretrain.train.steps=5 evaluate.episodes=2"
+LOOP += " pretrain.model.base_steps=50 pretrain.model.head_steps=50"
 LOOP += " pretrain.model.family=sequence pretrain.model.size=10k pretrain.model.context=4"
 LOOP += " agent.iterations=1 agent.num_envs=8 agent.rollout=32 agent.snapshots=0"
 LOOP += " agent.backend=local evaluate.starts=8 evaluate.horizons=[1] evaluate.full=false"

@@ -71,7 +71,7 @@ def single(data: Windows, spec: Spec, rows: Tensor) -> Windows:
 
 
 def train(spec: Spec, data: Windows, steps: int, *, lr: float = 5e-3, **config: Any) -> World:
-    defaults = {"size": "10k", "members": 2, "context": W, "base_steps": 50, "head_steps": 2000}
+    defaults = {"size": "10k", "members": 2, "context": W, "base_steps": 50, "head_steps": 50}
     cfg = ModelConfig(**(defaults | config))
     net = build(spec, cfg)
     init_(net, 0)
@@ -209,7 +209,8 @@ def test_rare_terminations_and_rewards_are_learned_and_drawn() -> None:
     ended = {"reward": torch.where(after > 4.5, 2.0, even), "terminated": (after > 4.5).float()}
     spec = replace(NUMBER, reward_values=(0.0, 1.0, 10.0), terminal_rate=0.1)
     # At the other tests' rate it comes out otherwise on another processor.
-    world = train(spec, windows(numbers(x.unsqueeze(-1)), **ended), 600, lr=3e-3, base_steps=0)
+    data = windows(numbers(x.unsqueeze(-1)), **ended)
+    world = train(spec, data, 600, lr=3e-3, base_steps=0, head_steps=2000)
     seen, outs = rollout(world, 128, W, start=numbers(x[:, :1]))
     after = seen.numbers[:, 1:, 0].round()
     expected = torch.where(after > 4.5, 10.0, (after.remainder(2) < 0.5).float())

@@ -62,6 +62,7 @@ def test_gadre_small_runs_predict_the_1_4b_runs(gadre: CellTable) -> None:
     assert abs(error[np.argmin(large.data)]) < 0.007 and np.abs(error).max() < 0.02
 
 
+@pytest.mark.slow
 def test_datablations_refitted(tmp_path: Path) -> None:
     """293 runs with seeds. The published E, A and B are of another loss, so that only the order of
     half-lives and exponents must agree.

@@ -106,6 +106,7 @@ def test_another_grid_trains_only_the_missing_cells(whole: Whole, sweep_of: Make
     assert first in rows and second["cell"] not in {row["cell"] for row in rows} and third in rows
 
 
+@pytest.mark.slow
 def test_failed_cells_are_named_and_tried_again(
     tmp_path: Path, cart_root: Make, sweep_of: Make
 ) -> None:
@@ -143,6 +144,7 @@ def trials_of(trial: Any, ids: list[str], job_run: Any, cpus: int = 1) -> tuple[
     return errors, outcomes
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_before_its_first_result(whole: Whole) -> None:
     """Tune stores no config of such a trial."""
 

@@ -22,6 +22,7 @@ from .worlds import local, played, untrained
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
+@pytest.mark.slow
 def test_a_rayservice_of_the_shipped_file_serves_the_world(
     store: Callable[[str, Any], Artifact], root: str
 ) -> None:

@@ -244,6 +244,7 @@ def test_binary(client: Any, rich: str) -> None:
     env.close()
 
 
+@pytest.mark.slow
 def test_killed_replica(client: Any, rich: str) -> None:
     """A session survives its replica, bit for bit."""
     env = in_process(rich, 2)

@@ -268,6 +268,7 @@ def test_places(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         fourth.reset(seed=1)
 
 
+@pytest.mark.slow
 def test_a_killed_replica(client: Any) -> None:
     """64 sessions at once survive the death of a replica, bit for bit."""
     players = 64

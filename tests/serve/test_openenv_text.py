@@ -80,6 +80,7 @@ def test_texts(texts: Client) -> None:
     assert schema["properties"]["text"]["description"] == "the action"
 
 
+@pytest.mark.slow
 def test_many_clients(texts: Client) -> None:
     """64 clients share batches, as many as their machine lets arrive together, equal ones have
     equal episodes, and all continue with the same texts when the replica dies.

@@ -221,6 +221,7 @@ def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.M
         assert time.monotonic() - began < objects.PATIENCE / 2
 
 
+@pytest.mark.slow
 def test_an_outage_is_waited_out(
     s3: str, tmp_path: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:

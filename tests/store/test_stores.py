@@ -112,6 +112,7 @@ def test_a_store_without_conditional_writes_is_refused(proxied: Proxied) -> None
     assert Storage(root).files("runs") == {}, "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_a_lost_connection_names_the_artifact(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

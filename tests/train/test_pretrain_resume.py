@@ -184,6 +184,7 @@ OVERFIT = ("model.family=ensemble", "model.members=4", "model.size=30k", "train.
 OVERFIT += ("train.lr=2e-2",)
 
 
+@pytest.mark.slow
 def test_held_out_episodes_choose_the_weights_and_end_training(
     tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
