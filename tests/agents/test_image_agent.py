@@ -24,7 +24,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.pixels import CoinGrid
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.judge import judge
-from mesocosm.jobs import baseline, train_agent
+from mesocosm.jobs import train_agent
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.model.tokenizer.fsq import PatchFSQ, PatchNetworks
@@ -105,6 +105,9 @@ def test_a_memory_holds_the_last_frames(dictionary: PatchDictionary) -> None:
         for row, (features, begun) in enumerate(zip(each, (0, 2 if t >= 2 else 0), strict=True)):
             for back in range(FRAMES):
                 np.testing.assert_array_equal(seen[row, back], features[max(t - back, begun)])
+        if t == 1:
+            np.testing.assert_array_equal(encoder.of_episode(first[:2])[-1], seen[0])
+            np.testing.assert_array_equal(encoder.of_episode(first[:2])[0][1], seen[0][1])
     again = ImageMemory(encoder, 2)
     again.restore(memory.state())
     last = np.stack([first[4], second[4]])
@@ -238,14 +241,6 @@ def test_later_agents_begin_with_an_earlier_one_of_the_same_tokenizer(
             run_agent(root_with_world, "world=w1", f"{key}={first.name}")
     with pytest.raises(UsageError, match=r"algo must be PPO, APPO, IMPALA or DQN .* got SAC"):
         run_agent(root_with_world, "algo=SAC")
-
-
-def test_a_baseline_on_pixels_is_refused(root: str) -> None:
-    keys = [f"storage.root={root}", f"reality.env={ENV}", "steps=2000"]
-    config = load(baseline.BaselineConfig, [], keys)
-    with pytest.raises(UsageError, match="sees images as the codes of a tokenizer") as caught:
-        baseline.JOB.plan(config)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_codec_of_a_world_gives_frames_again(world: World) -> None:

@@ -13,6 +13,7 @@ from mesocosm.jobs import collect, loop, tokenize
 from mesocosm.jobs.loop_config import LoopConfig
 from mesocosm.jobs.tokenize import TokenizeConfig
 from mesocosm.policies.image_policy import ImagePolicy
+from mesocosm.policies.images import encoder_of
 from mesocosm.policies.stored import load_policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
@@ -23,10 +24,17 @@ LOOP += " pretrain.model.base_steps=50 pretrain.model.head_steps=50"
 LOOP += " pretrain.model.family=sequence pretrain.model.size=10k pretrain.model.context=4"
 LOOP += " agent.iterations=1 agent.num_envs=8 agent.rollout=32 agent.snapshots=0"
 LOOP += " agent.backend=local evaluate.starts=8 evaluate.horizons=[1] evaluate.full=false"
+PEER = "{num_envs: 2, rollout: 32, steps: 70, judge_every: 64, judge_episodes: 2}"
 
 
 def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root: str) -> None:
-    words = [*REALITY, *LOOP.split(), f"storage.root={root}", "tracking.uri=none"]
+    words = [
+        *REALITY,
+        *LOOP.split(),
+        f"baselines=[{PEER}]",
+        f"storage.root={root}",
+        "tracking.uri=none",
+    ]
     cfg = load(LoopConfig, [], words)
     with pytest.raises(UsageError, match=r"pretrain.*data\.tokenizer"):
         loop.JOB.resolve(cfg, Storage(root))
@@ -39,10 +47,20 @@ def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root
     cfg.pretrain.data.tokenizer = tokenizer.id
     with tracking.start("loop", cfg, quiet=True) as run:
         artifact = loop.JOB.run(cfg, run)
-    (point,) = json.loads((artifact.path / "summary.json").read_text())["curves"]["world"][0][
-        "points"
-    ]
+    curves = json.loads((artifact.path / "summary.json").read_text())["curves"]
+    (point,) = curves["world"][0]["points"]
     assert point["real_steps"] == 200
-    (agent,) = Storage(root).list("agents")
-    policy = load_policy(Storage(root).artifact("agents", agent).path)
-    assert isinstance(policy, ImagePolicy), "the policy has the encoder of frames"
+    storage = Storage(root)
+    (agent,) = storage.list("agents")
+    policies = [load_policy(storage.artifact("agents", agent).path)]
+    for id in storage.list("evaluations"):
+        made = storage.artifact("evaluations", id)
+        if made.meta["job"] == "baseline":
+            assert made.meta["inputs"] == {"tokenizers": [tokenizer.id]}
+            policies.append(load_policy(made.path / "policy"))
+    assert len(policies) == 2, "an agent of the world, and a model-free one"
+    encoders = {encoder.id for encoder in map(encoder_of, policies) if encoder is not None}
+    assert len(encoders) == 1 and all(isinstance(policy, ImagePolicy) for policy in policies)
+    cfg.baselines[0].tokenizer = tokenizer.id
+    with pytest.raises(UsageError, match=r"baselines\[0\]\.tokenizer is set by the loop"):
+        loop.JOB.resolve(cfg, storage)

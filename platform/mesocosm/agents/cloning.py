@@ -48,6 +48,10 @@ class CloneConfig(JobConfig):
     """
     max_candidates: int = 32
     """The most candidates of a step; more are left out."""
+    tokenizer: str | None = field(default=None, metadata=ADDED)
+    """The tokenizer by whose codes the agent sees images, as agents in a world do: `tokenizers/ID`
+    of `mesocosm tokenize`. None where no observation is an image.
+    """
     steps: int = 600
     """Updates, each on 128 logged choices."""
     lr: float = 1e-3

@@ -120,6 +120,10 @@ class BaselineConfig(JobConfig):
     """
     max_candidates: int = field(default=32, metadata=ADDED)
     """The most candidates of a step; more are left out."""
+    tokenizer: str | None = field(default=None, metadata=ADDED)
+    """The tokenizer by whose codes the agent sees images, as agents in a world do: `tokenizers/ID`
+    of `mesocosm tokenize`. None where no observation is an image.
+    """
     gamma: float = 0.99
     """Discount per step; per unit of time where the environment has info["duration"]."""
     steps: int = 20_000

@@ -16,9 +16,8 @@ from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
 from mesocosm.agents.sac_learner import NORM_EPS
 from mesocosm.agents.table_module import TableModule
-from mesocosm.policies.image_policy import ImagePolicy
 from mesocosm.policies.images import ImageEncoder
-from mesocosm.policies.policy import Policy, describe, sequential
+from mesocosm.policies.policy import describe, sequential
 from mesocosm.policies.value import ValueFunction
 
 ACTIVATIONS = {"swish": "silu"}
@@ -41,11 +40,7 @@ def save_agent(
     """
     folder.mkdir(parents=True, exist_ok=True)
     module = module_of(algorithm)
-    policy = export(algorithm, module, spaces)
-    if encoder is not None:
-        assert isinstance(policy, Policy)
-        policy = ImagePolicy(policy, encoder)
-    policy.save(folder)
+    export(algorithm, module, spaces, encoder).save(folder)
     if not isinstance(module, CandidateModule):  # no planner takes texts
         export_value(algorithm, module).save(folder)
     save_training(module, folder)

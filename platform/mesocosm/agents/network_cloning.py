@@ -1,5 +1,5 @@
-"""Behaviour cloning of numbers, categories and tables: PPO's own network, fitted to the actions of
-the best logged episodes. It needs RLlib's module and starts no Ray.
+"""Behaviour cloning of numbers, categories, tables and images: PPO's own network, fitted to the
+actions of the best logged episodes. It needs RLlib's module and starts no Ray.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from torch.nn import functional
 from mesocosm.agents import settings
 from mesocosm.agents.cloning import BATCH, CLONED, CloneConfig, Cloned, best_episodes, fit
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.encoders import seen_spaces
 from mesocosm.agents.learners import copied_weights
 from mesocosm.agents.rllib import check_agent, export_module
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.datasets.masks import has_mask
 from mesocosm.policies.heads import ActionMap, flatten_batch, stack
+from mesocosm.policies.images import ImageEncoder
 from mesocosm.runs.tracking import Run
 
 Rows = tuple[Tensor, Tensor]
 """Flat observations [N, width] float32, and head actions [N] or [N, n] (`heads.ActionMap`)"""
 
 
-def logged_rows(dataset: Dataset, actions: ActionMap, split: Split, share: float) -> Rows:
+def logged_rows(
+    dataset: Dataset, actions: ActionMap, split: Split, share: float, encoder: ImageEncoder | None
+) -> Rows:
     """The steps of the best episodes of a split.
 
     Args:
@@ -38,18 +42,23 @@ def logged_rows(dataset: Dataset, actions: ActionMap, split: Split, share: float
         actions: Between its actions and those of a network.
         split: `train` or `valid`.
         share: As of `cloning.best_episodes`.
+        encoder: How the network sees images.
     """
     spaces: tuple[Space[Any], Space[Any]] = dataset.observation_space, dataset.action_space
-    seen, taken = list[Any](), list[Any]()
+    seen = seen_spaces(spaces, encoder)[0]
+    rows, taken = list[Any](), list[Any]()
     for number in best_episodes(dataset, split, share).tolist():
         episode = dataset.episode(number)
-        seen += episode.observations[: len(episode.actions)]
+        batch = stack(spaces[0], episode.observations[: len(episode.actions)])
+        rows.append(flatten_batch(seen, batch if encoder is None else encoder.of_episode(batch)))
         taken += episode.actions
-    rows = torch.from_numpy(flatten_batch(spaces[0], stack(spaces[0], seen)))
-    return rows, torch.from_numpy(np.ascontiguousarray(actions.to_head(stack(spaces[1], taken))))
+    chosen = np.ascontiguousarray(actions.to_head(stack(spaces[1], taken)))
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(chosen)
 
 
-def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
+def clone_network(
+    config: CloneConfig, dataset: Dataset, encoder: ImageEncoder | None, run: Run
+) -> Cloned:
     """Fit PPO's network, as `train-agent` makes it by default, to the best episodes.
 
     The loss is the negative log likelihood of the logged actions under the policy's distribution.
@@ -58,6 +67,7 @@ def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
     Args:
         config: The settings; `candidates` is None.
         dataset: Logs whose spaces an agent of `train-agent` takes.
+        encoder: How the network sees images.
         run: Receives the progress.
 
     Returns:
@@ -68,13 +78,13 @@ def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
     Raises:
         UsageError: An agent cannot use the spaces.
     """
-    spaces: tuple[Any, Any] = dataset.observation_space, dataset.action_space
+    spaces = seen_spaces((dataset.observation_space, dataset.action_space), encoder)
     setup = replace(settings.imagined(AgentConfig()), spaces=spaces)
     actions = ActionMap(spaces[1], has_mask(spaces[0]))
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         module = check_agent(setup, spaces)
-    rows, chosen = logged_rows(dataset, actions, "train", config.share)
+    rows, chosen = logged_rows(dataset, actions, "train", config.share, encoder)
     generator = torch.Generator().manual_seed(config.seed)
 
     def loss() -> Tensor:
@@ -85,9 +95,10 @@ def clone_network(config: CloneConfig, dataset: Dataset, run: Run) -> Cloned:
     metrics = {"episodes": float(len(best_episodes(dataset, "train", config.share)))}
     metrics |= {"choices": float(len(rows))} | _measured(module, (rows, chosen), actions, "")
     if len(dataset.episodes("valid")):
-        held_out = logged_rows(dataset, actions, "valid", config.share)
+        held_out = logged_rows(dataset, actions, "valid", config.share, encoder)
         metrics |= _measured(module, held_out, actions, "valid_")
-    return Cloned(export_module(CLONED, module, spaces), copied_weights(module), metrics)
+    policy = export_module(CLONED, module, spaces, encoder)
+    return Cloned(policy, copied_weights(module), metrics)
 
 
 def _outputs(module: Any, rows: Tensor) -> Tensor:

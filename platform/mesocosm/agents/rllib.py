@@ -48,6 +48,8 @@ from mesocosm.datasets.masks import MASK, has_mask
 from mesocosm.errors import UsageError, nearest
 from mesocosm.policies.candidates import load_source
 from mesocosm.policies.heads import ActionMap
+from mesocosm.policies.image_policy import ImagePolicy
+from mesocosm.policies.images import ImageEncoder
 from mesocosm.policies.policy import TRAINING_STATE, Head, Layout, Policy, describe
 from mesocosm.policies.stored import StoredPolicy
 
@@ -287,12 +289,15 @@ def learned(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def export(
-    algorithm: Algorithm, module: Any, spaces: tuple[gym.Space[Any], gym.Space[Any]]
+    algorithm: Algorithm,
+    module: Any,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+    encoder: ImageEncoder | None = None,
 ) -> StoredPolicy:
-    """The current policy of an algorithm and its `module_of`, between the environment's
-    (observation, action) spaces.
+    """The current policy of an algorithm and its `module_of`, with the arguments of
+    `export_module`.
     """
-    policy = export_module(type(algorithm).__name__, module, spaces)
+    policy = export_module(type(algorithm).__name__, module, spaces, encoder)
     if isinstance(algorithm, mbpo.WorldSAC):
         assert isinstance(policy, Policy)
         first: Any = policy.network.trunk[0]
@@ -301,14 +306,19 @@ def export(
 
 
 def export_module(
-    algo: str, module: Any, spaces: tuple[gym.Space[Any], gym.Space[Any]]
+    algo: str,
+    module: Any,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+    encoder: ImageEncoder | None = None,
 ) -> StoredPolicy:
-    """The policy of an RLModule, between the environment's (observation, action) spaces.
+    """The policy of an RLModule.
 
     Args:
         algo: Its name in the policy: an algorithm, whose module it is, or `clone` for PPO's.
         module: The module.
-        spaces: The spaces.
+        spaces: The (observation, action) spaces of its network.
+        encoder: How it sees images, which the policy includes; `spaces` are then those that it
+            makes (`encoders.seen_spaces`).
     """
     if isinstance(module, CandidateModule):
         return exported_scorer(algo, module, spaces)
@@ -332,11 +342,11 @@ def export_module(
     else:
         pi = module.pi
         if algo == "SAC":
-            encoder = module.pi_encoder
+            trunk = module.pi_encoder
         else:
-            encoder = getattr(module.encoder, "actor_encoder", None) or module.encoder.encoder
+            trunk = getattr(module.encoder, "actor_encoder", None) or module.encoder.encoder
         log_std = getattr(pi, "log_std", None)
-        network = {"trunk": nn.Sequential(*encoder.net.mlp, *pi.net.mlp)}
+        network = {"trunk": nn.Sequential(*trunk.net.mlp, *pi.net.mlp)}
         head: Head = "squashed_gaussian" if algo == "SAC" else "gaussian"
         if not isinstance(ActionMap(spaces[1], has_mask(spaces[0])).head, gym.spaces.Box):
             head = "categorical"
@@ -351,7 +361,7 @@ def export_module(
         getattr(policy.network, name).load_state_dict(part.state_dict())
     if log_std is not None:
         policy.network.load_state_dict({"log_std": log_std}, strict=False)
-    return policy
+    return policy if encoder is None else ImagePolicy(policy, encoder)
 
 
 def runners(algorithm: Algorithm) -> EnvRunnerGroup:

@@ -26,6 +26,7 @@ from mesocosm.agents import learner_state, mbpo, rllib, settings, validation
 from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.encoders import encoder_for, tokenizers_of
 from mesocosm.agents.env import head_spaces, make_env
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.gate import check_passed
@@ -101,7 +102,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         name = config.init or config.rival
         former = None if name is None else storage.artifact("agents", name)
         spaces = codec.observation_space, codec.action_space
-        encoder = validation.encoder_for(config, spaces[0], validation.tokenizers_of(codec))
+        encoder = encoder_for(config.algo, spaces[0], tokenizers_of(codec))
         seen = validation.check_spaces(config, spaces, former, encoder)
         inputs = {
             "worlds": [world.id],

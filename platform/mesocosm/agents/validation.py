@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
-
-import gymnasium
 
 from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.encoders import Spaces, seen_spaces, tokenizers_of
 from mesocosm.agents.rllib import check_agent, check_init
-from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.model.any_world import is_text
-from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.policies.candidates import INFOS
 from mesocosm.policies.images import ImageEncoder, check_tokenizer
 from mesocosm.policies.stored import load_policy
 from mesocosm.serve.client import BACKENDS
 from mesocosm.store.artifacts import Artifact, Storage
 
-Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
 SAC_KEYS = ("branch", "real_share", "updates_per_real_step")
@@ -71,34 +66,6 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 
-def encoder_for(
-    config: AgentConfig, observation: gymnasium.Space[Any], tokenizers: Sequence[FrameTokenizer]
-) -> ImageEncoder | None:
-    """How an agent sees the images of a world; None where it has none.
-
-    Args:
-        config: Of the training.
-        observation: The world's observation space.
-        tokenizers: The world's (`tokenizers_of`).
-
-    Raises:
-        UsageError: The algorithm does not train on images.
-    """
-    if not tokenizers:
-        return None
-    if config.algo == "SAC":
-        raise UsageError(
-            "algo must be PPO, APPO, IMPALA or DQN in a world of images, got SAC: its branches"
-            " begin within logged episodes, without the frames before; use PPO"
-        )
-    return ImageEncoder(observation, tokenizers)
-
-
-def tokenizers_of(codec: AnyBatchCodec) -> Sequence[FrameTokenizer]:
-    """The tokenizers of a world's images, in order; none where it has no images."""
-    return codec.observation_codec.tokenizers if isinstance(codec, Codec) else ()
-
-
 def check_spaces(
     config: AgentConfig,
     spaces: Spaces,
@@ -116,7 +83,7 @@ def check_spaces(
     Returns:
         The spaces between which its network acts.
     """
-    seen = spaces if encoder is None else (encoder.space, spaces[1])
+    seen = seen_spaces(spaces, encoder)
     module = check_agent(settings.imagined(config), seen)
     if former is None:
         return seen

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.encoders import tokenizers_of
 from mesocosm.agents.rollout import imagined_episodes
-from mesocosm.agents.validation import tokenizers_of
 from mesocosm.data.analysis.evidence import Evidence, evidence
 from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.datasets.dataset import Dataset

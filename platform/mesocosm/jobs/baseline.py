@@ -18,9 +18,11 @@ import numpy as np
 from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
+from mesocosm.agents.encoders import Spaces, seen_spaces, stored_encoder
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.learners import module_of
 from mesocosm.agents.rllib import check_agent
+from mesocosm.agents.settings import Setup
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.envs.amounts import price_of, time_price
@@ -32,6 +34,7 @@ from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.job import Job, Plan
 from mesocosm.policies.candidates import Candidates
+from mesocosm.policies.images import ImageEncoder
 from mesocosm.policies.stored import StoredPolicy
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
@@ -51,9 +54,24 @@ def check(config: BaselineConfig) -> None:
         raise UsageError(f"steps must be >= {least}, got {config.steps}; {fix}")
 
 
-def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
-    """Raise UsageError where the algorithm cannot be trained on (observation, action) spaces."""
-    check_agent(settings.real(config), spaces)
+def prepared(config: BaselineConfig, spaces: Spaces, storage: Storage) -> tuple[Setup, list[str]]:
+    """The setup of training between (observation, action) spaces, and the id of the tokenizer, if
+    any. Takes no real step.
+
+    Raises:
+        UsageError: The algorithm cannot be trained on the spaces, or images and `tokenizer` do not
+            fit (`encoders.stored_encoder`).
+    """
+    encoder, tokenizers = stored_encoder(config.tokenizer, spaces[0], storage)
+    if encoder is not None and config.algo == "SAC":
+        raise UsageError(
+            "algo must be PPO, APPO, IMPALA or DQN on images, got SAC, which trains in no world of"
+            " images and so has nothing to be compared with; use PPO"
+        )
+    seen = seen_spaces(spaces, encoder)
+    setup = dataclasses.replace(settings.real(config), spaces=seen, encoder=encoder)
+    check_agent(setup, seen)
+    return setup, tokenizers
 
 
 def _iteration(config: BaselineConfig) -> int:
@@ -73,6 +91,7 @@ def judged(config: BaselineConfig) -> int:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaselinePlan(Plan[BaselineConfig]):
     environment: EnvFacts
+    setup: Setup
 
 
 class Baseline(Job[BaselineConfig, BaselinePlan]):
@@ -92,23 +111,25 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
     def resolve(self, config: BaselineConfig, storage: Storage) -> BaselinePlan:
         check(config)
         environment = facts_of(config.reality)
-        check_spaces(config, environment.spaces)
-        setup = settings.real(config)
-        facts = identity(config, without=["ledger", *PAID]) | {
+        setup, tokenizers = prepared(config, environment.spaces, storage)
+        inputs = {"tokenizers": tokenizers} if tokenizers else {}
+        facts = identity(config, without=["ledger", "tokenizer", *PAID]) | {
             "params": setup.params,
             "model": setup.model,
             "shape": [setup.num_envs, setup.rollout],
         }
         facts |= settings.candidate_facts(config)
-        id = self.hash("baseline", facts, environment.version)
-        return BaselinePlan(config=config, inputs={}, facts=facts, id=id, environment=environment)
+        id = self.hash("baseline", facts, environment.version, *([inputs] if inputs else []))
+        return BaselinePlan(
+            config=config, inputs=inputs, facts=facts, id=id, environment=environment, setup=setup
+        )
 
     def summary(self, plan: BaselinePlan) -> dict[str, Any]:
         config, price = plan.config, plan.config.reality.price
         return {
             "environment": config.reality.env,
             "algo": config.algo,
-            "params": settings.real(config).params,
+            "params": plan.setup.params,
             "real steps": f"at most {config.steps}",
             "price": f"at most {config.steps * price.per_step:g} {price.currency}"
             f"{time_price(price, config.steps)} and the resets",
@@ -123,7 +144,7 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
         ray_session.ensure(config.ray)
 
         def fill(folder: Path) -> None:
-            curve, policy = _RealTraining(config, run, ledger, plan.environment.spaces).train()
+            curve, policy = _RealTraining(config, run, ledger, plan.setup).train()
             (folder / CURVE).write_text(json.dumps(curve, indent=1))
             if dropped := curve["dropped"]:
                 run.say(f"{len(dropped)} real episodes were cut; the last: {dropped[-1]}")
@@ -138,8 +159,8 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
 class _RealTraining:
     """The state of one run."""
 
-    def __init__(self, config: BaselineConfig, run: Run, ledger: Ledger, spaces: tuple[Any, Any]):
-        self.config, self.run, self.ledger, self.spaces = config, run, ledger, spaces
+    def __init__(self, config: BaselineConfig, run: Run, ledger: Ledger, setup: Setup):
+        self.config, self.run, self.ledger, self.setup = config, run, ledger, setup
         self.points: list[dict[str, Any]] = []
         self.returns: list[float] = []
         self.train_steps = self.select_steps = self.judge_steps = 0
@@ -148,8 +169,7 @@ class _RealTraining:
         self.selected_at, self.judged_at = -config.select_every, 0
         # `reality.budget.steps` bounds the data of a world, not this job.
         reality = dataclasses.replace(config.reality, budget=BudgetConfig())
-        setup = dataclasses.replace(settings.real(config), spaces=spaces)
-        about = reality, run.storage.root, ledger.id, config.steps, setup.candidates
+        about = reality, run.storage.root, ledger.id, config.steps, setup.candidates, setup.encoder
         self.algorithm = rllib.build(setup, partial(_make_env, *about), run.folder / "rllib")
         runner: Any = self.algorithm.env_runner
         self.vector: MeteredVectorEnv = runner.env.unwrapped.env
@@ -221,7 +241,9 @@ class _RealTraining:
 
     def _policy(self) -> StoredPolicy:
         """The current policy."""
-        return rllib.export(self.algorithm, module_of(self.algorithm), self.spaces)
+        assert self.setup.spaces is not None
+        module = module_of(self.algorithm)
+        return rllib.export(self.algorithm, module, self.setup.spaces, self.setup.encoder)
 
     def _judge(self, purpose: str, episodes: int, seed: int) -> JudgeResult:
         policy, reality = self._policy(), self.config.reality
@@ -278,10 +300,11 @@ def _make_env(
     ledger: str,
     limit: int,
     candidates: Candidates | None,
+    encoder: ImageEncoder | None,
     num_envs: int,
 ) -> AgentEnv:
     vector = make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit)
-    return AgentEnv(vector, candidates)
+    return AgentEnv(vector, candidates, encoder)
 
 
 JOB = Baseline()

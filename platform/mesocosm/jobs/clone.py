@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from mesocosm.agents.cloning import CloneConfig, best_episodes, check, clone
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.encoders import seen_spaces, stored_encoder
 from mesocosm.agents.network_cloning import clone_network
 from mesocosm.agents.rllib import check_agent
 from mesocosm.agents.settings import imagined
@@ -34,6 +35,7 @@ from mesocosm.evaluate.config import reality_of
 from mesocosm.evaluate.metrics.stats import Interval
 from mesocosm.job import Job, Plan
 from mesocosm.policies.candidates import Candidates, CandidateShape, check_spaces, load_source
+from mesocosm.policies.images import ImageEncoder
 from mesocosm.policies.policy import TRAINING_STATE
 from mesocosm.policies.stored import StoredPolicy
 from mesocosm.runs.tracking import Run, console
@@ -50,14 +52,16 @@ class ClonePlan(Plan[CloneConfig]):
     dataset: Dataset
     candidates: Candidates | None
     """None where the logs hold no texts."""
+    encoder: ImageEncoder | None
+    """How the agent sees images."""
 
 
 class CloneJob(Job[CloneConfig, ClonePlan]):
     """Clone the best episodes of logs, and judge the agent in `episodes` real episodes.
 
     Raises:
-        UsageError: The config is invalid, a dataset is missing, or no logged action is a candidate.
-            Before a real step, where reality has other spaces.
+        UsageError: The config is invalid, a dataset or the tokenizer of images is missing, or no
+            logged action is a candidate. Before a real step, where reality has other spaces.
     """
 
     name, kind, config = "clone", "agents", CloneConfig
@@ -66,8 +70,9 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
         check(config)
         artifacts = [storage.artifact("datasets", name) for name in config.datasets]
         dataset = Dataset([artifact.path for artifact in artifacts])
-        candidates = _candidates(config, dataset)
-        without, versions = ["datasets"], list[str]()
+        encoder, tokenizers = stored_encoder(config.tokenizer, dataset.observation_space, storage)
+        candidates = _candidates(config, dataset, encoder)
+        without, versions = ["datasets", "tokenizer"], list[str]()
         if config.episodes:
             known = dataset.environment.model_dump()
             # A chat's system prompt, say, is no option of the environment, and the agent does not
@@ -82,6 +87,8 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
         if candidates is not None:
             facts |= {"candidates": candidates.source.identity}
         inputs = {"datasets": [artifact.id for artifact in artifacts]}
+        if tokenizers:
+            inputs["tokenizers"] = tokenizers
         return ClonePlan(
             config=config,
             inputs=inputs,
@@ -89,6 +96,7 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
             id=self.hash("clone", facts, inputs, *versions),
             dataset=dataset,
             candidates=candidates,
+            encoder=encoder,
         )
 
     def summary(self, plan: ClonePlan) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
     def make(self, plan: ClonePlan, run: Run) -> Artifact:
         config, dataset = plan.config, plan.dataset
         if plan.candidates is None:
-            cloned = clone_network(config, dataset, run)
+            cloned = clone_network(config, dataset, plan.encoder, run)
         else:
             cloned = clone(config, dataset, plan.candidates, run)
         policy, metrics = cloned.policy, dict(cloned.metrics)
@@ -139,7 +147,9 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
             console.print(table)
 
 
-def _candidates(config: CloneConfig, dataset: Dataset) -> Candidates | None:
+def _candidates(
+    config: CloneConfig, dataset: Dataset, encoder: ImageEncoder | None
+) -> Candidates | None:
     """How texts list their commands; None for other logs. Raises UsageError where `candidates`
     does not fit the logs.
     """
@@ -150,7 +160,8 @@ def _candidates(config: CloneConfig, dataset: Dataset) -> Candidates | None:
                 "candidates must be module:function with logs of texts, got None; give the function"
                 " that lists their commands"
             )
-        check_agent(replace(imagined(AgentConfig()), spaces=spaces), spaces)
+        seen = seen_spaces(spaces, encoder)
+        check_agent(replace(imagined(AgentConfig()), spaces=seen), seen)
         return None
     check_spaces(*spaces, "candidates")
     shape = CandidateShape(candidates=config.max_candidates)

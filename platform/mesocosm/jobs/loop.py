@@ -33,7 +33,7 @@ from mesocosm.jobs import collect as collecting
 from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
-from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill
+from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill, with_tokenizer
 from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources, stage_table
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
@@ -56,6 +56,8 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         config = replace(config, datasets=[artifact.name for artifact in ready.datasets])
         facts = identity(config)
         del facts["reality"]["known"], facts["pretrain"]["known"]
+        for block in facts["baselines"]:
+            del block["tokenizer"]  # of pretrain.data
         if ready.known:
             facts["known"] = {part: function.identity for part, function in ready.known.items()}
         return LoopPlan(
@@ -222,7 +224,7 @@ class _Loop:
         return self._stage(evaluation.JOB, alone, round)
 
     def baseline(self, index: int, block: BaselineConfig) -> report.Curve:
-        config = fill(block, self.cfg, index)
+        config = fill(with_tokenizer(block, self.cfg), self.cfg, index)
         # The same ledger, under another purpose. Without selection the curve is the cost of
         # training alone.
         config = replace(config, ledger=self.ledger_id, select_episodes=0)

@@ -20,7 +20,7 @@ FILLED = {
     "serve": ("world", "name"),
     "agent": ("world", "app", "rival"),
     "evaluate": ("world", "agent", "ledger"),
-    "baselines": ("ledger",),
+    "baselines": ("ledger", "tokenizer"),
 }
 """Keys of the stages that only the loop can know."""
 

@@ -100,6 +100,11 @@ def acting(block: CollectConfig, policy: str) -> CollectConfig:
     return replace(block, behaviours=named)
 
 
+def with_tokenizer(block: BaselineConfig, cfg: LoopConfig) -> BaselineConfig:
+    """A baseline that sees images as the loop's agent does."""
+    return replace(block, tokenizer=cfg.pretrain.data.tokenizer)
+
+
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
     """A stage's config with the loop's shared keys. Each round has another seed."""
     return replace(share(block, cfg), seed=cfg.seed * 1000 + round)

@@ -13,6 +13,7 @@ from typing import Any
 from gymnasium import Space
 
 from mesocosm.agents import validation as agents
+from mesocosm.agents.encoders import encoder_for
 from mesocosm.data.collecting.acts import build_act
 from mesocosm.data.tokens.reading import stored_tokenizers
 from mesocosm.datasets.dataset import Dataset
@@ -29,7 +30,7 @@ from mesocosm.evaluate.report.page import money
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
 from mesocosm.jobs.loop_checks import check
-from mesocosm.jobs.loop_config import LoopConfig, acting, fill, stage
+from mesocosm.jobs.loop_config import LoopConfig, acting, fill, stage, with_tokenizer
 from mesocosm.model.tokenizer.frames import FrameTokenizer
 from mesocosm.policies import behaviours
 from mesocosm.serve.config import first_replicas
@@ -100,7 +101,7 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     _check_evaluation(cfg, storage, ready)
     for i, block in enumerate(cfg.baselines):
         with stage(f"baselines[{i}]"):
-            model_free.check_spaces(block, facts.spaces)
+            model_free.prepared(with_tokenizer(block, cfg), facts.spaces, storage)
     return ready
 
 
@@ -208,7 +209,7 @@ def _tokenizers(
         return ()
     with stage("pretrain"):
         images = SpaceCodec(observation, "observation").image_leaves
-        return stored_tokenizers(storage, ref, images)[1].each
+        return stored_tokenizers(storage, ref, images, "pretrain.data.tokenizer")[1].each
 
 
 def _check_agent(
@@ -217,7 +218,7 @@ def _check_agent(
     block = cfg.agent
     former = None if block.init is None else storage.artifact("agents", block.init)
     with stage("agent"):
-        encoder = agents.encoder_for(block, facts.observation_space, tokenizers)
+        encoder = encoder_for(block.algo, facts.observation_space, tokenizers)
         agents.check_spaces(block, facts.spaces, former, encoder)
         _check_spaces_of(block.datasets, storage, facts)
     needs = {

@@ -109,7 +109,7 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
         if config.tokenizer is not None:
             artifact = storage.artifact("tokenizers", config.tokenizer)
             old, old_name = Tokenizers.load(artifact.path), artifact.name
-            old.check(leaves, old_name)
+            old.check(leaves, f"tokenizer={old_name}")
             if config.kind == FSQ or any(one.kind != DICTIONARY for one in old.each):
                 kinds = ", ".join(one.kind for one in old.each)
                 raise UsageError(

@@ -67,6 +67,15 @@ class ImageEncoder:
             features.append(one.features(array if coded else one.encode(as_bytes(array))))
         return features
 
+    def of_episode(self, batch: Any) -> Any:
+        """The observations of one episode in order, in vector layout, as a network sees them: what
+        an `ImageMemory` of one environment gives, observation by observation.
+        """
+        each = self.features(batch)
+        now = np.arange(len(each[0]))[:, None]
+        seen = np.maximum(now - np.arange(FRAMES), 0)
+        return with_image_values(self.observation_space, batch, (part[seen] for part in each))
+
     def frames(self, batch: Any) -> Any:
         """A batch whose images are codes, with frames instead."""
         leaves = image_spaces(self.observation_space)

@@ -58,7 +58,9 @@ def open_datasets(
     """
     limit = None if cache_gib is None else int(cache_gib * 2**30)
     dataset = Dataset([open_partial(storage, "datasets", id, limit) for id in ids])
-    return dataset if tokenizer is None else tokenized(dataset, storage, tokenizer)
+    if tokenizer is None:
+        return dataset
+    return tokenized(dataset, storage, tokenizer, "data.tokenizer")
 
 
 def check_leaves(observation: SpaceCodec, action: SpaceCodec, model: ModelConfig) -> None:

@@ -82,45 +82,46 @@ class Tokenizers:
 
         Args:
             leaves: The images of the observation.
-            name: The tokenizer's artifact, for the message.
+            name: The key with the tokenizer's artifact, for the message.
         """
         shapes = {n: list(one.shape) for n, one in zip(self.names, self.each, strict=True)}
-        in_data = {leaf.name: list(leaf.shape) for leaf in leaves}
-        if shapes != in_data:
+        observed = {leaf.name: list(leaf.shape) for leaf in leaves}
+        if shapes != observed:
             raise UsageError(
-                f"{name} is for the images {shapes}, and the data has {in_data}; fit another one by"
-                " mesocosm tokenize"
+                f"{name} is for the images {shapes}, and the observations have {observed}; fit"
+                " another one by mesocosm tokenize"
             )
 
 
 def stored_tokenizers(
-    storage: Storage, ref: str, images: Sequence[Leaf]
+    storage: Storage, ref: str, images: Sequence[Leaf], key: str
 ) -> tuple[Partial, Tokenizers]:
     """The files of a tokenizer, and the tokenizers in them, which are for these images. Raises as
-    `tokenized`.
+    `tokenized`; messages name the config's `key` of the tokenizer.
     """
     files = open_partial(storage, "tokenizers", ref)
     folder = files.hold(TOKENIZER).parent
     files.hold(ARRAYS)
     tokenizers = Tokenizers.load(folder)
-    tokenizers.check(images, files.name)
+    tokenizers.check(images, f"{key}={files.name}")
     return files, tokenizers
 
 
-def tokenized(dataset: Dataset, storage: Storage, ref: str) -> Dataset:
+def tokenized(dataset: Dataset, storage: Storage, ref: str, key: str) -> Dataset:
     """A view of a dataset in which images are categories, too: the codes of a tokenizer.
 
     Args:
         dataset: Of observations with images.
         storage: Where the tokenizer is.
         ref: `tokenizers/ID`, an id or a unique prefix.
+        key: The config's key of the tokenizer, for messages.
 
     Raises:
         UsageError: There is no such tokenizer, or it is for other images.
         ArtifactError: It is damaged.
     """
     images = dataset.observation_codec.image_leaves
-    files, tokenizers = stored_tokenizers(storage, ref, images)
+    files, tokenizers = stored_tokenizers(storage, ref, images, key)
 
     def stored(place: str, image: str) -> Path | None:
         path = files.hold(f"codes/{place}") / f"{image}.npy"
