@@ -34,6 +34,20 @@ def test_write_and_read(law: Law, tmp_path: Path) -> None:
     assert set(stored["interval"]) == {*stored["params"], *stored["optimal"]}
 
 
+def test_a_law_of_images_names_its_tokenizer(law: Law, tmp_path: Path) -> None:
+    """Another law is as before, so that the ids of its plans are."""
+    rows = grid(np.random.default_rng(0), 0.003, seeds=2)
+    table = CellTable.read(write(tmp_path / "t.csv", [row | {"tokenizer": "t0"} for row in rows]))
+    assert fit.plan(table)["tokenizer"] == "t0"
+    of_images = fit.fit(table)
+    assert of_images.provenance.tokenizer == "t0" and of_images.params == law.params
+    assert (law.unit, of_images.unit) == ("nats", "nats given tokenizers/t0")
+    assert of_images.unit in str(report.renderables(of_images)[0].title)
+    assert "tokenizer" not in law.model_dump(mode="json")["provenance"]
+    of_images.write(tmp_path / "law.json")
+    assert Law.read(tmp_path / "law.json") == of_images
+
+
 def test_predictions_and_their_interval(law: Law) -> None:
     n, d = np.array([[3e4], [3e5]]), np.array([[3e4, 1e5, 5e5]])
     predicted, (low, high) = law.predict(n, d), law.predict_interval(n, d)

@@ -46,8 +46,7 @@ def test_a_branch_equals_a_separate_run_and_is_judged_in_bits(tmp_path: Path) ->
     data = Dataset([dataset.path])
     grid = lay_out(sweep, data, ClusterConfig())
     (trunk,) = grid.trunks(grid.cells)
-    codec = grid.codec.to_json()
-    work = TrunkWork(str(root), [dataset.id], codec, {trunk.id: trunk}, gpu=False, force=False)
+    work = TrunkWork.of(str(root), grid, [trunk], gpu=False, force=False)
     outcomes = list(TrunkWorker(work).train(trunk.id))
     assert [outcome.failed for outcome in outcomes] == [None, None]
     cell, record = trunk.cells[1], outcomes[1].record

@@ -56,6 +56,14 @@ SEEDS, RATES = "params,data,loss,seed\n", "params,data,loss,lr,seed,trunk,unique
             "params,data,loss,optimizer,batch,run\n1e4,1e4,2,sgd,8,a\n1e4,1e4,3,adam,8,b\n",
             "fit a table for each value of a column that fit does not read .optimizer, run",
         ),
+        (
+            "params,data,loss,tokenizer\n1e4,1e4,2,a\n1e4,2e4,1,b\n",
+            r"t\.csv, line 3: tokenizer=b must be a, as in line 2, .* fit a table for each token",
+        ),
+        (
+            "params,data,loss,tokenizer\n1e4,1e4,2,a\n1e4,2e4,1,\n",
+            "line 3: tokenizer=empty must be a",
+        ),
     ],
 )
 def test_a_wrong_table_is_one_sentence(

@@ -121,8 +121,7 @@ def test_a_fork_is_undone(sweep_of: Make, cart: Dataset, precision: str) -> None
 
 def train(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
     (trunk,) = grid.trunks(cells)
-    codec = grid.codec.to_json()
-    work = TrunkWork(root, ["cart"], codec, {trunk.id: trunk}, gpu=False, force=False)
+    work = TrunkWork.of(root, grid, [trunk], gpu=False, force=False)
     return list(TrunkWorker(work).train(trunk.id))
 
 

@@ -36,7 +36,6 @@ from mesocosm.model.tokenizer.frames import cut
 from mesocosm.model.tokenizer.kinds import tokenizer_from_json, tokenizer_to_json
 from mesocosm.model.world import World
 from mesocosm.runs import tracking
-from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.config import PretrainConfig
@@ -281,10 +280,6 @@ def test_a_dry_run_counts_the_parameters(
 def test_other_jobs_refuse_worlds_of_images(codec: Codec) -> None:
     with pytest.raises(UsageError, match="evaluate cannot use a world of images yet"):
         refuse_images(codec, "evaluate")
-    sweep = SweepConfig()
-    sweep.data.datasets, sweep.data.tokenizer = ["d0"], "cells"
-    with pytest.raises(UsageError, match=r"data\.tokenizer=cells is not read by a sweep"):
-        sweep.validate()
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -107,7 +107,7 @@ class SpaceCodec:
         """Raise UsageError where a leaf is an image without a tokenizer."""
         for leaf in self.image_leaves[len(self.tokenizers) :]:
             raise UsageError(
-                f"{leaf.name} is an image {list(leaf.shape)}, which only pretrain and loop learn,"
+                f"{leaf.name} is an image {list(leaf.shape)}, which pretrain, sweep and loop learn"
                 " by model.family=sequence and data.tokenizer=ID (mesocosm tokenize); give features"
                 " instead, or drop this key with a wrapper"
             )

@@ -13,7 +13,7 @@ from mesocosm import config
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import identity
 from mesocosm.data.loading.normalize import mean_duration
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.model import counts
 from mesocosm.runs.tracking import Run
@@ -47,9 +47,13 @@ class PlanJob(Job[PlanConfig, BudgetPlan]):
         facts = identity(request.config, without=("law",))
         law = request.law.model_dump(mode="json")
         laws = [request.source] if request.source.startswith("laws/") else []
+        data = request.config.data
+        inputs = {"datasets": list(data.datasets), "laws": laws}
+        if data.datasets and data.tokenizer is not None:
+            inputs["tokenizers"] = [data.tokenizer]
         return BudgetPlan(
             config=config,
-            inputs={"datasets": list(request.config.data.datasets), "laws": laws},
+            inputs=inputs,
             facts=identity(request.config),
             id=self.hash(facts, law, request.owned),
             request=request,
@@ -93,14 +97,13 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
     """
     config.validate()
     law, source, swept, datasets = _read_law(config.law, storage)
-    config, warmup = config.as_swept(swept, datasets)
+    tokenizer = law.provenance.tokenizer
+    config, warmup = config.as_swept(swept, datasets, tokenizer)
     count, batch, transitions, duration = None, 0.0, 0, None
     if config.data.datasets:
-        try:
-            dataset = prepare.open_datasets(storage, config.data.datasets)
-        except ArtifactError as error:
-            raise UsageError(str(error)) from error
-        dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
+        data = prepare.open_data(storage, config.data, config.model)
+        config = replace(config, data=data.config)
+        dataset = prepare.narrowed(data.dataset, config.data.unique, config.seed)
         codec, windows = prepare.fit_codec(dataset, config.model), config.train.batch
         shape = config.model, windows, config.seed
         loader = prepare.make_loader(dataset, codec, "train", *shape)
@@ -109,6 +112,7 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
         if config.price.per_second is not None:
             duration = mean_duration(dataset)
         count = _counter(config, codec, batch)
+    config.check_tokenizer(swept, tokenizer)
     owned = transitions if config.owned is None else config.owned
     cluster = None if config.cluster is None else cluster_spec.read(config.cluster)
     return PlanRequest(

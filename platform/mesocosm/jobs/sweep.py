@@ -22,7 +22,7 @@ from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling import cells
@@ -60,21 +60,17 @@ class Sweep(Job[SweepConfig, SweepPlan]):
     def resolve(self, config: SweepConfig, storage: Storage) -> SweepPlan:
         config.validate()
         cluster = cluster_spec.read(config.cluster)
-        try:
-            dataset = prepare.open_datasets(storage, config.data.datasets)
-        except ArtifactError as error:
-            raise UsageError(str(error)) from error
-        codecs = dataset.observation_codec, dataset.action_codec
-        prepare.check_leaves(*codecs, config.model)
+        data = prepare.open_data(storage, config.data, config.model)
+        config = replace(config, data=data.config)
         facts = config.table_identity()
-        trained = facts, dataset.ids, resolved_precision(config, cluster)
+        trained = facts, data.dataset.ids, resolved_precision(config, cluster)
         versions = VERSIONS["pretrain"], VERSIONS["sweep"]
         return SweepPlan(
             config=config,
-            inputs={"datasets": dataset.ids},
+            inputs=data.inputs,
             facts=facts,
             id=fingerprint("sweep", *trained, *versions, SCHEMA),
-            dataset=dataset,
+            dataset=data.dataset,
             cluster=cluster,
         )
 
@@ -170,14 +166,8 @@ class _Sweep:
 
         from mesocosm.scaling import trials
 
-        work = TrunkWork(
-            root=self.run.storage.root,
-            datasets=self.grid.dataset.ids,
-            codec=self.grid.codec.to_json(),
-            trunks={trunk.id: trunk for trunk in trunks},
-            gpu=share > 0,
-            force=self.config.force,
-        )
+        root, force = self.run.storage.root, self.config.force
+        work = TrunkWork.of(root, self.grid, trunks, gpu=share > 0, force=force)
         resources = {"CPU": 1.0} | ({"GPU": share} if share else {})
         trial = tune.with_parameters(trials.TrunkTrial, work=work)
         trial = tune.with_resources(trial, resources)

@@ -32,7 +32,9 @@ from mesocosm.versions import VERSIONS
 RESULTS, BASES = "cells/results", "cells/bases"
 COLUMNS = ["params", "data", "loss", "unique", "flops", "seed", "lr", "trunk", "family", "size"]
 COLUMNS += ["total_params", "epochs", "steps"]
-"""Columns of the table before the losses by part, `seconds` and `cell`."""
+"""Columns of the table before the losses by part, `seconds` and `cell`. With images `tokenizer`
+follows them.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class CellRecord:
     code: str = __version__
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer of whose codes `loss` is; None without images."""
+        return self.what.get("tokenizer")
 
     @staticmethod
     def of(
@@ -143,9 +150,11 @@ def write_table(records: Iterable[CellRecord], path: Path) -> None:
     """Write `table.csv`: a row for each cell, by size, then data, then the rest."""
     ordered = sorted(records, key=lambda r: (r.params, r.data, r.unique, r.seed, r.cell))
     parts = list(dict.fromkeys(name for record in ordered for name in record.parts))
+    of_images = any(record.tokenizer is not None for record in ordered)
+    facts = [*COLUMNS, "tokenizer"] if of_images else COLUMNS
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *parts, "seconds", "cell"])
+        writer = csv.DictWriter(file, [*facts, *parts, "seconds", "cell"])
         writer.writeheader()
         for record in ordered:
-            row = {name: getattr(record, name) for name in COLUMNS} | record.parts
+            row = {name: getattr(record, name) for name in facts} | record.parts
             writer.writerow(row | {"seconds": round(record.seconds, 3), "cell": record.cell})

@@ -153,6 +153,7 @@ def fit(
             command=command,
             version=__version__,
             swept=swept,
+            tokenizer=table.tokenizer,
         ),
     )
 
@@ -177,6 +178,7 @@ def plan(table: CellTable) -> dict[str, Any]:
         "flops": f"{flops.min():.4g} to {flops.max():.4g}"
         + " (6 x params x data)" * (not table.flops_given),
         "held out": held,
+        **({} if table.tokenizer is None else {"tokenizer": table.tokenizer}),
         "isoflop": f"{budgets} budgets" if budgets >= 2 else "interpolated budgets, if any",
         "resamples": f"{estimate.RESAMPLES} by {unit} ({groups})",
         "warnings": "; ".join(table.notes.values()) or "none so far",

@@ -145,6 +145,8 @@ def _effective(log_x: Array, log_unique: Array, log_r: Array) -> tuple[Array, Ar
     return value, by_unique, (grown - decay * (q - 1)) / (1 + grown)
 
 
-def loss_unit(family: str | None) -> str:
-    """The unit of the loss of a family's cells."""
-    return "bits a byte" if family == "language" else "nats"
+def loss_unit(family: str | None, tokenizer: str | None = None) -> str:
+    """The unit of the loss of a family's cells, or of those of a tokenizer of images."""
+    if family == "language":
+        return "bits a byte"
+    return "nats" if tokenizer is None else f"nats given tokenizers/{tokenizer}"

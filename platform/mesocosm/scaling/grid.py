@@ -163,7 +163,7 @@ class Grid:
         together, alone = self.hours(trunks), self.hours(self.trunks(missing, alone=True))
         steps = {cell.id: trunk.ran(i) for trunk in trunks for i, cell in enumerate(trunk.cells)}
         seconds = worker_seconds(trunks)
-        price = self.cluster.price_per_hour
+        price, tokenizer = self.cluster.price_per_hour, self.config.data.tokenizer
         price_per_second = together * price / max(sum(seconds.values()), 1e-9)
         rows = [
             {
@@ -187,6 +187,7 @@ class Grid:
         ]
         return {
             "datasets": ", ".join(self.dataset.ids),
+            **({} if tokenizer is None else {"tokenizer": f"tokenizers/{tokenizer}"}),
             "cluster": self.config.cluster,
             "precision": self.precision,
             "cells": rows,
@@ -218,7 +219,7 @@ def _makespan(seconds: Iterable[float], slots: int) -> float:
 
 
 def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Grid:
-    """The grid of `config` on `dataset`.
+    """The grid of `config`, whose ids are whole, on `dataset`.
 
     Raises:
         UsageError: a value that cannot be trained: a D below one batch, a U above the training
@@ -297,6 +298,8 @@ def _cells(
         "unique": transitions,
         "seed": loader.seed,
     }
+    if config.data.tokenizer is not None:
+        shared["tokenizer"] = config.data.tokenizer
     versions = VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA
     cells: list[Cell] = []
     for target in targets:

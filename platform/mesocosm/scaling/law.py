@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells, loss_unit
@@ -153,7 +153,9 @@ class Bootstrap(_Part):
 
 
 class Provenance(_Part):
-    """The table and the command. `swept` is the sweep's config: plans train the same models."""
+    """The table and the command. `swept` is the sweep's config: plans train the same models.
+    `tokenizer` is the one of whose codes the losses are, and is absent without images.
+    """
 
     table: str
     sha256: str
@@ -161,6 +163,7 @@ class Provenance(_Part):
     command: str
     version: str
     swept: dict[str, Any] | None = None
+    tokenizer: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Law(_Part):
@@ -204,7 +207,8 @@ class Law(_Part):
     @property
     def unit(self) -> str:
         """The unit of its loss."""
-        return loss_unit((self.provenance.swept or {}).get("model", {}).get("family"))
+        family = (self.provenance.swept or {}).get("model", {}).get("family")
+        return loss_unit(family, self.provenance.tokenizer)
 
     def predict(self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None) -> Array:
         """Predict the loss.

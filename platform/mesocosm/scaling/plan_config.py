@@ -143,8 +143,11 @@ class PlanConfig(PretrainConfig):
             )
         return PlanBudget(self.money, flop, step_price, owned, most=LARGEST)
 
-    def as_swept(self, swept: dict[str, Any], datasets: list[str]) -> tuple[PlanConfig, int | None]:
-        """Fill what the config leaves at its defaults from a sweep's config and datasets.
+    def as_swept(
+        self, swept: dict[str, Any], datasets: list[str], tokenizer: str | None = None
+    ) -> tuple[PlanConfig, int | None]:
+        """Fill what the config leaves at its defaults from a sweep's config, its datasets and the
+        tokenizer of its law.
 
         Returns:
             The config, and the sweep's warm-up in steps where its training is taken.
@@ -152,6 +155,8 @@ class PlanConfig(PretrainConfig):
         config, default, warmup = self, PlanConfig(), None
         if datasets and config.data.datasets == default.data.datasets:
             config = replace(config, data=replace(config.data, datasets=list(datasets)))
+        if config.data.tokenizer is None:
+            config = replace(config, data=replace(config.data, tokenizer=tokenizer))
         if config.model == default.model and "model" in swept:
             config = replace(config, model=ModelConfig.from_json(swept["model"]))
         if config.train == default.train and "train" in swept:
@@ -160,6 +165,19 @@ class PlanConfig(PretrainConfig):
             train = replace(default.train, **(asdict(cell) | {"warmup": 0.0}))
             config = replace(config, train=train)
         return config, warmup
+
+    def check_tokenizer(self, swept: dict[str, Any], tokenizer: str | None) -> None:
+        """Raise UsageError where the plan's world reads images by another tokenizer than the law's
+        cells. A law that names neither its models nor a tokenizer may be of any.
+        """
+        planned = self.data.tokenizer
+        if planned == tokenizer or (tokenizer is None and "model" not in swept):
+            return
+        text = f"data.tokenizer must be {tokenizer or 'null'}, as in the law, got {planned}"
+        raise UsageError(
+            f"{text}: nats of codes compare with those of the same tokenizer only; leave it out, or"
+            " sweep with that tokenizer"
+        )
 
     def model_notes(self, swept: dict[str, Any]) -> Notes:
         """A warning where the law is of other models than the plan's, or does not name its own."""

@@ -26,6 +26,8 @@ DOTS: Any = {"s": 26, "linewidths": 0, "zorder": 3}
 def renderables(law: Law) -> list[Any]:
     """Rich tables and lines: parameters with intervals, the optimum, held-out errors, warnings."""
     title = f"{law.form}: {law.n_cells} cells, resampled by {law.bootstrap.by}"
+    if law.provenance.tokenizer is not None:
+        title += f", loss in {law.unit}"
     rows = _table(title, "value", f"{law.interval_level:.0%} interval")
     for name, value in law.params.items():
         rows.add_row(name, f"{value:.4g}", interval_text(law.interval[name]))

@@ -87,7 +87,7 @@ class SweepConfig(JobConfig):
             config, plain = (getattr(c, block) if block else c for c in (self, default))
             if (value := getattr(config, name)) != getattr(plain, name):
                 raise UsageError(f"{key}={value} is not read by a sweep; give {fix}=[{value}]")
-        for key in ("weights", "block", "cache_gib", "tokenizer"):
+        for key in ("weights", "block", "cache_gib"):
             if (value := getattr(self.data, key)) is not None:
                 fix = "leave it out, or pretrain the sizes one by one"
                 raise UsageError(f"data.{key}={value} is not read by a sweep; {fix}")
@@ -145,7 +145,7 @@ class SweepConfig(JobConfig):
             storage=self.storage,
             tracking=self.tracking,
             ray=self.ray,
-            data=DataConfig(list(self.data.datasets), unique),
+            data=replace(self.data, datasets=list(self.data.datasets), unique=unique),
             model=replace(self.model, size=size),
             train=train,
         )
@@ -155,5 +155,7 @@ class SweepConfig(JobConfig):
         return length(self.train.decay, steps)
 
     def table_identity(self) -> dict[str, Any]:
-        """The keys that determine the table."""
-        return identity(self, without=("large", "workers", "concurrent", "cluster", "data"))
+        """The keys that determine the table, beside the datasets."""
+        facts = identity(self, without=("large", "workers", "concurrent", "cluster", "data"))
+        tokenizer = self.data.tokenizer
+        return facts if tokenizer is None else facts | {"data": {"tokenizer": tokenizer}}

@@ -41,8 +41,10 @@ def figure(records: Iterable[CellRecord]) -> str:
             style: Any = {"marker": "o", "markersize": 4, "color": colours(i)}
             axes.plot(*zip(*sorted(means), strict=True), **style, label=label)
         axes.set(xscale="log", xlabel="transitions seen")
-        family = next(iter(trunks.values()))[0].family
-        unit = loss_unit(family) if family == "language" else "nats a transition"
+        first = next(iter(trunks.values()))[0]
+        unit = loss_unit(first.family) if first.family == "language" else "nats a transition"
         axes.set_ylabel(f"{unit}, validation, mean of seeds")
+        if first.tokenizer is not None:
+            axes.set_title(f"given tokenizers/{first.tokenizer}")
         axes.legend()
         return document(figure, "sweep")

@@ -35,7 +35,7 @@ NUMBERS = {
     "lr": "write the rate that the run was trained with",
 }
 """Columns of numbers, and the fix of a value that is not one above 0."""
-COLUMNS = (*NUMBERS, "seed", "trunk")
+COLUMNS = (*NUMBERS, "seed", "trunk", "tokenizer")
 
 Notes = dict[str, str]
 """Warnings: code -> sentence."""
@@ -63,6 +63,8 @@ class CellTable:
     group: Ints
     """The unit that is resampled together: a trunk, or the seeds of one cell."""
     by_trunk: bool
+    tokenizer: str | None
+    """The tokenizer of whose codes the losses are; None without a column `tokenizer`."""
     notes: Notes
 
     def __len__(self) -> int:
@@ -123,6 +125,7 @@ class CellTable:
             every.append(_parsed(where, reader.line_num, texts))
         if not every:
             raise UsageError(f"{file.name} has no rows; write one for each trained cell")
+        tokenizer = _tokenizer(file.name, every) if "tokenizer" in header else None
         rows, notes = _best_rates(every) if "lr" in header else (every, {})
         rows = _without_repeats(file.name, rows, header, notes)
         if "flops" not in header:
@@ -139,6 +142,7 @@ class CellTable:
             series=_numbered([row.series for row in rows]),
             group=_numbered([row.trunk if trunks else row.cell for row in rows]),
             by_trunk=trunks,
+            tokenizer=tokenizer,
             notes=notes,
         )
 
@@ -209,6 +213,22 @@ def _parsed(where: str, line: int, texts: dict[str, str]) -> _Row:
         text = f"flops={flops:g} is 6 x params x data={counted:g} past the end of int64"
         raise UsageError(f"{where}: {text}; count in floats")
     return _Row(line, texts, **({"unique": data, "flops": counted} | values))
+
+
+def _tokenizer(name: str, rows: Sequence[_Row]) -> str | None:
+    """The one tokenizer of all rows; None where all are empty. Raises UsageError where two rows
+    differ: nats of different codes do not compare.
+    """
+    first = rows[0]
+    value = first.texts["tokenizer"]
+    for row in rows:
+        if (other := row.texts["tokenizer"]) != value:
+            raise UsageError(
+                f"{name}, line {row.line}: tokenizer={other or 'empty'} must be"
+                f" {value or 'empty'}, as in line {first.line}, because nats of codes compare with"
+                " those of the same tokenizer only; fit a table for each tokenizer"
+            )
+    return value or None
 
 
 def _numbered(keys: Sequence[Hashable]) -> Ints:

@@ -20,7 +20,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import CellRecord
-from mesocosm.scaling.grid import Cell, Trunk
+from mesocosm.scaling.grid import Cell, Grid, Trunk
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import engine, prepare
 from mesocosm.train.engine import Rank
@@ -46,10 +46,24 @@ class TrunkWork:
 
     root: str
     datasets: list[str]
+    tokenizer: str | None
     codec: dict[str, Any]
     trunks: dict[str, Trunk]
     gpu: bool
     force: bool
+
+    @staticmethod
+    def of(root: str, grid: Grid, trunks: Sequence[Trunk], *, gpu: bool, force: bool) -> TrunkWork:
+        """The message for trunks of a grid."""
+        return TrunkWork(
+            root=root,
+            datasets=grid.dataset.ids,
+            tokenizer=grid.config.data.tokenizer,
+            codec=grid.codec.to_json(),
+            trunks={trunk.id: trunk for trunk in trunks},
+            gpu=gpu,
+            force=force,
+        )
 
 
 class TrunkWorker:
@@ -59,7 +73,7 @@ class TrunkWorker:
         self.work = work
         self.storage = Storage(work.root)
         self.rank = single_rank("cuda" if work.gpu else "cpu")
-        self.dataset = prepare.open_datasets(self.storage, work.datasets)
+        self.dataset = prepare.open_datasets(self.storage, work.datasets, tokenizer=work.tokenizer)
         family = next(iter(work.trunks.values())).model.family
         self.codec = prepare.codec_from_json(work.codec, family)
 

@@ -5,7 +5,7 @@ They are stored in the training's folder, so that a resume uses the same ones.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,37 @@ def open_datasets(
     if tokenizer is None:
         return dataset
     return tokenized(dataset, storage, tokenizer, "data.tokenizer")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The datasets and the tokenizer of a job, open and checked."""
+
+    dataset: Dataset
+    """With images as the codes of the tokenizer, where there is one."""
+    config: DataConfig
+    """With the tokenizer's whole id."""
+    inputs: dict[str, list[str]]
+    """Ids of the datasets and of the tokenizer, by kind."""
+
+
+def open_data(storage: Storage, data: DataConfig, model: ModelConfig) -> TrainingData:
+    """Open the datasets and the tokenizer that a job learns from.
+
+    Raises:
+        UsageError: One of them is missing, damaged or of another environment, or the model cannot
+            learn a leaf (`check_leaves`).
+    """
+    try:
+        dataset = open_datasets(storage, data.datasets, data.cache_gib, data.tokenizer)
+        inputs = {"datasets": dataset.ids}
+        if data.tokenizer is not None:
+            inputs["tokenizers"] = [storage.find_commit("tokenizers", data.tokenizer)["id"]]
+            data = replace(data, tokenizer=inputs["tokenizers"][0])
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
+    check_leaves(dataset.observation_codec, dataset.action_codec, model)
+    return TrainingData(dataset, data, inputs)
 
 
 def check_leaves(observation: SpaceCodec, action: SpaceCodec, model: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.data.analysis.evidence import evidence
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.model import counts
 from mesocosm.model.language.pretrained import pretrained_identity
@@ -86,11 +86,8 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
     def resolve(self, config: PretrainConfig, storage: Storage) -> Pretraining:
         """Open the datasets and choose the device and the precision."""
         config.validate()
-        data, train = config.data, config.train
-        try:
-            dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib, data.tokenizer)
-        except ArtifactError as error:
-            raise UsageError(str(error)) from error
+        opened = prepare.open_data(storage, config.data, config.model)
+        dataset, data, train = opened.dataset, opened.config, config.train
         gpus, precision = train.gpus_per_worker, train.precision
         if gpus is None:
             available: float = torch.cuda.device_count()
@@ -100,28 +97,21 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             gpus = 1.0 if available >= train.workers else 0.0
         if precision == "auto":
             precision = "bf16" if gpus else "fp32"
-        config = replace(config, train=replace(train, gpus_per_worker=gpus, precision=precision))
-        ids, inputs = dataset.ids, {"datasets": dataset.ids}
-        if data.tokenizer is not None:
-            inputs["tokenizers"] = [storage.find_commit("tokenizers", data.tokenizer)["id"]]
-            config = replace(config, data=replace(data, tokenizer=inputs["tokenizers"][0]))
-            data = config.data
+        train = replace(train, gpus_per_worker=gpus, precision=precision)
+        config = replace(config, data=data, train=train)
         keys = ("unique", "weights", "block", "tokenizer")
         order = {key: getattr(data, key) for key in keys}
         order = {key: value for key, value in order.items() if value is not None}
-        spaces = dataset.observation_space, dataset.action_space
-        codecs = dataset.observation_codec, dataset.action_codec
-        prepare.check_leaves(*codecs, config.model)
         functions = known.load(config.known)
-        known.check_spaces(functions, *spaces)
-        facts = world_identity(config)
+        known.check_spaces(functions, dataset.observation_space, dataset.action_space)
+        facts, ids = world_identity(config), dataset.ids
         if config.model.pretrained is not None:  # wherever its files lie
             facts["model"]["pretrained"] = pretrained_identity(config.model.pretrained)
         if functions:
             facts["known"] = {part: function.identity for part, function in functions.items()}
         return Pretraining(
             config=config,
-            inputs=inputs,
+            inputs=opened.inputs,
             facts=facts,
             id=self.hash(facts | {"data": {"datasets": ids} | order if order else ids}),
             dataset=dataset,
