@@ -14,6 +14,7 @@ EXTRAS = {
     "uvicorn": "serve",
     "gymnasium_robotics": "robotics",
     "metaworld": "robotics",
+    "minigrid": "minigrid",
     "PIL": "images",
     "av": "video",
 }

@@ -18,7 +18,7 @@ from mesocosm.jobs import import_logs
 from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-OPTIONAL = ("gymnasium_robotics", "metaworld", "miniwob", "sklearn")
+OPTIONAL = ("gymnasium_robotics", "metaworld", "miniwob", "minigrid", "sklearn")
 """Modules of environments that an extra, or `make browser`, installs."""
 SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
 Command = Callable[..., str]
