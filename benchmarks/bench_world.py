@@ -206,8 +206,9 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The commit, with "+" where the working tree's platform/ differs."""
-    changed = git("status", "--porcelain", "--", ":/platform").strip()
+    """The commit, with "+" where the working tree's code or configs differ."""
+    watched = ":/platform", ":/configs", ":/benchmarks/*.py"
+    changed = git("status", "--porcelain", "--", *watched).strip()
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 

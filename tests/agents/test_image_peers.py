@@ -108,7 +108,7 @@ def test_a_tokenizer_without_images_is_refused(stored: str, cart_root: Any, tmp_
         clone.JOB.plan(config)
 
 
-def test_the_algorithms_of_image_worlds_train_in_reality(stored: str) -> None:
+def test_the_algorithms_of_image_worlds_are_accepted_in_reality(stored: str) -> None:
     words = ("tokenizer=cells", "steps=3000", "num_envs=null", "rollout=null")
 
     def config(algo: str) -> BaselineConfig:
@@ -116,8 +116,9 @@ def test_the_algorithms_of_image_worlds_train_in_reality(stored: str) -> None:
 
     for algo in ("APPO", "IMPALA", "DQN"):
         assert baseline.JOB.plan(config(algo))["algo"] == algo
-    with pytest.raises(UsageError, match=r"algo must be PPO, APPO, IMPALA or DQN .* got SAC"):
-        baseline.JOB.plan(config("SAC"))
+    for sac in (config("SAC"), replace(config("SAC"), tokenizer=None)):
+        with pytest.raises(UsageError, match=r"algo must be PPO, APPO, IMPALA or DQN .* got SAC"):
+            baseline.JOB.plan(sac)
 
 
 def test_the_tokenizer_decides_the_id(stored: str, dictionary: PatchDictionary) -> None:

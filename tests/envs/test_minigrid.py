@@ -80,6 +80,7 @@ def test_wrong_tasks_are_refused() -> None:
     for task, words in (
         ("DoorKey-5x", r"task must be a task of MiniGrid, got 'DoorKey-5x'.*DoorKey-5x5"),
         ("Fetch-5x5-N2", "task must have one mission, got 'Fetch-5x5-N2'"),
+        ("Dynamic-Obstacles-5x5", "task must have MiniGrid's 7 actions, got 'Dynamic-Obstacles"),
     ):
         with pytest.raises(UsageError, match=words) as caught:
             make_env(RealityConfig(env=ENV, kwargs={"task": task}))

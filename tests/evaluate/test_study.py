@@ -48,7 +48,8 @@ def study(lab: Lab, *words: str) -> StudyConfig:
         "evaluate.horizons=[1]",
         "evaluate.full=false",
     )
-    limit = [] if "reality.env=CartPole-v1" in words else ["reality.kwargs.limit=12"]
+    other = any(word.startswith("reality.env=") for word in words)
+    limit = [] if other else ["reality.kwargs.limit=12"]
     return config.load(StudyConfig, [], [*keys, *limit, *words])
 
 
@@ -124,6 +125,10 @@ def test_worlds_that_exist_are_studied_and_found_again(
         (["worlds=[w0,w1]", "evaluate.judge_steps=9"], "evaluate: judge_steps must be >= 72"),
         (["worlds=[w0,w1]", "reality.env=CartPole-v1"], "has the observation space"),
         ([DATA, TWO, "reality.env=CartPole-v1"], "has other spaces than reality.env"),
+        (
+            ["worlds=[w0,w1]", "reality.env=mesocosm.envs.pixels:CoinGrid"],
+            r"study cannot use images yet, got Box.* of mesocosm\.envs\.pixels:CoinGrid",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_made_is_refused(

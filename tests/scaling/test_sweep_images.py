@@ -118,7 +118,7 @@ def test_a_plan_reads_images_by_the_tokenizer_of_the_law(root: Path, tmp_path: P
     job = config.load(PretrainConfig, [tmp_path / "plan.yaml"], [f"storage.root={root}"])
     assert job.data.tokenizer == "cells" and job.model.group == 5
     assert PRETRAIN.plan(job)["params"] == answered["plan"]["params"]
-    without_data = request()
+    without_data = request("data.tokenizer=tokenizers/cells")
     text = planning.pretrain_yaml(without_data, answer(without_data))
     assert "tokenizer: cells" in text, "also where the datasets are not known yet"
     for ref, of_law, message in (

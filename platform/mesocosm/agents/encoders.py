@@ -68,6 +68,7 @@ def stored_encoder(
     Raises:
         UsageError: There are images without a tokenizer or a tokenizer without images, the
             tokenizer is unknown, or it is of other images.
+        ArtifactError: The tokenizer is damaged.
     """
     images = image_spaces(observation)
     if not images:
@@ -89,7 +90,5 @@ def stored_encoder(
 
 
 def seen_spaces(spaces: Spaces, encoder: ImageEncoder | None) -> Spaces:
-    """The (observation, action) spaces between which a network acts, for those of the
-    environment.
-    """
+    """The network's (observation, action) spaces, given the environment's."""
     return spaces if encoder is None else (encoder.space, spaces[1])

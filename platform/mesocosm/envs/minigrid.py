@@ -24,6 +24,7 @@ Cell = tuple[int, int]
 TILE = 8
 """Pixels of a cell's side."""
 PREFIX, SUFFIX = "MiniGrid-", "-v0"
+ACTIONS = 7
 TURN_LEFT, TURN_RIGHT, FORWARD, PICK_UP, TOGGLE = 0, 1, 2, 3, 5
 """Five of MiniGrid's seven actions; 4 drops the carried object, 6 does nothing."""
 HEADINGS = ((1, 0), (0, 1), (-1, 0), (0, -1))
@@ -33,16 +34,17 @@ HEADINGS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 class MiniGrid(gymnasium.Env[Frame, np.int64]):
     """A task of MiniGrid, seen as a picture of the whole grid: [8 height, 8 width, 3].
 
-    The picture shows everything, except the number of the step. MiniGrid's own reward falls with
-    that number, and so no world could predict it: here the reward is 1 at the goal, which ends the
-    episode. MiniGrid cuts episodes (after 250 steps in DoorKey-5x5).
+    In DoorKey and Empty the picture shows the whole state, except the number of the step. What the
+    agent carries is not drawn, which matters where a task has several objects. MiniGrid's own
+    reward falls with the number of the step, and so no world could predict it: here the reward is 1
+    at the goal, which ends the episode. MiniGrid cuts episodes (after 250 steps in DoorKey-5x5).
 
     Args:
         task: A task with one mission, by MiniGrid's name: "DoorKey-5x5", "Empty-5x5".
 
     Raises:
-        UsageError: There is no such task, or its mission, which a picture does not show, differs by
-            episode.
+        UsageError: There is no such task, its mission, which a picture does not show, differs by
+            episode, or it has other actions and rewards (Dynamic-Obstacles).
         DependencyNotInstalled: MiniGrid is missing.
     """
 
@@ -68,9 +70,14 @@ class MiniGrid(gymnasium.Env[Frame, np.int64]):
                 f"reality.kwargs.task must have one mission, got {task!r}, whose mission differs by"
                 " episode and is in no picture; try DoorKey-5x5"
             )
+        if self._env.action_space.n != ACTIONS:
+            raise UsageError(
+                f"reality.kwargs.task must have MiniGrid's {ACTIONS} actions, got {task!r}, which"
+                f" has {self._env.action_space.n} and rewards of its own; try DoorKey-5x5"
+            )
         shape = (TILE * self._env.height, TILE * self._env.width, 3)
         self.observation_space = Box(0, 255, shape, np.uint8)
-        self.action_space = Discrete(int(self._env.action_space.n))
+        self.action_space = Discrete(ACTIONS)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -152,7 +159,7 @@ def unlock(observation: Frame, rng: np.random.Generator) -> np.int64:
             target, act = places["key"], PICK_UP
     following = None if agent is None or target is None else _next_cell(cells, agent, target)
     if agent is None or following is None:
-        return np.int64(rng.integers(7))
+        return np.int64(rng.integers(ACTIONS))
     direction = HEADINGS.index((following[0] - agent[0], following[1] - agent[1]))
     if direction != heading:
         return np.int64(TURN_LEFT if (direction - heading) % 4 == 3 else TURN_RIGHT)

@@ -25,6 +25,7 @@ from mesocosm.agents.rllib import check_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
+from mesocosm.datasets.images import image_spaces
 from mesocosm.envs.amounts import price_of, time_price
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
@@ -61,13 +62,14 @@ def prepared(config: BaselineConfig, spaces: Spaces, storage: Storage) -> tuple[
     Raises:
         UsageError: The algorithm cannot be trained on the spaces, or images and `tokenizer` do not
             fit (`encoders.stored_encoder`).
+        ArtifactError: The tokenizer is damaged.
     """
-    encoder, tokenizers = stored_encoder(config.tokenizer, spaces[0], storage)
-    if encoder is not None and config.algo == "SAC":
+    if config.algo == "SAC" and image_spaces(spaces[0]):
         raise UsageError(
             "algo must be PPO, APPO, IMPALA or DQN on images, got SAC, which trains in no world of"
             " images and so has nothing to be compared with; use PPO"
         )
+    encoder, tokenizers = stored_encoder(config.tokenizer, spaces[0], storage)
     seen = seen_spaces(spaces, encoder)
     setup = dataclasses.replace(settings.real(config), spaces=seen, encoder=encoder)
     check_agent(setup, seen)

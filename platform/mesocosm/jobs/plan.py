@@ -103,6 +103,8 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
     if config.data.datasets:
         data = prepare.open_data(storage, config.data, config.model)
         config = replace(config, data=data.config)
+    config.check_tokenizer(swept, tokenizer)
+    if config.data.datasets:
         dataset = prepare.narrowed(data.dataset, config.data.unique, config.seed)
         codec, windows = prepare.fit_codec(dataset, config.model), config.train.batch
         shape = config.model, windows, config.seed
@@ -112,7 +114,6 @@ def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
         if config.price.per_second is not None:
             duration = mean_duration(dataset)
         count = _counter(config, codec, batch)
-    config.check_tokenizer(swept, tokenizer)
     owned = transitions if config.owned is None else config.owned
     cluster = None if config.cluster is None else cluster_spec.read(config.cluster)
     return PlanRequest(

@@ -22,6 +22,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity, override
 from mesocosm.data.loading.text_batch import batch_codec
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, logged_horizon
+from mesocosm.datasets.images import image_spaces
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.config import check as check_reality
 from mesocosm.envs.ledger import Ledger
@@ -109,6 +110,11 @@ class Study(Job[StudyConfig, StudyPlan]):
     def resolve(self, config: StudyConfig, storage: Storage) -> StudyPlan:
         check(config)
         environment = facts_of(config.reality)
+        if images := image_spaces(environment.spaces[0]):
+            raise UsageError(
+                f"study cannot use images yet, got {images[0]} of {config.reality.env}; train-agent"
+                " in each world, and evaluate gain=true"
+            )
         cells = [_cell(config, world, environment, storage) for world in config.worlds]
         if len({cell.id for cell in cells}) < len(cells):
             raise UsageError(f"worlds must differ, got {config.worlds}; leave one of equals out")

@@ -68,8 +68,9 @@ class ImageEncoder:
         return features
 
     def of_episode(self, batch: Any) -> Any:
-        """The observations of one episode in order, in vector layout, as a network sees them: what
-        an `ImageMemory` of one environment gives, observation by observation.
+        """The T observations of one episode in order, in vector layout, as a network sees them:
+        what an `ImageMemory` of one environment gives, observation by observation. Each image,
+        frames [T, height, width, channels] or codes [T, n], becomes float32 [T, FRAMES, width].
         """
         each = self.features(batch)
         now = np.arange(len(each[0]))[:, None]

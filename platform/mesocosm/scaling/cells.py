@@ -72,7 +72,7 @@ class CellRecord:
 
     @property
     def tokenizer(self) -> str | None:
-        """The tokenizer of whose codes `loss` is; None without images."""
+        """The tokenizer whose codes `loss` measures; None without images."""
         return self.what.get("tokenizer")
 
     @staticmethod

@@ -219,7 +219,7 @@ def _makespan(seconds: Iterable[float], slots: int) -> float:
 
 
 def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Grid:
-    """The grid of `config`, whose ids are whole, on `dataset`.
+    """The grid of `config`, with full ids, on `dataset`.
 
     Raises:
         UsageError: a value that cannot be trained: a D below one batch, a U above the training

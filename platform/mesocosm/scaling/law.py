@@ -154,7 +154,7 @@ class Bootstrap(_Part):
 
 class Provenance(_Part):
     """The table and the command. `swept` is the sweep's config: plans train the same models.
-    `tokenizer` is the one of whose codes the losses are, and is absent without images.
+    `tokenizer` is the id of the one whose codes the losses measure, and is absent without images.
     """
 
     table: str

@@ -155,8 +155,9 @@ class PlanConfig(PretrainConfig):
         config, default, warmup = self, PlanConfig(), None
         if datasets and config.data.datasets == default.data.datasets:
             config = replace(config, data=replace(config.data, datasets=list(datasets)))
-        if config.data.tokenizer is None:
-            config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+        named = config.data.tokenizer
+        named = tokenizer if named is None else named.removeprefix("tokenizers/")
+        config = replace(config, data=replace(config.data, tokenizer=named))
         if config.model == default.model and "model" in swept:
             config = replace(config, model=ModelConfig.from_json(swept["model"]))
         if config.train == default.train and "train" in swept:
@@ -175,8 +176,8 @@ class PlanConfig(PretrainConfig):
             return
         text = f"data.tokenizer must be {tokenizer or 'null'}, as in the law, got {planned}"
         raise UsageError(
-            f"{text}: nats of codes compare with those of the same tokenizer only; leave it out, or"
-            " sweep with that tokenizer"
+            f"{text}: losses are comparable only under the same tokenizer; leave it out, or sweep"
+            " with that tokenizer"
         )
 
     def model_notes(self, swept: dict[str, Any]) -> Notes:

@@ -64,7 +64,7 @@ class CellTable:
     """The unit that is resampled together: a trunk, or the seeds of one cell."""
     by_trunk: bool
     tokenizer: str | None
-    """The tokenizer of whose codes the losses are; None without a column `tokenizer`."""
+    """The tokenizer whose codes the losses measure; None without a column `tokenizer`."""
     notes: Notes
 
     def __len__(self) -> int:
@@ -225,8 +225,8 @@ def _tokenizer(name: str, rows: Sequence[_Row]) -> str | None:
         if (other := row.texts["tokenizer"]) != value:
             raise UsageError(
                 f"{name}, line {row.line}: tokenizer={other or 'empty'} must be"
-                f" {value or 'empty'}, as in line {first.line}, because nats of codes compare with"
-                " those of the same tokenizer only; fit a table for each tokenizer"
+                f" {value or 'empty'}, as in line {first.line}, because losses are"
+                " comparable only under the same tokenizer; fit a table for each tokenizer"
             )
     return value or None
 
