@@ -71,7 +71,7 @@ GAME = "model.family=sequence model.size=300k model.members=1 model.context=8 mo
 GAME += " train.steps=3000 train.batch=16 train.epochs=null"
 """Overrides of CoinGrid's pretraining."""
 GAMES, AHEAD = 256, range(11, 16)
-"""Imagined episodes of CoinGrid, and the steps after whose their frames are read."""
+"""Imagined episodes of CoinGrid, and the steps after which their frames are read."""
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 import browsers
+import coin_grid
 import factories
 import pytest
 import torch
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, RayConfig, TrackingConfig
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.runs import mlflow_mirror
 from mesocosm.store.artifacts import Storage
 
@@ -228,3 +231,15 @@ def s3(s3_environment: dict[str, str]) -> Iterator[str]:
 def cart_root() -> Callable[..., str]:
     """`cart_root(folder, transitions=400, **options of write_dataset)`"""
     return factories.cart_root
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """40 episodes of CoinGrid."""
+    return coin_grid.coin_games(tmp_path_factory.mktemp("games"))
+
+
+@pytest.fixture(scope="module")
+def dictionary(games: Dataset) -> PatchDictionary:
+    """The dictionary of their cells."""
+    return coin_grid.cells(games)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coin_grid import played
 from factories import fit_world
 from gymnasium import spaces
-from train.test_image_world import cells, coin_games, played
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentEnv
@@ -39,16 +39,6 @@ from mesocosm.store.artifacts import Artifact, Storage
 
 TINY = "backend=local iterations=2 num_envs=8 rollout=8 horizon=6 snapshots=1"
 ENV = "mesocosm.envs.pixels:CoinGrid"
-
-
-@pytest.fixture(scope="module")
-def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return coin_games(tmp_path_factory.mktemp("games"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(games: Dataset) -> PatchDictionary:
-    return cells(games)
 
 
 @pytest.fixture(scope="module")

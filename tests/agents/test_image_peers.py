@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
-from train.test_image_world import cells, coin_games
 
 from mesocosm.agents import validation
 from mesocosm.agents.cloning import CloneConfig
@@ -37,16 +36,6 @@ from mesocosm.store.artifacts import Artifact, Storage
 ENV = "mesocosm.envs.pixels:CoinGrid"
 PPO = "algo=PPO num_envs=2 rollout=32 steps=70 params.minibatch_size=32"
 SPACES: tuple[Any, Any] = CoinGrid().observation_space, spaces.Discrete(3)
-
-
-@pytest.fixture(scope="module")
-def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return coin_games(tmp_path_factory.mktemp("games"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(games: Dataset) -> PatchDictionary:
-    return cells(games)
 
 
 @pytest.fixture

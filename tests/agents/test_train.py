@@ -36,6 +36,7 @@ SMALL = (
     "world=seek backend=local starts=logged num_envs=32 rollout=16 horizon=12 gamma=0.9"
     " model.fcnet_hiddens=[32]"
 )
+BRANCHES = "algo=SAC starts=null iterations=8 rollout=10 snapshots=2"
 
 
 class Seek(gym.Env[Any, Any]):
@@ -213,8 +214,7 @@ def test_sac_learns_from_branches_and_from_the_logs(
 ) -> None:
     """It gains in reality, and its policy reads observations as they are."""
     root, _ = seek
-    config = agent_config(root, "algo=SAC starts=null iterations=8 rollout=10 snapshots=2")
-    artifact, lines, _ = train_agent(config)
+    artifact, lines, _ = train_agent(agent_config(root, BRANCHES))
     assert [line["step"] for line in lines] == list(range(8))
     assert lines[-1]["agent/imagined_steps"] == 8 * 10 * 32
     assert lines[-1]["agent/qf_loss"] < lines[0]["agent/qf_loss"]
@@ -229,8 +229,7 @@ def test_sac_continues_an_agent_and_keeps_a_better_rival(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:
     root, _ = seek
-    config = agent_config(root, "algo=SAC starts=null iterations=8 rollout=10 snapshots=2")
-    artifact, _, _ = train_agent(config)
+    artifact, _, _ = train_agent(agent_config(root, BRANCHES))
     init = agent_config(root, f"algo=SAC iterations=1 rollout=5 init={artifact.id} seed=1")
     continued, _, _ = train_agent(init)
     assert continued.meta["metrics"]["former_return"] == pytest.approx(

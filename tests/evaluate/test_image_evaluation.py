@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from agents.test_image_agent import encoder_of_games, policy_of_games
 from factories import fit_world
-from train.test_image_world import cells, coin_games
 
 from mesocosm.config import StorageConfig
 from mesocosm.data.analysis.evidence import evidence
@@ -32,16 +31,6 @@ from .test_report import parsed
 
 MODEL = ModelConfig(size="10k", members=2, context=4, base=False)
 ENV = "mesocosm.envs.pixels:CoinGrid"
-
-
-@pytest.fixture(scope="module")
-def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return coin_games(tmp_path_factory.mktemp("games"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(games: Dataset) -> PatchDictionary:
-    return cells(games)
 
 
 def test_references_are_distributions() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from coin_grid import cells, coin_games
 from scaling.test_plan import CHINCHILLA, law_of
-from train.test_image_world import cells, coin_games, stored
+from train.test_image_world import stored
 
 from mesocosm import config
 from mesocosm.data.tokens.reading import Tokenizers

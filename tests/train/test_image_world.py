@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coin_grid import write
 from factories import SMALL_WORLD
 from gymnasium import spaces
 
@@ -21,10 +22,10 @@ from mesocosm.data.loading.text_batch import refuse_images
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.data.tokens.counting import PatchCounts
 from mesocosm.data.tokens.reading import Tokenizers
-from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.slots import SlotRows
-from mesocosm.envs.pixels import CoinGrid, catch, read_grid
+from mesocosm.envs.pixels import read_grid
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -43,60 +44,6 @@ from mesocosm.train.export import calibrate, check_termination, widen
 from mesocosm.train.pretrain import JOB
 
 Array = np.ndarray[Any, Any]
-
-
-def played(index: int, steps: int = 20) -> Episode:
-    """An episode of CoinGrid by a noisy script."""
-    env, rng = CoinGrid(steps), np.random.default_rng(index)
-    frame, _ = env.reset(seed=index)
-    frames, actions, rewards, ended, terminated = [frame], [], [], False, False
-    while not ended:
-        random = rng.random() < 0.5
-        actions.append(np.int64(rng.integers(3)) if random else catch(frames[-1], rng))
-        frame, reward, terminated, truncated, _ = env.step(actions[-1])
-        frames.append(frame)
-        rewards.append(reward)
-        ended = terminated or truncated
-    outcome: Any = "terminated" if terminated else "truncated"
-    return Episode(index, index, "catch", frames, actions, np.array(rewards), outcome)
-
-
-def write(folder: Path, episodes: list[Episode], space: Any, id: str = "d0", **facts: Any) -> Path:
-    write_dataset(
-        folder / id,
-        episodes,
-        id=id,
-        environment=Environment(id="mesocosm.envs.pixels:CoinGrid", task=facts.pop("task", [])),
-        observation_space=space,
-        action_space=spaces.Discrete(3),
-        seed=0,
-        **facts,
-    )
-    return folder / id
-
-
-def coin_games(folder: Path) -> Dataset:
-    """40 episodes of CoinGrid."""
-    space = CoinGrid().observation_space
-    return Dataset([write(folder, [played(k) for k in range(40)], space, shard_rows=300)])
-
-
-def cells(games: Dataset) -> PatchDictionary:
-    """The dictionary of their cells."""
-    counts = PatchCounts("observation", 8)
-    for shard in range(len(games.shards)):
-        counts.add(games.images(shard, "obs_image0")[:])
-    return counts.dictionary((40, 40, 3), 64)
-
-
-@pytest.fixture(scope="module")
-def games(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return coin_games(tmp_path_factory.mktemp("games"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(games: Dataset) -> PatchDictionary:
-    return cells(games)
 
 
 @pytest.fixture(scope="module")
