@@ -1,5 +1,5 @@
 # make run   the whole loop on this machine: install, then a world, an agent, a report
-# make test  the unit and integration tests (under 12 minutes on 2 cores)
+# make test  the unit and integration tests (under 15 minutes on 2 cores)
 # make test-unit, test-all, coverage  the unit tests alone; all tests; what make test covers
 # make lint  ruff, a strict type check, and which package may import which
 # make docs  the documentation site, into build/site

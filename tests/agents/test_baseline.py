@@ -72,6 +72,7 @@ def test_judging_does_not_count_as_baseline_steps(ray_local: None, root: str) ->
     assert totals.purposes["judge"].steps == curve["judge_steps"] == total_return
 
 
+@pytest.mark.slow
 def test_an_agent_trains_on_candidate_commands_in_reality(ray_local: None, root: str) -> None:
     words = (
         "reality.env=mesocosm.envs.text:ChoresEasy-v0 reality.success=info.success num_envs=4"

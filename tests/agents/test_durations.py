@@ -262,6 +262,7 @@ def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path
     np.testing.assert_allclose(actual, targets, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reports", "best"), [(True, QUICK), (False, SLOW)])
 def test_ppo_finds_the_best_action_per_unit_of_time(
     ray_local: None, tmp_path: Path, reports: bool, best: int
@@ -277,6 +278,7 @@ def test_ppo_finds_the_best_action_per_unit_of_time(
     assert share[best] > 0.9, share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", ["PPO", "DQN"])
 def test_without_durations_nothing_changes(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str

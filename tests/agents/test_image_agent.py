@@ -212,6 +212,7 @@ def test_an_agent_trains_on_codes_and_acts_on_frames(
     assert result.returns == again.returns and result.steps > 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_later_agents_begin_with_an_earlier_one_of_the_same_tokenizer(
     root_with_world: str, games: Dataset, dictionary: PatchDictionary

@@ -149,6 +149,7 @@ def same_after_kills(
         assert values[0] == values[1], name
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
     """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL
     coefficient.

@@ -342,6 +342,7 @@ def test_dqn_trains_from_generated_starts_with_a_penalty(
     assert -40 < real_return(Policy.load(artifact.path), 5) < 0
 
 
+@pytest.mark.slow
 def test_a_return_that_the_logs_cannot_explain_is_a_warning(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:

@@ -58,7 +58,8 @@ def chatty(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("option", [[], pytest.param(["--dry-run"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_json_is_all_of_stdout_when_an_environment_prints(option: list[str], chatty: Path) -> None:
     done = _run(chatty, *COLLECT.split(), *option)
     assert done.returncode == 0, done.stderr
@@ -90,7 +91,8 @@ def make():
 """
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_module_does_not_replace_pythons_own(workers: int, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -79,6 +79,7 @@ def ask(*lines: str, folder: Path = REPOSITORY) -> list[list[str]]:
     return [line.split() for line in shell_output.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_bash_completes_commands_options_keys_files_and_clusters(home: Path) -> None:
     commands, options, first, after, file, folder, cluster, named = ask(
         "mesocosm ",

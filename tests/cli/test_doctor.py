@@ -55,6 +55,7 @@ def test_a_sound_machine(root: str) -> None:
     assert Storage(root).list("scratch") == [], "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_a_broken_machine(tmp_path: Path) -> None:
     """No mujoco, a storage root that is a file, no compiler: status 1 and a fix each, but a
     compiler is wanted for CUDA alone.

@@ -57,6 +57,7 @@ def run(code: str, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.slow
 def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     """The token is its owner's alone, and the sockets fit whatever TMPDIR is."""
     long_name = "a_rather_long_folder_name_as_slurm_makes_them/slurm_jobdir/1355700/tmp.t0016"

@@ -38,6 +38,7 @@ def interrupt(lab: Lab, config: EvaluateConfig, number: int) -> None:
             lab.evaluate(config)
 
 
+@pytest.mark.slow
 def test_steps_of_interrupted_attempts_count(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is of all attempts, and the last one needs steps for the missing episodes alone."""
     storage = lab.storage

@@ -92,6 +92,7 @@ def test_the_shares_of_given_points(golden: Any) -> None:
     golden.check("propose", {**digits, "left": bought.left})
 
 
+@pytest.mark.slow
 def test_the_budget_goes_where_data_lack_and_members_disagree(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

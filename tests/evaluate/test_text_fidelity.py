@@ -55,6 +55,7 @@ def episode(played: ImaginedText, number: int) -> TextEpisode:
     return TextEpisode("", texts, actions, rewards, True, number, number)
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:
     """Also after shorter episodes have left the batch."""
     small = world(2, 1)

@@ -27,6 +27,7 @@ LOOP += " agent.backend=local evaluate.starts=8 evaluate.horizons=[1] evaluate.f
 PEER = "{num_envs: 2, rollout: 32, steps: 70, judge_every: 64, judge_episodes: 2}"
 
 
+@pytest.mark.slow
 def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root: str) -> None:
     words = [
         *REALITY,

@@ -166,6 +166,7 @@ def hidden_mode(episodes: int, seed: int) -> Windows:
     return windows(numbers(torch.from_numpy(x + random.normal(scale=0.05, size=x.shape))))
 
 
+@pytest.mark.slow
 def test_history_is_used_where_the_state_is_hidden() -> None:
     data, held_out = hidden_mode(1000, 0), hidden_mode(100, 1)
 
@@ -200,6 +201,7 @@ def test_text_is_valid_and_follows_its_grammar() -> None:
     assert counts.min() > 0.2 * counts.sum()
 
 
+@pytest.mark.slow
 def test_rare_terminations_and_rewards_are_learned_and_drawn() -> None:
     """A counter that ends at 3 and pays 1 for an even step, 0 for an odd one, but 10 at the end."""
     first = torch.randint(0, 3, (128, 1), generator=torch.Generator().manual_seed(0))

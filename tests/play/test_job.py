@@ -123,7 +123,9 @@ def started(root: str, *words: str) -> tuple[subprocess.Popen[str], str, str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_ends_it(world: str, number: int) -> None:
     """Real steps are confirmed, and neither a process nor the port stays."""
     reality = ("reality.env=drawn:Drawn", "reality.budget.steps=5", "ledger=mine")
@@ -151,6 +153,7 @@ def test_ctrl_c_ends_it(world: str, number: int) -> None:
     assert url in written and token not in written
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_killed_one_leaves_its_steps_counted(world: str) -> None:
     reality = ("reality.env=drawn:Drawn", "reality.budget.steps=5", "ledger=mine")

@@ -91,6 +91,7 @@ def stamps(root: str) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(root, RESULTS).glob("*.json")}
 
 
+@pytest.mark.slow
 def test_another_grid_trains_only_the_missing_cells(whole: Whole, sweep_of: Make) -> None:
     config, artifact, _ = whole
     root = config.storage.root
@@ -163,6 +164,7 @@ def test_a_process_that_dies_before_its_first_result(whole: Whole) -> None:
     assert set(errors) == {"b"} and len(outcomes) == 2
 
 
+@pytest.mark.slow
 def test_credentials_are_in_no_runtime_environment(
     whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:

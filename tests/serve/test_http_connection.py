@@ -261,6 +261,7 @@ def few_descriptors(seconds: float) -> Iterator[tuple[int, list[socket.socket]]]
     assert errors.decode().splitlines() == NO_DESCRIPTOR
 
 
+@pytest.mark.slow
 def test_survives_without_free_descriptors() -> None:
     """EMFILE: the server answers again as soon as a slow client has gone, and logs one line."""
     with few_descriptors(0) as (port, held):
@@ -271,6 +272,7 @@ def test_survives_without_free_descriptors() -> None:
         assert health(port) == 200
 
 
+@pytest.mark.slow
 def test_stops_without_free_descriptors() -> None:
     """asyncio's next attempt to accept fails on the closed listener: nothing is logged about it."""
     with few_descriptors(3) as (port, held):

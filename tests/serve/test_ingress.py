@@ -301,6 +301,7 @@ def test_a_failed_reset_keeps_no_place(client: Any, monkeypatch: pytest.MonkeyPa
     assert not pool._slots
 
 
+@pytest.mark.slow
 def test_a_hundred_sessions_at_once(client: Any) -> None:
     """As many as there is room for begin; the others get 503 at their reset.
 

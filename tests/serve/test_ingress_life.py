@@ -69,6 +69,7 @@ def test_a_port_that_is_taken(client: Any, rich: str) -> None:
     assert "second" not in serve.status().applications
 
 
+@pytest.mark.slow
 def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`serve http=0` makes a token file and prints a curl command that works.
 

@@ -160,6 +160,7 @@ def damaged(name: str, value: Any) -> list[Any]:
     return wrong
 
 
+@pytest.mark.slow
 def test_damaged_messages(client: Any, valid_requests: dict[str, Fields]) -> None:
     """Every field missing, of another type, shape or range: 400 with its name, and the session
     continues.
@@ -197,6 +198,7 @@ def test_requests_that_only_the_ingress_refuses(
         assert message in send(client, request).json()["detail"]
 
 
+@pytest.mark.slow
 def test_damaged_bytes(client: Any, valid_requests: dict[str, Fields]) -> None:
     """Cut anywhere, and with bytes changed anywhere: never a 5xx."""
     random = np.random.default_rng(0)

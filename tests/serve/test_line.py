@@ -65,6 +65,7 @@ def test_a_slow_token_is_cut(server: LineServer, monkeypatch: pytest.MonkeyPatch
     assert sent < FRAME.size + len(server.token)
 
 
+@pytest.mark.slow
 def test_survives_without_free_descriptors() -> None:
     """EMFILE: clients beyond the limit get no line, and get one when others have hung up."""
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

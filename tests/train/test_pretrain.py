@@ -28,6 +28,8 @@ from mesocosm.train import checkpoint, prepare, training
 from mesocosm.train import pretrain as driver
 from mesocosm.train.schedule import FACTOR, MARGIN, lr_factor
 
+from .stopping import stop_after
+
 pytestmark = pytest.mark.usefixtures("ray_local")
 STEPS, NAMES = range(1, 13), ("counts", "metrics", "checks")
 Make = Callable[..., Any]
@@ -80,6 +82,7 @@ def test_the_artifact_has_its_provenance(whole: Any) -> None:
     assert checks["termination"] == "passed"
 
 
+@pytest.mark.slow
 def test_known_parts_are_of_the_world_and_change_no_weight(whole: Any, pretrain: Make) -> None:
     root, module = str(whole.artifact.path.parent.parent), "mesocosm.envs.known"
     ended = f"{module}:cartpole_terminated"
@@ -102,6 +105,22 @@ def test_run_again_reuses_the_world_and_leaves_nothing(whole: Any, pretrain: Mak
     again = pretrain(root, *SHORT_RUN, "train.zero_stage=1", "train.checkpoint_every=6")
     assert again.artifact.id == whole.artifact.id and "found worlds/" in again.log
     assert Storage(root).list("runs/checkpoints") == []
+
+
+def test_a_stopped_training_saves_a_checkpoint(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in step 6, two steps after a checkpoint: the next run resumes from step 6, and ends
+    with the undisturbed run's weights.
+    """
+    root = cart_root(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again"):
+            pretrain(root, *SHORT_RUN)
+    again = pretrain(root, *SHORT_RUN)
+    assert "resuming from step 6 of 12" in again.log and min(again.losses) == 7
+    assert whole.has_weights_of(again)
 
 
 @pytest.mark.slow
@@ -154,6 +173,7 @@ def test_workers_that_cannot_start_are_an_error(
         ray.kill(holder)
 
 
+@pytest.mark.slow
 def test_corrupted_histories_of_a_single_episode_train_every_member(
     tmp_path: Path, cart_root: Make, pretrain: Make, golden: Any
 ) -> None:

@@ -24,46 +24,10 @@ from mesocosm.store.artifacts import Storage
 from mesocosm.train import prepare, worker
 from mesocosm.train import pretrain as driver
 
+from .stopping import after_put, stop_after
+
 pytestmark = pytest.mark.usefixtures("ray_local")
 Make = Callable[..., Any]
-
-
-def _after_put(
-    step: int,
-    action: Callable[[Any], None],
-    patch: pytest.MonkeyPatch,
-    train_loop: Callable[[dict[str, Any]], None] = worker.train_loop,
-) -> None:
-    """Call `action(feed)` in the worker after it reports `step`."""
-
-    def changed(config: dict[str, Any]) -> None:
-        from mesocosm.train.feed import Feed
-
-        put = Feed.put
-
-        def put_and_act(self: Feed, record: dict[str, Any]) -> None:
-            put(self, record)
-            if record.get("step") == step:
-                action(self)
-
-        Feed.put = put_and_act  # type: ignore[method-assign]
-        train_loop(config)
-
-    patch.setattr(driver, "train_loop", changed)
-
-
-def _stop_after(
-    step: int,
-    patch: pytest.MonkeyPatch,
-    train_loop: Callable[[dict[str, Any]], None] = worker.train_loop,
-) -> None:
-    """Stop as a driver that is interrupted does."""
-
-    def stop(feed: Any) -> None:
-        feed.stop("a test")
-        feed.flush()
-
-    _after_put(step, stop, patch, train_loop)
 
 
 @pytest.mark.slow
@@ -84,29 +48,13 @@ def test_a_killed_worker_costs_no_digit(
             time.sleep(8.0)  # the controller polls its workers for step 4's checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _after_put(6, kill_once, monkeypatch)
+    after_put(6, kill_once, monkeypatch)
     killed = pretrain(cart_root(tmp_path), *SHORT_RUN)
     assert marker.exists() and whole.has_weights_of(killed)
     assert logged.buffer == []
     assert killed.losses == {
         step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
     }
-
-
-def test_a_stopped_training_saves_a_checkpoint(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped in step 6, two steps after a checkpoint: the next run resumes from step 6, and ends
-    with the undisturbed run's weights.
-    """
-    root = cart_root(tmp_path)
-    with monkeypatch.context() as patch:
-        _stop_after(6, patch)
-        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again"):
-            pretrain(root, *SHORT_RUN)
-    again = pretrain(root, *SHORT_RUN)
-    assert "resuming from step 6 of 12" in again.log and min(again.losses) == 7
-    assert whole.has_weights_of(again)
 
 
 @pytest.mark.slow
@@ -164,7 +112,7 @@ def test_resume_at_another_world_size(
     """Two workers train five steps under each ZeRO stage, and one worker the rest."""
     root, other = cart_root(tmp_path), (stage + 1) % 4
     with pytest.MonkeyPatch.context() as patch:
-        _stop_after(5, patch)
+        stop_after(5, patch)
         with pytest.raises(MesocosmError, match="run the same command again"):
             pretrain(root, *SHORT_RUN, "train.workers=2", f"train.zero_stage={stage}")
     message = rf"train\.zero_stage must be {stage} to resume from step 5, got {other}"
@@ -184,12 +132,9 @@ OVERFIT = ("model.family=ensemble", "model.members=4", "model.size=30k", "train.
 OVERFIT += ("train.lr=2e-2",)
 
 
-@pytest.mark.slow
-def test_held_out_episodes_choose_the_weights_and_end_training(
-    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """120 transitions are overfitted early, and here more so by .02 nats a step, since few held-out
-    windows are noisy. A run that is stopped after the chosen step and resumed has its weights.
+def _overfitting() -> Callable[[dict[str, Any]], None]:
+    """A training loop in which 120 transitions are overfitted early, and more so by .02 nats a
+    step, since few held-out windows are noisy. A worker cannot import this file.
     """
 
     def overfitting(config: dict[str, Any]) -> None:
@@ -205,26 +150,50 @@ def test_held_out_episodes_choose_the_weights_and_end_training(
         RankTrainer.held_out_loss = judge_worse  # type: ignore[method-assign]
         worker.train_loop(config)
 
-    monkeypatch.setattr(driver, "train_loop", overfitting)
-    roots = [cart_root(tmp_path / name, 120) for name in ("whole", "stopped")]
-    result = pretrain(roots[0], *OVERFIT)
-    meta, world = result.artifact.meta, World.load(result.artifact.path)
-    judged = {r["step"]: r["held_out/loss"] for r in result.lines if "held_out/loss" in r}
+    return overfitting
+
+
+@pytest.fixture(scope="module")
+def overfitted(
+    tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: Make, ray_local: None
+) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "train_loop", _overfitting())
+        return pretrain(cart_root(tmp_path_factory.mktemp("overfitted"), 120), *OVERFIT)
+
+
+def test_held_out_episodes_choose_the_weights_and_end_training(overfitted: Any) -> None:
+    meta, world = overfitted.artifact.meta, World.load(overfitted.artifact.path)
+    judged = {r["step"]: r["held_out/loss"] for r in overfitted.lines if "held_out/loss" in r}
     step, ended = meta["metrics"]["chosen_step"], meta["counts"]["steps"]
     assert step == min(judged, key=judged.__getitem__) < ended == max(judged) < 400
-    assert f"kept the weights of step {step:.0f}" in result.log
+    assert f"kept the weights of step {step:.0f}" in overfitted.log
     assert (world.base.widening != 1).all()
     world.base.widening.fill_(1.0)  # as they were when they were validated
-    dataset = prepare.open_datasets(Storage(roots[0]), ["cart"])
+    dataset = prepare.open_datasets(Storage(str(overfitted.artifact.path.parents[1])), ["cart"])
     loader = Loader(dataset, Codec.from_json(world.codec), "valid", 8, 8, 0)
     losses = [world.losses(windows) for windows in loader.eval_batches()]
     count = sum(float(part.transitions) for part in losses)
     nats = sum(float(part.nats["dynamics"]) for part in losses) / count
     assert nats == approx(meta["metrics"]["valid/dynamics"], rel=1e-4)
 
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_after_the_chosen_step_has_its_weights(
+    overfitted: Any,
+    tmp_path: Path,
+    cart_root: Make,
+    pretrain: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root, last = (
+        cart_root(tmp_path, 120),
+        int(overfitted.artifact.meta["metrics"]["chosen_step"]) + 5,
+    )
     with monkeypatch.context() as patch:
-        _stop_after(int(step) + 5, patch, overfitting)
+        stop_after(last, patch, _overfitting())
         with pytest.raises(MesocosmError, match="ended before step 400"):
-            pretrain(roots[1], *OVERFIT)
-    again = pretrain(roots[1], *OVERFIT)
-    assert f"resuming from step {step + 5:.0f}" in again.log and result.has_weights_of(again)
+            pretrain(root, *OVERFIT)
+    monkeypatch.setattr(driver, "train_loop", _overfitting())
+    again = pretrain(root, *OVERFIT)
+    assert f"resuming from step {last}" in again.log and overfitted.has_weights_of(again)

@@ -12,6 +12,7 @@ import pytest
 from mesocosm.errors import UsageError
 from mesocosm.jobs.pretrain import JOB
 from mesocosm.runs import tracking
+from mesocosm.train import engine
 from mesocosm.train.schedule import (
     FACTOR,
     GRACE,
@@ -151,6 +152,21 @@ def test_a_damaged_dataset_is_a_usage_error_before_anything_starts(
         tracking.start("pretrain", config, quiet=True) as started,
     ):
         JOB.run(config, started)
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_bf16_without_its_instructions_is_a_warning(
+    tmp_path: Path,
+    load: Callable[..., Any],
+    cart_root: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    hardware: bool,
+) -> None:
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: hardware)
+    root = cart_root(tmp_path, 100)
+    slow = JOB.plan(load(root, "train.steps=2", "train.precision=bf16"))
+    assert ("train.precision=fp32" in str(slow.get("warnings"))) is not hardware
+    assert "warnings" not in JOB.plan(load(root, "train.steps=2", "train.precision=fp32"))
 
 
 def test_a_plan_counts_without_training(

@@ -1,4 +1,6 @@
-"""The environment that RLlib steps: flat observations, head actions and durations."""
+"""The environment that RLlib steps: flat observations, head actions and durations. The penalty for
+disagreement is taken off the rewards before, in `serve.client`.
+"""
 
 from __future__ import annotations
 

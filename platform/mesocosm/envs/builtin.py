@@ -1,5 +1,7 @@
-"""Environments that come with Mesocosm, beside every Gymnasium id:
-`reality.env=mesocosm.envs.builtin:reacher`.
+"""Variants of Gymnasium's environments: `reality.env=mesocosm.envs.builtin:reacher`.
+
+Other examples: `items` (a table of elements), `pixels` (images), `training`, `robotics`, `browser`
+and `text`. Your own needs no change here, see docs/environments.md.
 """
 
 from __future__ import annotations

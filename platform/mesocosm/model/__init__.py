@@ -1,5 +1,5 @@
 """World models in torch, and nothing else of this project.
 
-Read `spec` (the data), `net` (the interface of a family, and the losses), `families` (the list of
-families: `ensemble`, `sequence`) and `world` (how a trained model steps, and its files).
+Read `spec` (the data), `net` (the interface of a family, and the losses), `families` (their list:
+`ensemble`, `sequence`, `language`) and `world` (how a trained model steps, and its files).
 """

@@ -1,4 +1,4 @@
-"""The model families, by `model.family`. To add one of windows, write a subclass of `net.WorldNet`
+"""The model families, by `model.family`. To add one, write a subclass of `net.WorldNet`
 (`ensemble` is the shortest), list it in NETWORKS, and list its sizes in `ladder.LADDERS`.
 """
 

@@ -1,5 +1,5 @@
 """Trials on Ray Tune: a trunk of small cells in a process that is used again, or a large cell as a
-pretrain job.
+pretrain job. A cell that fails has no record; `jobs.sweep` trains such cells when it runs again.
 """
 
 from __future__ import annotations

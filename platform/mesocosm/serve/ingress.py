@@ -7,7 +7,8 @@ Every route but /health requires the bearer token, before a byte of the body is 
 The server is a thread of the process that deployed the world, rather than Ray Serve's proxy. That
 proxy (of 2.60) answers /-/routes without a token, fails with 500 on a header byte that is not
 UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
-FastAPI's security dependencies cannot replace `Guard`: they run after the body has been read.
+FastAPI's security dependencies cannot replace `http_guard.Guard`, which checks the token: they run
+after the body has been read.
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ class Rank:
     device: torch.device
 
 
+def cpu_has_bf16() -> bool:
+    """True where this machine's CPU multiplies bf16 in hardware, so that oneDNN uses it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def stage(options: TrainConfig) -> int:
     """The ZeRO stage that runs: bf16 needs an optimiser that keeps float32 masters, as stage 1 does
     and stage 0 does not.

@@ -119,7 +119,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         )
 
     def summary(self, plan: Pretraining) -> dict[str, Any]:
-        known.check_data(plan.functions, plan.dataset)
+        warnings = _warnings(plan)
         codec = prepare.fit_codec(plan.dataset, plan.config.model)
         loader = plan.loader(codec)
         steps, model, train = plan.steps(loader), plan.config.model, plan.config.train
@@ -136,7 +136,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             "epochs": round(steps * train.batch / loader.windows_per_epoch, 2),
             "flops": steps * prepare.step_flops(codec.spec, model, train),
             "memory_gib": round(memory, 2),
-        }
+        } | ({"warnings": warnings} if warnings else {})
 
     def resources(self, plan: Pretraining) -> Resources:
         workers = plan.config.train.workers
@@ -153,7 +153,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             step, saved = last[1].step, last[1].zero_stage
             text = f"train.zero_stage must be {saved} to resume from step {step}"
             raise UsageError(f"{text}, got {train.zero_stage}; {checkpoint.AGAIN}")
-        for warning in known.check_data(plan.functions, plan.dataset):
+        for warning in _warnings(plan):
             run.say(f"warning: {warning}")
         codec = prepare.fitted_codec(storage, folder, plan.dataset, config.model)
         loader = plan.loader(codec)
@@ -266,6 +266,17 @@ def _window_world(
     widen(world, dataset, codec, config.data.block)
     calibrate(world, dataset, codec)
     return _Made(world, check_termination(world, dataset, codec, config.seed), base.metrics)
+
+
+def _warnings(plan: Pretraining) -> list[str]:
+    """Sentences for the user to read before the training."""
+    warnings = list(known.check_data(plan.functions, plan.dataset))
+    if plan.config.train.precision == "bf16" and not plan.gpus and not engine.cpu_has_bf16():
+        warnings.append(
+            "train.precision=bf16 can be ten times slower than fp32 on this machine's CPU, which"
+            " has no bf16 instructions; use train.precision=fp32"
+        )
+    return warnings
 
 
 def _text_world(plan: Pretraining, codec: TextCorpus, dataset: Dataset, weights: Path) -> _Made:

@@ -2,7 +2,7 @@
 
 Each helper is a Python process that imports Ray Data, and the controller torch as well: 3 to 9 s of
 CPU before the first step. Written against the internals of ray 2.60, to which the package is
-pinned.
+pinned. `make_trainer` also says how often lost workers are replaced (`train.max_failures`).
 """
 
 from __future__ import annotations
