@@ -1,4 +1,4 @@
-"""The HTTP ingress on a real Ray Serve: its token, and the same bits as in process."""
+"""The HTTP ingress on a real Ray Serve: where it listens, its token, the bits of a local world."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import threading
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 from gymnasium.vector.utils import iterate
 
 from mesocosm.datasets.space_json import space_from_json
+from mesocosm.errors import UsageError
 from mesocosm.serve import http_guard, http_sessions
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served
-from mesocosm.serve.deployment import LISTENERS
+from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serve.protocol import pack, unpack
 
-from .worlds import local
+from .worlds import local, web_config
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 ACTION = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
@@ -54,6 +56,45 @@ def sessions() -> http_sessions.HttpSessions:
     served = LISTENERS["web"].sessions
     assert served is not None
     return served
+
+
+# -- where it listens
+
+
+def listening() -> set[tuple[str, int]]:
+    """Addresses on which this process listens."""
+    connections = psutil.Process().net_connections("tcp")
+    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def test_loopback_alone_and_no_grpc(client: Any, rich: str) -> None:
+    """The only port is on loopback, and Serve's proxy, its HTTP and gRPC ingress, never starts."""
+    from ray import serve
+
+    port = int(client.url.rsplit(":", 1)[1])
+    before = listening()
+    assert [address for address, open_port in before if open_port == port] == ["127.0.0.1"]
+    assert serve.status().proxies == {}
+    deploy(web_config(rich, "plain"))
+    try:
+        assert listening() == before and "plain" not in LISTENERS
+        assert serve.status().proxies == {}
+    finally:
+        undeploy("plain")
+
+
+def test_a_port_that_is_taken(client: Any, rich: str) -> None:
+    from ray import serve
+
+    port = int(client.url.rsplit(":", 1)[1])
+    for values, message in (
+        ({"http": port}, f"serve.http={port}: the port is taken on 127.0.0.1"),
+        ({"http": 70000}, "serve.http must be a port .* got 70000"),
+        ({"http": 0, "world": ""}, "serve.world must be set with serve.http, got serve.world=''"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            deploy(web_config(rich, "second", **values))
+    assert "second" not in serve.status().applications
 
 
 # -- the token

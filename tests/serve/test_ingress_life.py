@@ -1,4 +1,4 @@
-"""Where the HTTP ingress listens, the job that serves it, and how it ends, on a real Ray Serve."""
+"""The job that serves an HTTP ingress, and how it ends, on a real Ray Serve."""
 
 from __future__ import annotations
 
@@ -12,61 +12,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import requests
 
-from mesocosm.config import StorageConfig
-from mesocosm.errors import UsageError
 from mesocosm.jobs.serve import JOB
 from mesocosm.runs import tracking
 from mesocosm.serve import http_sessions, ingress
-from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
+
+from .worlds import web_config
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 ACTION = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
-
-
-def config(root: str, name: str, **values: Any) -> ServeConfig:
-    values = {"world": "rich", "cpus": 0.5} | values
-    return ServeConfig(name=name, storage=StorageConfig(root), **values)
-
-
-def listening() -> set[tuple[str, int]]:
-    """Addresses on which this process listens."""
-    connections = psutil.Process().net_connections("tcp")
-    return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
-
-
-def test_loopback_alone_and_no_grpc(client: Any, rich: str) -> None:
-    """The only port is on loopback, and Serve's proxy, its HTTP and gRPC ingress, never starts."""
-    from ray import serve
-
-    port = int(client.url.rsplit(":", 1)[1])
-    before = listening()
-    assert [address for address, open_port in before if open_port == port] == ["127.0.0.1"]
-    assert serve.status().proxies == {}
-    deploy(config(rich, "plain"))
-    try:
-        assert listening() == before and "plain" not in LISTENERS
-        assert serve.status().proxies == {}
-    finally:
-        undeploy("plain")
-
-
-def test_a_port_that_is_taken(client: Any, rich: str) -> None:
-    from ray import serve
-
-    port = int(client.url.rsplit(":", 1)[1])
-    for values, message in (
-        ({"http": port}, f"serve.http={port}: the port is taken on 127.0.0.1"),
-        ({"http": 70000}, "serve.http must be a port .* got 70000"),
-        ({"http": 0, "world": ""}, "serve.world must be set with serve.http, got serve.world=''"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            deploy(config(rich, "second", **values))
-    assert "second" not in serve.status().applications
 
 
 @pytest.mark.slow
@@ -94,7 +51,7 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     observer = threading.Thread(target=visit)
     observer.start()
-    job_config = config(rich, "job", http=0)
+    job_config = web_config(rich, "job", http=0)
     with tracking.start("serve", job_config, id="visited", quiet=True) as job:
         JOB.run(job_config, job)
     observer.join()
@@ -121,7 +78,7 @@ def test_nobody_answers(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setenv("MESOCOSM_WORLD_TOKEN", client.token)
     monkeypatch.setattr(http_sessions, "DEADLINE_S", 2.0)
-    deploy(config(rich, "brief", http=0))
+    deploy(web_config(rich, "brief", http=0))
     try:
         client = type(client)(LISTENERS["brief"].url)
         session = client.begin()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from mesocosm.config import StorageConfig
 from mesocosm.data.loading.codec import Codec, Scaling
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.model.base import Base
@@ -17,6 +18,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.world import World
 from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
 
 Space = gymnasium.Space[Any]
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -97,3 +99,9 @@ def played(
 def local(world: Any, root: str, num_envs: int = 3, **arguments: Any) -> WorldVectorEnv:
     """A client of a stored world in this process."""
     return WorldVectorEnv(num_envs, world, root=root, backend="local", **arguments)
+
+
+def web_config(root: str, name: str, **values: Any) -> ServeConfig:
+    """The world `rich` behind the ingress or without it."""
+    values = {"world": "rich", "cpus": 0.5} | values
+    return ServeConfig(name=name, storage=StorageConfig(root), **values)
