@@ -60,6 +60,7 @@ sys.meta_path.insert(0, Missing())
 """
 
 
+@pytest.mark.integration
 def test_the_api_works_without_the_extras(root: str) -> None:
     script = (
         f"{WITHOUT_EXTRAS}\nimport mesocosm\n"
@@ -71,6 +72,7 @@ def test_the_api_works_without_the_extras(root: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.integration
 def test_a_command_names_the_extra_that_it_needs(tmp_path: Path) -> None:
     script = f"{WITHOUT_EXTRAS}\nfrom mesocosm.cli.main import main\nsys.exit(main(['doctor']))"
     ended = subprocess.run(
@@ -91,6 +93,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.integration
 def test_no_public_name_imports_ray() -> None:
     script = (
         "import sys, mesocosm;"

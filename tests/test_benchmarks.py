@@ -96,6 +96,7 @@ agent: {backend: local}
 """
 
 
+@pytest.mark.integration
 def test_the_script_and_the_clone_of_a_domain_are_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

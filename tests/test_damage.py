@@ -71,6 +71,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, cart_root: Cart) -> 
     return remote
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_commit_that_cannot_be_used(
     storage: Storage,
@@ -217,6 +218,7 @@ def test_a_replay_that_fails_is_a_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" not in error and error.count("\n") <= 1
 
 
+@pytest.mark.integration
 def test_no_sql_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MLflow's database loses a table that a pending run needs."""
     root = str(tmp_path / "root")

@@ -139,6 +139,7 @@ def test_features_of_codes_tell_them_apart(kind: str) -> None:
     assert tokenizer.features(codes[:1]).shape == (1, features.shape[1])
 
 
+@pytest.mark.integration
 def test_an_imagined_environment_gives_codes_and_continues(
     world: World, dictionary: PatchDictionary
 ) -> None:

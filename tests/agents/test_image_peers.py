@@ -110,6 +110,7 @@ def test_the_algorithms_of_image_worlds_are_accepted_in_reality(stored: str) -> 
             baseline.JOB.plan(sac)
 
 
+@pytest.mark.integration
 def test_the_tokenizer_decides_the_id(stored: str, dictionary: PatchDictionary) -> None:
     storage = Storage(stored)
     other = PatchDictionary((40, 40, 3), 8, dictionary.table[::-1].copy())

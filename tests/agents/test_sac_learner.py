@@ -98,6 +98,7 @@ def far_from_zero(count: int) -> torch.Tensor:
     return torch.randn(count, 2) * torch.tensor([0.3, 50.0]) + torch.tensor([0.0, 1000.0])
 
 
+@pytest.mark.integration
 def test_continuous_actions_are_learned() -> None:
     """The best action is the first number of the observation; episodes last one step."""
     sac, replay = learner(spaces.Box(-1.0, 1.0, (1,), np.float32)), Replay(2000)
@@ -120,6 +121,7 @@ def test_continuous_actions_are_learned() -> None:
     assert torch.allclose(test @ folded["weight"].T + folded["bias"], expected, atol=1e-3)
 
 
+@pytest.mark.integration
 def test_discrete_actions_are_learned_over_two_steps() -> None:
     """Only the first action decides the reward of the second step: Q must bootstrap."""
     sac, replay = learner(spaces.Discrete(3)), Replay(3000)

@@ -55,6 +55,7 @@ def run_agent(root: str, *words: str) -> Any:
         return train_agent.JOB.run(config, run)
 
 
+@pytest.mark.integration
 def test_an_imagined_environment_continues_with_the_same_bits(user_module: None) -> None:
     candidates = Candidates(load_source(FUNCTION), SHAPE)
     world = text_world()

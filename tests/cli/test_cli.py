@@ -182,6 +182,7 @@ def test_a_dry_run_of_a_loop_prices_each_stage(command: Command) -> None:
     ]
 
 
+@pytest.mark.integration
 def test_a_dry_run_prints_words(command: Command) -> None:
     mix = "behaviours=[{kind: random},{kind: random, weight: 2}]"
     out = command("collect", "-c", "pendulum", mix, "--dry-run")

@@ -101,6 +101,7 @@ def test_bash_completes_commands_options_keys_files_and_clusters(home: Path) -> 
     assert not (home / "heavy").exists(), f"imported at Tab: {(home / 'heavy').read_text()}"
 
 
+@pytest.mark.integration
 def test_bash_completes_datasets(home: Path) -> None:
     for id in ("ab12", "ab34", "cd56"):
         (home / ".mesocosm" / "datasets" / id).mkdir(parents=True)
@@ -115,6 +116,7 @@ def test_bash_completes_datasets(home: Path) -> None:
     assert show == ["ab12"] and set(second) >= {"ab12", "cd56"} and root == ["storage.root="]
 
 
+@pytest.mark.integration
 def test_bash_completes_the_jobs_that_were_submitted_from_here(home: Path) -> None:
     for id in ("pretrain-1a2b3c4d5e-1", "sweep-0f0f0f0f0f-2"):
         write(SubmittedJob(id, id.partition("-")[0], "aws", "s3://bucket", 0.0))

@@ -35,6 +35,7 @@ def test_every_shipped_config_is_listed_and_shown(
     assert text == (REPOSITORY / "configs" / "loop" / "quickstart.yaml").read_text()
 
 
+@pytest.mark.integration
 def test_a_job_takes_a_shipped_config_by_name(
     elsewhere: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

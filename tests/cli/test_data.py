@@ -22,6 +22,7 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     )
 
 
+@pytest.mark.integration
 def test_datasets_are_listed_shown_and_held_against_each_other(
     any_root: str,
     tmp_path: Path,

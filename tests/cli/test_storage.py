@@ -77,6 +77,7 @@ storage.make("worlds", "half", {}, fill)
 """
 
 
+@pytest.mark.integration
 def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
     storage = Storage(any_root)
     whole = storage.make("worlds", "whole", {}, _small)
@@ -110,6 +111,7 @@ def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
         assert storage.read(name) is not None, name
 
 
+@pytest.mark.integration
 def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -> None:
     """The process was killed between the commit and the removal. An unfinished training's stays."""
     storage = Storage(any_root)
@@ -130,6 +132,7 @@ def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -
     assert storage.list("runs/checkpoints/going") == ["progress.json"]
 
 
+@pytest.mark.integration
 def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(
     any_root: str, gc: Listed
 ) -> None:
@@ -298,6 +301,7 @@ def test_it_asks(
     )
 
 
+@pytest.mark.integration
 def test_wrong_use_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 URL = "http://127.0.0.1:8265"
 
 
+@pytest.mark.integration
 def test_it_imports_neither_ray_nor_torch() -> None:
     modules = ("cluster.spec", "cli.cluster", "cluster.kuberay", "cluster.launcher")
     imports = ", ".join(f"mesocosm.{module}" for module in modules)
@@ -184,6 +185,7 @@ def test_every_node_of_the_launcher_starts_with_the_token_and_nothing_public() -
     assert "security_group" not in config["provider"], "Ray's own admits SSH alone"
 
 
+@pytest.mark.integration
 def test_ec2_accepts_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own bootstrap and provider, on moto's EC2: no port but SSH is open."""
     import boto3

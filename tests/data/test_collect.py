@@ -28,6 +28,7 @@ from .reality import config, scripted, spent, troubled
 Collect = Callable[[CollectConfig], Artifact]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "InvertedPendulum-v5"])
 def test_steps_are_exact_and_a_second_time_is_free(root: str, collect: Collect, env: str) -> None:
     cfg = config(root, env, steps=301, lanes=3)
@@ -264,6 +265,7 @@ def test_a_budget_is_refused_before_anything_starts(
     assert Ledger(Storage(root), "mine").totals().steps == 250
 
 
+@pytest.mark.integration
 def test_a_collection_that_failed_goes_on_after_its_stored_episodes(
     root: str, tmp_path: Path, user_module: None, collect: Collect, a_run: tracking.Run
 ) -> None:

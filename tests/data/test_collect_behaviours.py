@@ -72,6 +72,7 @@ def test_noise(root: str, user_module: None) -> None:
     assert abs(np.mean([act(np.zeros(4, np.float32), rng) for _ in range(2000)]) - 0.8) < 0.04
 
 
+@pytest.mark.integration
 def test_a_trained_policy_acts(root: str, collect: Collect) -> None:
     spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
     torch.manual_seed(0)

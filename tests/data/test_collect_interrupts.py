@@ -107,6 +107,7 @@ def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(
     assert totals.steps >= asked and totals.steps - unconfirmed == stored
 
 
+@pytest.mark.integration
 def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,7 @@ def test_failures_are_put_back_unless_they_are_broken(write_walks: Write, curate
     assert "no failed episode is left" in report(successes)["warnings"][-1]
 
 
+@pytest.mark.integration
 def test_hold_out_by_task_behaviour_and_time(write_walks: Write, curate: Curate) -> None:
     tasks = [{"mass": 0.1 * k, "map": ["big", "small", "round"][k % 3]} for k in range(30)]
     episodes = [walk(k, task=task, behaviour="ab"[k % 2]) for k, task in enumerate(tasks)]

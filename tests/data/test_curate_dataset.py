@@ -37,6 +37,7 @@ ALL: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.integration
 def test_a_curated_dataset_trains_and_is_made_once(
     write_walks: Write, curate: Curate, root: str, golden: Any
 ) -> None:
@@ -82,6 +83,7 @@ def test_ray_data_gives_the_same_bytes(
     assert by_ray.id == artifact.id and checksums(by_ray) == before
 
 
+@pytest.mark.integration
 def test_a_dry_run_reports_and_writes_nothing(
     write_walks: Write,
     curate: Curate,

@@ -164,6 +164,7 @@ def write_elsewhere(write: Write) -> Path:
     return moved
 
 
+@pytest.mark.integration
 def test_the_split_is_by_episode(
     write: Write, counted: Counted, counted_dataset: Callable[..., Dataset]
 ) -> None:

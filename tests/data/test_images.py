@@ -258,6 +258,7 @@ def test_images_have_no_groups(write_walks: Callable[..., str], curate: Callable
         curate({"op": "balance", "by": "front"})
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("space", [RGB, CAMERAS])
 def test_coverage_says_what_it_does_not_see(
     write: Callable[..., Path], space: gymnasium.Space[Any], tmp_path: Path

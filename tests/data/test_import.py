@@ -65,6 +65,7 @@ def test_a_collected_dataset_is_imported_from_its_export(
         assert import_logs(export, env="CartPole-v1", force=force).id == result.id
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("form", ["jsonl", "next", "flat", "struct"])
 @pytest.mark.parametrize("batch", [5, 1 << 14])
 def test_every_form_of_the_schema_gives_the_same_dataset(

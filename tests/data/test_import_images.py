@@ -188,6 +188,7 @@ def test_folders_that_are_no_episodes(folder: Path) -> None:
     refused("column 'observation' holds no picture that can be read .*cannot identify", folder)
 
 
+@pytest.mark.integration
 def test_a_killed_import_of_pictures_goes_on(
     folder: Path, tmp_path: Path, import_logs: Import, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +324,7 @@ def test_lists_of_bytes(
     assert np.array_equal(np.stack(seen_of(dataset, 1)), values[1])
 
 
+@pytest.mark.integration
 def test_memory_holds_few_frames(tmp_path: Path, import_logs: Import) -> None:
     """One episode of 300 frames of 192 KiB each, 56 MiB in all."""
     picture = np.random.default_rng(0).integers(0, 8, (256, 256, 3)).astype(np.uint8)

@@ -61,6 +61,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     assert shards[0] == shards[1]
 
 
+@pytest.mark.integration
 def test_a_broken_import_goes_on_where_it_was(
     tmp_path: Path, import_logs: Import, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_another_video_is_another_dataset(folder: Path, import_logs: Import) -> 
     assert import_logs(robot).id != first
 
 
+@pytest.mark.integration
 def test_faults_of_one_episode(folder: Path, import_logs: Import) -> None:
     """Each is refused, naming the episode; bad=drop leaves the episode out."""
 

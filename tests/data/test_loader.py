@@ -121,6 +121,7 @@ def test_every_episode_starts_once_an_epoch(mixed: Mixed) -> None:
     assert sorted(starts) == sorted(dataset.table["hash"][dataset.episodes("train")].tolist())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("length", [64, 67, 71])
 def test_the_phase_changes_from_epoch_to_epoch(
     length: int, counted_dataset: Callable[..., Dataset]
@@ -133,6 +134,7 @@ def test_the_phase_changes_from_epoch_to_epoch(
     assert len({int(start) % 8 for start in starts if start}) >= 4
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_ranks_share_the_same_global_batch(mixed: Mixed, world_size: int) -> None:
     loader = Loader(*mixed, "train", 5, 6, 3, events=12)

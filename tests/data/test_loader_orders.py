@@ -91,6 +91,7 @@ def test_opening_reads_no_episode(two: Two) -> None:
     assert dataset.transitions == 4 * sum(LENGTHS) and dataset.size("valid") > 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_resume_is_exact_also_with_other_ranks(two: Two, order: str) -> None:
     paths, codec = two
@@ -124,6 +125,7 @@ def test_an_epoch_has_every_transition_once(two: Two, order: str) -> None:
     assert loader.transitions_seen(each // 2) == sum(map(len, windows[: each // 2]))
 
 
+@pytest.mark.integration
 def test_only_a_block_and_the_next_one_are_held(two: Two) -> None:
     paths, codec = two
     dataset = Dataset(paths)
@@ -147,6 +149,7 @@ def test_only_a_block_and_the_next_one_are_held(two: Two) -> None:
     assert not dataset._open and not dataset._pinned, "evaluation releases its shards"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("order", ["weights", "both"])
 def test_each_dataset_has_its_share_of_every_batch(two: Two, order: str) -> None:
     paths, codec = two

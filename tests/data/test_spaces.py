@@ -94,6 +94,7 @@ def batch_of(space: gymnasium.Space[Any], values: list[Any]) -> Any:
     return concatenate(space, values, create_empty_array(space, len(values)))
 
 
+@pytest.mark.integration
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(space=nested, size=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_any_nested_space_round_trips_in_gymnasiums_own_layout(

@@ -98,6 +98,7 @@ def test_facts_of_texts(write_talks: Write, root: str) -> None:
     json.dumps(facts, allow_nan=False)
 
 
+@pytest.mark.integration
 def test_coverage_of_long_texts(write_talks: Write, root: str, tmp_path: Path) -> None:
     """Distances are of words, held-out texts that are new are far, and the page shows them."""
     rooms = ["a red cup", "a blue pan", "a green pot"]

@@ -269,6 +269,7 @@ def test_a_damaged_tokenizer_is_reported(tmp_path: Path) -> None:
         Tokenizers.load(tmp_path)
 
 
+@pytest.mark.integration
 def test_the_grid_game_is_exact_on_new_frames(
     collect: Callable[..., Artifact], tokenize: Tokenize, root: str
 ) -> None:

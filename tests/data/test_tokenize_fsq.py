@@ -58,6 +58,7 @@ def write_carts(write_walks: Callable[..., str], **facts: Any) -> None:
     write_walks(episodes, observation_space=PixCart().observation_space, **facts)
 
 
+@pytest.mark.integration
 def test_it_learns_where_the_cart_is() -> None:
     """A few hundred steps show the cart and the pole within some pixels."""
     frames = np.stack([driven(k, t) for k in range(10) for t in range(31)])
@@ -93,6 +94,7 @@ def test_frames_that_are_all_alike_are_refused() -> None:
         fit_fsq(black, black[0], 8, 2, 0, "observation")
 
 
+@pytest.mark.integration
 def test_auto_takes_a_dictionary_where_it_fits(
     write_walks: Callable[..., str], tokenize: Callable[..., Artifact]
 ) -> None:
@@ -110,6 +112,7 @@ def test_auto_takes_a_dictionary_where_it_fits(
         tokenize(tokenizer=tokenize(patch=4).id, patch=4, kind="fsq")
 
 
+@pytest.mark.integration
 def test_a_learned_tokenizer_goes_on_after_its_training(
     write_walks: Callable[..., str],
     tokenize: Callable[..., Artifact],

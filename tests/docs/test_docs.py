@@ -83,6 +83,7 @@ def test_programs_that_are_not_there_are_not_run() -> None:
     assert not left, "say why they are not run: `# no-run: REASON`"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "mesocosm" in c.programs], ids=str)
 def test_a_command_is_understood(
     command: Command,
@@ -255,6 +256,7 @@ def test_troubleshooting_quotes_many_messages() -> None:
     assert len(quoted()) >= 30 and len(set(quoted())) == len(quoted())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("message", quoted())
 def test_a_quoted_message_is_one_of_the_packages(message: str) -> None:
     assert len(message.replace(HOLE, "").strip()) >= 12, "quote enough of it to be found"

@@ -83,6 +83,7 @@ def test_texts_and_commands_are_in_the_spaces(id: str) -> None:
             assert all(command in env.action_space for command in info["admissible_commands"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("variant", [FULL, EASY])
 def test_candidates_are_exactly_the_possible_commands(variant: Any) -> None:
     """Each candidate is possible, and no other command made of the variant's words is."""

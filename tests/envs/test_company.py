@@ -58,6 +58,7 @@ def run(env: Any, *commands: str) -> list[tuple[Any, ...]]:
     return [env.step(command) for command in commands]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_expert_solves_every_task(kind: str) -> None:
     env, expert = make(kind), CompanyExpert()

@@ -240,6 +240,7 @@ def spend(ledger: Ledger, times: int) -> None:
         ledger.confirm(Usage(ledger.reserve("collect", 3, resets=1, holder="h"), 2, 1, 0.25))
 
 
+@pytest.mark.integration
 def test_opening_reads_a_snapshot_and_the_records_after_it(root: str, reads: list[str]) -> None:
     ledger = opened(root)
     spend(ledger, 1000)

@@ -148,6 +148,7 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(user_module: None, root:
     assert len(raised) == 1 and ledger.totals().steps == 2 and ledger.totals().unconfirmed == ()
 
 
+@pytest.mark.integration
 def test_a_step_that_comes_back_after_all_is_confirmed_once(user_module: None, root: str) -> None:
     """Frozen in the middle of a step, by a thread that does not confirm."""
     ledger = opened(root)

@@ -35,6 +35,7 @@ def play(env: Any, seed: int, noise: float) -> tuple[list[Any], float, bool]:
     return frames, total, terminated
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("task", ["DoorKey-5x5", "Empty-5x5", "DoorKey-8x8"])
 def test_the_script_reaches_the_goal_by_the_pictures(task: str) -> None:
     env, lengths = made(task), []

@@ -122,6 +122,7 @@ def test_two_datasets_are_compared(make_dataset: MakeDataset) -> None:
     assert 0.45 < result["a_lacks"]["beyond"] < 0.55 and result["b_lacks"]["beyond"] < 0.05
 
 
+@pytest.mark.integration
 def test_the_page_is_the_same_for_the_same_data(make_dataset: MakeDataset, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     episodes = [episode(k, rng, lambda state: 1, behaviour="<b>") for k in range(10)]
@@ -149,6 +150,7 @@ def test_little_data_has_a_page_too(make_dataset: MakeDataset, tmp_path: Path) -
     assert "always 1" in (tmp_path / "coverage.html").read_text()
 
 
+@pytest.mark.integration
 def test_a_written_dataset_of_texts_and_tasks(tmp_path: Path) -> None:
     goal = spaces.Box(-1, 1, (1,), np.float32)
     space = spaces.Dict({"word": spaces.Text(4, charset="ab"), "goal": goal})

@@ -66,6 +66,7 @@ def test_psnr_is_of_moving_pixels() -> None:
     assert psnr == pytest.approx(20 * np.log10(255 / 100))
 
 
+@pytest.mark.integration
 def test_frames_are_compared_over_the_horizon(games: Dataset, dictionary: PatchDictionary) -> None:
     view = games.tokenized([dictionary])
     world = fit_world(view, MODEL, steps=3)
@@ -84,6 +85,7 @@ def test_frames_are_compared_over_the_horizon(games: Dataset, dictionary: PatchD
     assert again is not None and again.images[0][1] == rows
 
 
+@pytest.mark.integration
 def test_a_world_of_images_and_its_agent_are_evaluated(
     root: str, games: Dataset, dictionary: PatchDictionary
 ) -> None:

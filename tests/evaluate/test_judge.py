@@ -60,6 +60,7 @@ def random_policy(reality: RealityConfig) -> RandomPolicy:
     return RandomPolicy(make_env(reality).action_space)
 
 
+@pytest.mark.integration
 def test_every_step_is_metered_and_the_same_seed_gives_the_same_episodes(root: str) -> None:
     book = ledger(root)
     result = judge(Balance(), CARTPOLE, book, episodes=6, seed=3)
@@ -177,6 +178,7 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
+@pytest.mark.integration
 def test_interrupted_judging_continues_after_the_stored_episodes(any_root: str) -> None:
     reality, storage = varied(), Storage(any_root)
     space = make_env(reality).action_space

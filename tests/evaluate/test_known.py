@@ -20,6 +20,7 @@ REWARD = KnownFunction("walk:reward", "0", lambda o, a, following: following[:, 
 ENDED = KnownFunction("walk:ended", "0", lambda o, a, following: following[:, 0] > 2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 def test_true_functions_make_no_error_and_untrained_networks_do(
     tmp_path: Path, family: str

@@ -55,6 +55,7 @@ class Uniform:
         return rng.uniform(-1, 1, 2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("knows", [True, False])
 def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> None:
     world = WrongFarOut(Codec.fit(walks), knows)
@@ -91,6 +92,7 @@ def test_steps_that_diverge_are_the_largest_errors_and_no_sure_ones(walks: Datas
     assert (result.error > 1e300).all() and (result.disagreement > 1e300).all()
 
 
+@pytest.mark.integration
 def test_a_clone_of_random_discrete_actions_knows_their_chance(tmp_path: Path) -> None:
     """On observations without numbers, too."""
     rng, episodes = np.random.default_rng(0), []

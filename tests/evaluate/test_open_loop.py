@@ -183,6 +183,7 @@ def untrained(request: pytest.FixtureRequest, walks: Dataset) -> dict[bool, Worl
     }
 
 
+@pytest.mark.integration
 def test_a_real_world_with_the_right_base_is_good_before_training_and_without_it_is_not(
     walks: Dataset, untrained: dict[bool, World]
 ) -> None:

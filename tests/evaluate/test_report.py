@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.report import page
@@ -160,6 +161,7 @@ def parsed(html: str) -> Strict:
     return parser
 
 
+@pytest.mark.integration
 def test_the_page_is_well_formed_self_contained_and_escaped(tmp_path: Path) -> None:
     write(example(), tmp_path)
     html = (tmp_path / "report.html").read_text()
@@ -173,6 +175,7 @@ def test_the_page_is_well_formed_self_contained_and_escaped(tmp_path: Path) -> N
     assert not re.search(r"\bnan\b|\binf\b|None", " ".join(page_parts.texts), re.I)
 
 
+@pytest.mark.integration
 def test_the_page_shows_the_summarys_figures_and_nothing_else(tmp_path: Path) -> None:
     summary = write(example(), tmp_path)
     stored = json.loads((tmp_path / "summary.json").read_text())
@@ -192,6 +195,7 @@ def test_the_page_shows_the_summarys_figures_and_nothing_else(tmp_path: Path) ->
     assert "4,321" in page.render(changed)
 
 
+@pytest.mark.integration
 def test_the_verdict_counts_real_steps_and_names_censored_runs(tmp_path: Path) -> None:
     verdict = write(example(), tmp_path)["verdict"]
     ours, tuned, censored = verdict["groups"]

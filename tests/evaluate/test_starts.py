@@ -149,6 +149,7 @@ def goals(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return reality(tmp_path_factory.mktemp("data") / "goals", goal, GOAL, 700, task=["goal"])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("which", ["points", "goals"])
 def test_the_true_distribution_is_not_told_from_reality(
     which: str, request: pytest.FixtureRequest
@@ -190,6 +191,7 @@ def test_a_generator_of_one_mode_covers_little(points: Dataset) -> None:
     assert result.validity == 1 and result.coverage < 0.5 and result.auc > 0.8
 
 
+@pytest.mark.integration
 def test_a_memory_is_detected(points: Dataset) -> None:
     exact = judged(memory_of(points), points)
     assert exact.auc < 0.7 and exact.coverage > 0.8 and exact.validity > 0.95
@@ -237,6 +239,7 @@ def test_starts_outside_the_spaces_are_counted(goals: Dataset) -> None:
     assert "0 generated starts are too few" in result.notes[1]
 
 
+@pytest.mark.integration
 def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path) -> None:
     narrow = spaces.Box(-1.0, 1.0, (1,), np.float64)
     edge: Draw = lambda rng: rng.choice([-1.0, 1.0], 1)  # noqa: E731
@@ -272,6 +275,7 @@ def test_constant_starts(tmp_path: Path) -> None:
     assert far.auc > 0.9 and far.validity < 0.1 and far.nearest > 0.5
 
 
+@pytest.mark.integration
 def test_categories_only(tmp_path: Path) -> None:
     space = spaces.Dict(room=spaces.Discrete(6), name=spaces.Text(3, min_length=0, charset="ab"))
     draw: Draw = lambda rng: {"room": rng.integers(0, 6), "name": "ab"[: rng.integers(0, 3)]}  # noqa: E731
@@ -284,6 +288,7 @@ def test_categories_only(tmp_path: Path) -> None:
     assert half.auc > 0.75 and half.coverage < 0.5
 
 
+@pytest.mark.integration
 def test_reset_options_are_part_of_a_start(tmp_path: Path) -> None:
     def options(rng: np.random.Generator) -> dict[str, Any]:
         return {"mass": float(rng.uniform(1, 2)), "map": str(rng.choice(["hill", "lake"]))}
@@ -302,6 +307,7 @@ def test_reset_options_are_part_of_a_start(tmp_path: Path) -> None:
     assert 0.65 < hills.auc < 0.85 and hills.validity > 0.9
 
 
+@pytest.mark.integration
 def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     assert len(small.episodes("valid")) < LEAST <= len(small.episodes("train"))
@@ -328,6 +334,7 @@ def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     assert "10 generated starts are too few" in result.notes[0]
 
 
+@pytest.mark.integration
 def test_starts_of_judged_episodes_are_held_out_ones(tmp_path: Path) -> None:
     """They complete a validation split that is too small; then a memory shows."""
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
@@ -345,6 +352,7 @@ def test_a_world_of_other_spaces_is_refused(points: Dataset, goals: Dataset) -> 
         task_distribution(Generator(points, point), goals)
 
 
+@pytest.mark.integration
 def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
     walks = worlds.collect(tmp_path / "walks", 300, valid_fraction=0.4, limit=2)
     world = worlds.untrained_world(walks, family="ensemble")

@@ -58,6 +58,7 @@ def evaluate(root: Path, *overrides: str) -> Artifact:
         return JOB.run(loaded, run)
 
 
+@pytest.mark.integration
 def test_a_text_world_is_judged_by_texts(root: Path) -> None:
     artifact = evaluate(root)
     summary = json.loads((artifact.path / "summary.json").read_text())
@@ -95,6 +96,7 @@ def test_bits_do_not_depend_on_the_tokenizer_alone(root: Path) -> None:
     assert losses["dynamics"] == pytest.approx(float(direct.nats["dynamics"]) / count, rel=1e-5)
 
 
+@pytest.mark.integration
 def test_policies_are_compared_in_the_world_and_in_reality(root: Path) -> None:
     noisy = ", ".join(f'{{kind: noisy, noise: {k / 4}, function: "{EXPERT}"}}' for k in (1, 2, 3))
     keys = (f"policies=[{noisy}]", "policy_episodes=2", "imagined=2", "starts=1")

@@ -134,6 +134,7 @@ def test_real_episodes_are_consistent_and_invented_ones_are_not() -> None:
     assert consistency(broken, EASY.check_episode, target=0.9).unbroken[1] == Share(0, 8)
 
 
+@pytest.mark.integration
 def test_imagined_episodes_are_a_function_of_the_seed() -> None:
     model = world(2, 1, tasks=False)
     acts = [lambda text: "look"] * 3

@@ -62,6 +62,7 @@ def run_clone(logs: Artifact, *words: str) -> Artifact:
         return JOB.run(config, run)
 
 
+@pytest.mark.integration
 def test_the_best_episodes_are_cloned_and_act(logs: Artifact, golden: Any) -> None:
     words = (f"candidates={FUNCTION}", "share=0.5", "steps=150")
     agent = run_clone(logs, *words)
@@ -89,6 +90,7 @@ def test_ppo_in_a_world_starts_from_a_clone(logs: Artifact, golden: Any) -> None
     golden.check("clone", {"last layer after one update": golden.of_numbers(last)})
 
 
+@pytest.mark.integration
 def test_a_clone_is_judged_in_the_logs_own_environment(
     logs: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +190,7 @@ def lean(observation, rng):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("env", "function", "horizon", "least"),
     [

@@ -182,6 +182,7 @@ def test_a_dict_observation_from_config_alone(
     ), "what the logs cost is said"
 
 
+@pytest.mark.integration
 def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
     with pytest.raises(UsageError, match=r"reality\.budget\.steps=350 is less than the 400 steps"):
         check(_load(root, "reality.env=CartPole-v1", "reality.budget.steps=350"))
@@ -268,6 +269,7 @@ def _wait(
         time.sleep(0.2)
 
 
+@pytest.mark.integration
 def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

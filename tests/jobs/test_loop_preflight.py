@@ -155,6 +155,7 @@ def test_a_later_stage_is_checked_first(
     refused(root, message, *overrides.split("; "))
 
 
+@pytest.mark.integration
 def test_given_data_must_be_what_later_rounds_add_to(root: str) -> None:
     logs(root, "same")
     logs(root, "untimed", environment=Environment(id="CartPole-v1"))
@@ -199,6 +200,7 @@ def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
     refused(root, "agent: init=agents/a0 is of another network", "agent.init=a0", wide)
 
 
+@pytest.mark.integration
 def test_a_port_that_is_taken_is_refused_unless_the_loop_is_finished(root: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -211,6 +213,7 @@ def test_a_port_that_is_taken_is_refused_unless_the_loop_is_finished(root: str) 
 # -- the horizon --------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_loop_whose_horizon_is_not_known_warns_before_its_first_step(
     root: str, envs: None
 ) -> None:
@@ -221,6 +224,7 @@ def test_a_loop_whose_horizon_is_not_known_warns_before_its_first_step(
     assert facts["horizon"] == "500 steps: time limit of the environment"
 
 
+@pytest.mark.integration
 def test_a_loop_infers_its_horizon_from_given_logs(root: str, envs: None) -> None:
     facts = {
         "environment": Environment(id="preflight_envs:Base"),
@@ -240,6 +244,7 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, envs: None) -> Non
     assert "collect" not in {row["stage"] for row in JOB.plan(cfg)["stages"]}, "nor is it priced"
 
 
+@pytest.mark.integration
 def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +283,7 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
     assert "policies are not compared" in (run.folder / "log.txt").read_text()
 
 
+@pytest.mark.integration
 def test_what_stops_a_deployment_after_real_steps_is_a_failure(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

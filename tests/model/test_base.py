@@ -80,6 +80,7 @@ def one_step_error(base: Base, transitions: Transitions) -> tuple[float, float]:
     return float(error.pow(2).mean().sqrt() / size), float(error.abs().median() / size)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("env_id", "bound", "measure"), [("CartPole-v1", 0.002, 0), ("InvertedPendulum-v5", 0.2, 1)]
 )
@@ -109,6 +110,7 @@ def linear(rows: int = 800, noise: float = 0.0) -> tuple[Spec, Transitions]:
     return spec, (*parts, torch.arange(rows) // 20)
 
 
+@pytest.mark.integration
 def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
     spec, exact = linear()
     assert one_step_error(Base.fit(spec, CONFIG, exact, 0), exact)[0] < 1e-3
@@ -117,6 +119,7 @@ def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
     assert torch.all((scale > 0.045) & (scale < 0.07)), scale
 
 
+@pytest.mark.integration
 def test_episodes_that_a_member_leaves_out_stop_its_fit() -> None:
     """More steps fit the noise of 200 rows."""
     spec, data = linear(2200, noise=0.3)

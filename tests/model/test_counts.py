@@ -50,6 +50,7 @@ def test_every_rung_is_counted_without_being_made(size: str) -> None:
     assert params(PLAIN, ModelConfig(size=size, family="ensemble")).n == ensemble_dims(size).params
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("spec", "config"),
     [
@@ -77,6 +78,7 @@ def test_attention_counts_the_full_square() -> None:
     assert (c - b) - (b - a) == rung.layers * 3 * 2 * 2 * rung.d_model * (48**2 - 2 * 32**2 + 16**2)
 
 
+@pytest.mark.integration
 def test_a_planner_can_count_7b_quickly() -> None:
     config = ModelConfig(size="7b", members=4)
     began = time.process_time()

@@ -86,6 +86,7 @@ def noisy() -> World:
     return fit(spec, Parts(o, torch.zeros_like(category)), numbers(a), Parts(after, category), 400)
 
 
+@pytest.mark.integration
 def test_noise_and_categories_are_learned(noisy: World) -> None:
     for at, spread in ((-0.5, 0.02), (0.5, 0.2)):
         drawn, _ = imagine(noisy, torch.full((2000, 1), at), 0.3)

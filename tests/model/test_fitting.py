@@ -35,6 +35,7 @@ def test_held_out_data_stop_a_fit_and_the_best_weights_are_kept() -> None:
     assert 250 < result.steps < 450 and result.steps % EVERY == 0
 
 
+@pytest.mark.integration
 def test_a_fit_lasts_while_held_out_data_gain() -> None:
     assert run(held_out_optimum=10.0, most=120)[1].steps == 120
     weight, result = run(held_out_optimum=10.0, most=5000)

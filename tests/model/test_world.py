@@ -215,6 +215,7 @@ def test_a_world_with_history_or_categories_predicts_nothing() -> None:
             world.predict(carry.observation, actions(0), carry.task, carry.groups)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
 def test_a_restored_session_goes_on_with_the_same_bits(family: str) -> None:
     """Cut at every step of several windows, before, at and after rebuilds, with resets in between;

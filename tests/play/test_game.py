@@ -128,6 +128,7 @@ def test_reality_beside_a_logged_start(cart: tuple[Storage, Any]) -> None:
     game.close()
 
 
+@pytest.mark.integration
 def test_reality_draws_a_start(cart: tuple[Storage, Any]) -> None:
     storage, world = cart
     game = Game(world, "w", storage, beside(storage, 50), horizon=500)

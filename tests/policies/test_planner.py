@@ -80,6 +80,7 @@ WIDE = spaces.Dict(
 )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize(
     ("observation", "action"), [(BOX, PUSH), (DICT, TWO), (BOX, WIDE)], ids=["box", "dict", "wide"]

@@ -39,6 +39,7 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
+@pytest.mark.integration
 def test_a_planner_collects(storage: Storage) -> None:
     config = CollectConfig(
         storage=StorageConfig(storage.root),
@@ -55,6 +56,7 @@ def test_a_planner_collects(storage: Storage) -> None:
     assert Dataset([artifact.path]).transitions == 25
 
 
+@pytest.mark.integration
 def test_a_planner_is_judged_alike_alone_and_after_another_episode(storage: Storage) -> None:
     spaces = WorldVectorEnv(1, storage.artifact("worlds", WORLD).path, backend="local")
     named = policy_set.named(
@@ -72,6 +74,7 @@ def test_a_planner_is_judged_alike_alone_and_after_another_episode(storage: Stor
     assert (kind, network) == ("planner", "network")
 
 
+@pytest.mark.integration
 def test_a_planner_is_imagined_alike_again(storage: Storage) -> None:
     planned = PlannerPolicy(load_planner(storage, AGENT))
 

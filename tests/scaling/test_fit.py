@@ -51,6 +51,7 @@ def noisy(noise: float = 0.004, seed: int = 0, **options: Any) -> Rows:
     return grid(np.random.default_rng(seed), noise, **options)
 
 
+@pytest.mark.integration
 def test_intervals_contain_the_truth(fitted: Fitted) -> None:
     law = fitted(noisy(seeds=2), without=())
     assert law.bootstrap.by == "trunk" and law.bootstrap.groups == 14 and law.n_cells == 84
@@ -68,6 +69,7 @@ def test_intervals_contain_the_truth(fitted: Fitted) -> None:
     assert not codes(law) & {"outliers", "e_touches_zero", "baseline_not_beaten", "wide_interval"}
 
 
+@pytest.mark.integration
 def test_a_fit_is_deterministic_and_seeded(fitted: Fitted) -> None:
     law, again, other = fitted(noisy()), fitted(noisy()), fitted(noisy(), seed=1)
     assert law == again and other.params == law.params and other.interval != law.interval
@@ -111,6 +113,7 @@ def test_data_that_differ_by_a_batch_count_as_one_size(
         fitted(rows, without=())
 
 
+@pytest.mark.integration
 def test_outliers_warn_and_are_dropped_on_request(fitted: Fitted) -> None:
     rows = noisy()
     for at in (4, 30):
@@ -124,6 +127,7 @@ def test_outliers_warn_and_are_dropped_on_request(fitted: Fitted) -> None:
     assert clean.objective < law.objective
 
 
+@pytest.mark.integration
 def test_an_interval_of_e_at_zero_adds_a_fit_without_e(fitted: Fitted) -> None:
     law = fitted(noisy(0.02, truth=TRUTH | {"E": 0.0}))
     zero = law.without_E
@@ -133,6 +137,7 @@ def test_an_interval_of_e_at_zero_adds_a_fit_without_e(fitted: Fitted) -> None:
     assert zero.objective >= law.objective * (1 - 1e-9) and set(zero.interval) == set(law.interval)
 
 
+@pytest.mark.integration
 def test_approaches_that_disagree_warn(fitted: Fitted) -> None:
     """Most cells follow one law, the budgets another."""
     rng = np.random.default_rng(0)
@@ -148,6 +153,7 @@ def test_approaches_that_disagree_warn(fitted: Fitted) -> None:
     assert law.optimal.a == approx(0.44, abs=0.03)
 
 
+@pytest.mark.integration
 def test_an_estimate_outside_the_other_interval_warns(fitted: Fitted) -> None:
     """On this coarse grid the parabolas are off by .035, and the intervals overlap."""
     law = fitted(noisy(seeds=2), without=())
@@ -190,6 +196,7 @@ def test_agreement_of_the_approaches(
         assert f"a=0.500 (0.35 to 0.6) by {by}." in notes[code] and "b=" not in notes[code]
 
 
+@pytest.mark.integration
 def test_flops_that_are_not_6nd_move_the_optimum(fitted: Fitted) -> None:
     law = fitted([row | {"flops": 40 * row["params"] ** 0.9 * row["data"]} for row in noisy()])
     assert law.flops.source == "table" and "flops_not_6nd" in codes(law)
@@ -199,6 +206,7 @@ def test_flops_that_are_not_6nd_move_the_optimum(fitted: Fitted) -> None:
     assert same.flops.source == "6ND" and "flops_6nd" not in codes(same)
 
 
+@pytest.mark.integration
 def test_the_form_depends_on_repeated_data(fitted: Fitted) -> None:
     truth, rng, rows = TRUTH | {"r_n": 5.0, "r_d": 12.0}, np.random.default_rng(0), []
     for n in np.geomspace(1e4, 3e6, 5):
@@ -214,11 +222,13 @@ def test_the_form_depends_on_repeated_data(fitted: Fitted) -> None:
     assert plain.params == fitted(noisy()).params
 
 
+@pytest.mark.integration
 def test_a_narrow_table_holds_nothing_out(fitted: Fitted) -> None:
     law = fitted(noisy(sizes=SIZES[:3], data=tuple(np.geomspace(1e4, 2e4, 4))))
     assert law.held_out is None and "no_held_out" in codes(law)
 
 
+@pytest.mark.integration
 def test_the_second_fit_does_not_see_the_largest_cells(fitted: Fitted) -> None:
     """Larger losses of the largest cells do not move its predictions."""
     rows = noisy()
@@ -271,6 +281,7 @@ def test_intervals_cover_at_the_stated_rate(
     assert all(100 * least <= count <= 99 for count in hits.values()), hits
 
 
+@pytest.mark.integration
 def test_the_command_writes_a_law_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,6 +320,7 @@ def test_small_clean_tables_have_no_outliers(side: int, table: Any) -> None:
         assert not len(best_fit(cells, form_of(cells)).outliers()), seed
 
 
+@pytest.mark.integration
 def test_cells_of_a_single_trunk_are_resampled(fitted: Fitted) -> None:
     law = fitted([row | {"trunk": "one"} for row in noisy()], ("seed",))
     assert law.bootstrap.by == "cell" and "few_trunks" in codes(law)

@@ -42,6 +42,7 @@ PURE = "estimate fit forms isoflop law optimum plan plan_config plan_figure repo
 SWEEP = "cells grid progress_table sweep_config sweep_figure trunk"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [(PURE, ["torch", "ray", "deepspeed", "mlflow"]), (SWEEP, ["ray", "deepspeed", "mlflow"])],
@@ -56,6 +57,7 @@ def test_imports_are_light(modules: str, absent: list[str]) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.integration
 def test_cells_are_counted_exactly(grid_of: Make, sweep_of: Sweep, cart: Dataset) -> None:
     cells, codec = grid_of("grid.seeds=[0,1]").cells, Codec.fit(cart)
     assert len(cells) == len({cell.id for cell in cells}) == 8
@@ -81,6 +83,7 @@ def test_an_isoflop_budget_is_met_to_half_a_step(grid_of: Make) -> None:
     assert small.params < large.params and small.data > large.data
 
 
+@pytest.mark.integration
 def test_a_cell_id_hashes_what_decides_its_result(grid_of: Make, cart: Dataset) -> None:
     """A changed grid keeps its results, and two sweeps share them."""
 
@@ -96,6 +99,7 @@ def test_a_cell_id_hashes_what_decides_its_result(grid_of: Make, cart: Dataset) 
         assert not first & ids(override), override
 
 
+@pytest.mark.integration
 def test_fresh_data_are_trained_once_for_all_u(grid_of: Make) -> None:
     """To a law a cell is (N, D, min(D, U)): two of them would be one with two losses."""
     data, unique = "grid.data=[150,250,600]", "grid.unique=[100,200,300]"
@@ -120,6 +124,7 @@ def test_trunks_save_shared_steps(grid_of: Make) -> None:
     assert sum(map(rest.ran, range(2))) == last.fork + sum(cell.decay for cell in grid.cells[1:])
 
 
+@pytest.mark.integration
 def test_hours_end_with_the_last_trunk(grid_of: Make) -> None:
     grid = grid_of("grid.data=[300,600,1200]", "grid.sizes=[10k]", "grid.seeds=[0,1,2]")
     trunks = grid.trunks(grid.cells)
@@ -133,6 +138,7 @@ def test_hours_end_with_the_last_trunk(grid_of: Make) -> None:
     assert seconds / 2 <= grid.hours(alone) * 3600 < seconds * 0.6
 
 
+@pytest.mark.integration
 def test_large_cells_are_pretrain_jobs(
     grid_of: Make, sweep_of: Sweep, tmp_path: Path, cart_root: Make
 ) -> None:
@@ -212,6 +218,7 @@ def test_a_sweep_has_no_key_for_steps(capsys: pytest.CaptureFixture[str]) -> Non
     assert "train.steps" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_dry_run_shows_cells_hours_and_price(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -22,6 +22,7 @@ def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
     return fit.fit(CellTable.read(path), command="mesocosm fit t.csv")
 
 
+@pytest.mark.integration
 def test_write_and_read(law: Law, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "law.json"
     law.write(path)
@@ -34,6 +35,7 @@ def test_write_and_read(law: Law, tmp_path: Path) -> None:
     assert set(stored["interval"]) == {*stored["params"], *stored["optimal"]}
 
 
+@pytest.mark.integration
 def test_a_law_of_images_names_its_tokenizer(law: Law, tmp_path: Path) -> None:
     """Another law is as before, so that the ids of its plans are."""
     rows = grid(np.random.default_rng(0), 0.003, seeds=2)
@@ -125,6 +127,7 @@ def test_a_law_that_lacks_a_part_is_refused(
         Law.read(tmp_path / "law.json")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("spread", [1e-3, 1e-9, 0.0])
 def test_a_flat_law_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
     params = {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}

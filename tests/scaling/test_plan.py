@@ -164,6 +164,7 @@ def codes(answered: dict[str, Any]) -> list[str]:
     return [warning["code"] for warning in answered["warnings"]]
 
 
+@pytest.mark.integration
 def test_a_plan_is_a_config_for_pretraining(
     cart_root: Make, tmp_path: Path, capsys: Any, golden: Any
 ) -> None:
@@ -200,6 +201,7 @@ def test_flops_repeat_owned_data(planned: Make) -> None:
     assert "times the largest" in new["warnings"][1]["sentence"]
 
 
+@pytest.mark.integration
 def test_a_plan_names_its_limit(planned: Make) -> None:
     """Owned data; and the ladder's end, where compute is next to free beside reality."""
     law = law_of(CHINCHILLA)
@@ -254,6 +256,7 @@ def test_bad_plans_are_refused(planned: Make, overrides: list[str], message: str
         planned(law_of(CHINCHILLA), *overrides)
 
 
+@pytest.mark.integration
 def test_the_price_of_a_cluster(
     planned: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

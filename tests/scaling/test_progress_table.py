@@ -24,6 +24,7 @@ def finished(cell: Cell, loss: float, ran: int, seconds: float) -> CellOutcome:
     return CellOutcome(cell.id, CellRecord.of(cell, metrics, seconds=seconds, ran=ran), None)
 
 
+@pytest.mark.integration
 def test_progress_counts_and_estimates(
     root: str, sweep_of: Callable[..., Any], cart: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

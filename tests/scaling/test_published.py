@@ -37,6 +37,7 @@ def gadre(tmp_path: Path) -> CellTable:
     return table_of(tmp_path / "c4.csv", runs, params="params", data="tokens", loss="loss_c4_val")
 
 
+@pytest.mark.integration
 def test_gadre_on_c4(gadre: CellTable) -> None:
     law = fit.fit(gadre)
     assert law.form == "chinchilla" and law.n_cells == 34

@@ -14,6 +14,7 @@ from mesocosm.scaling.table import CellTable
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 
 
+@pytest.mark.integration
 def test_the_published_law_predicts_its_largest_cells() -> None:
     table, published = (
         CellTable.read(TABLES / "halfcheetah.csv"),

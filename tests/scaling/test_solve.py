@@ -52,6 +52,7 @@ def test_every_start_reaches_the_truth_without_noise() -> None:
     assert solution.converged.all()
 
 
+@pytest.mark.integration
 def test_no_start_ends_above_scipy() -> None:
     cells, log_loss = table(0.01)
     rng = np.random.default_rng(1)

@@ -54,6 +54,7 @@ def sweep_of_images(root: Path) -> Make:
     return lambda *overrides: config.load(SweepConfig, overrides=(*keys, *overrides))
 
 
+@pytest.mark.integration
 def test_the_tokenizer_is_part_of_each_id(sweep_of_images: Make, root: Path) -> None:
     """Also where two tokenizers are equal: a cell's world names one of them."""
     storage = Storage(str(root))
@@ -69,6 +70,7 @@ def test_the_tokenizer_is_part_of_each_id(sweep_of_images: Make, root: Path) -> 
     assert JOB.summary(plans[3])["tokenizer"] == "tokenizers/copied"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("keys", [(), ("grid.data=[]", "grid.flops=[3e9,6e9]", "model.group=1")])
 def test_cells_of_images_are_counted_as_pretraining_counts_them(
     keys: tuple[str, ...], sweep_of_images: Make, root: Path
@@ -100,6 +102,7 @@ def test_wrong_sweeps_of_images_are_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.integration
 def test_a_plan_reads_images_by_the_tokenizer_of_the_law(root: Path, tmp_path: Path) -> None:
     law, file = law_of(CHINCHILLA), tmp_path / "law.json"
     model = {"family": "sequence", "size": "10k", "members": 1, "context": 4, "group": 5}

@@ -70,6 +70,7 @@ def dividing_limit(env: WorldVectorEnv) -> float:
     return float(values[quarter + gaps.argmax()] + gaps.max() / 2)
 
 
+@pytest.mark.integration
 @families
 @modes
 @pytest.mark.parametrize("count", [1, 4])

@@ -33,6 +33,7 @@ def clocks(steps: list[Any]) -> list[int]:
     return [clock for clock, step in enumerate(steps) if "disagreement" in step[4]]
 
 
+@pytest.mark.integration
 @families
 @modes
 def test_a_trajectory_does_not_depend_on_it(family: str, mode: str) -> None:

@@ -94,6 +94,7 @@ def test_history(family: str, mode: str) -> None:
             np.testing.assert_array_equal(actual[name], array, err_msg=f"{name} at clock {step}")
 
 
+@pytest.mark.integration
 @families
 @modes
 def test_lost_session(family: str, mode: str) -> None:

@@ -85,6 +85,7 @@ def play(env: WorldVectorEnv, steps: int, seed: int = 3, first: int = 0) -> list
     return lines
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 @pytest.mark.parametrize("members", [1, 2])
 def test_a_lost_session_continues_with_the_same_bits(mode: str, members: int) -> None:
@@ -102,6 +103,7 @@ def test_a_lost_session_continues_with_the_same_bits(mode: str, members: int) ->
     assert all(isinstance(text, str) for text in texts)
 
 
+@pytest.mark.integration
 def test_many_sessions_step_together_and_each_alone_gives_the_same() -> None:
     world = text_world()
     sessions = Sessions(lambda _: ("w", world))
@@ -151,6 +153,7 @@ def test_all_that_wait_step_in_one_batch() -> None:
     assert engine.batches == -(-4 * sessions // MOST) == 2
 
 
+@pytest.mark.integration
 def test_a_world_that_no_session_uses_is_freed() -> None:
     worlds = [text_world()]
     sessions, freed = Sessions(lambda _: ("w", worlds[0])), weakref.ref(worlds[0])
@@ -307,6 +310,7 @@ def test_a_task_that_cannot_be_read_is_drawn_again() -> None:
         codec.task_options(Texts(["{"]))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("how", ["end", "replaced", "evicted", "restored"])
 def test_a_session_that_ends_during_its_own_step_stays_ended(how: str) -> None:
     world = text_world()

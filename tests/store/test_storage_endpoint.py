@@ -126,6 +126,7 @@ def test_a_flipped_byte_in_a_shard_on_the_bucket(
     assert storage.artifact("datasets", "cart").id == "cart", "restored as the message says"
 
 
+@pytest.mark.integration
 def test_two_processes_make_the_same_artifact_at_once(any_root: str, tmp_path: Path) -> None:
     code = """
 import time
@@ -207,6 +208,7 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
     assert garbage("--dry-run") == {} and storage.artifact("datasets", "d").id == "d"
 
 
+@pytest.mark.integration
 def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))

@@ -30,6 +30,7 @@ def test_other_stores_and_incomplete_addresses_are_refused(root: str) -> None:
     assert root in INCOMPLETE or "s3://bucket/prefix" in str(caught.value)
 
 
+@pytest.mark.integration
 def test_an_unknown_scheme_is_one_sentence_of_a_job(tmp_path: Path) -> None:
     """No thread prints a traceback before it."""
     words = ["collect", "reality.env=CartPole-v1", "steps=5", "storage.root=gs://b/x"]

@@ -159,6 +159,7 @@ def test_images_beside_numbers_categories_and_texts(tmp_path: Path) -> None:
         np.testing.assert_allclose(shown[key][0], value, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_a_small_world_of_images_learns_and_shows_frames(
     games: Dataset, dictionary: PatchDictionary, codec: Codec, tmp_path: Path
 ) -> None:

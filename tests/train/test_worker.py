@@ -115,6 +115,7 @@ def test_the_base_sees_every_training_transition_once(cart: Cart) -> None:
     assert len(prepare.transitions(dataset, codec, limit=50)[-1]) == 50
 
 
+@pytest.mark.integration
 def test_reward_and_termination_are_fitted_with_the_base(cart: Cart) -> None:
     dataset, codec = cart.dataset, cart.codec
     model = replace(cart.model, members=4, head_steps=300)
@@ -127,6 +128,7 @@ def test_reward_and_termination_are_fitted_with_the_base(cart: Cart) -> None:
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
+@pytest.mark.integration
 def test_codec_and_base_are_stored_for_a_resume(cart: Cart) -> None:
     storage, folder, path = cart.storage, "runs/checkpoints/x", "runs/checkpoints/x/base"
     codec = prepare.fitted_codec(storage, folder, cart.dataset, cart.model)

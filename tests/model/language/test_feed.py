@@ -29,6 +29,7 @@ def alone(network: Llama, ids: torch.Tensor, member: int = 0) -> torch.Tensor:
     return network.feed(cache, ids[None], count, torch.tensor([member]))[0]
 
 
+@pytest.mark.integration
 def test_ragged_chunks_and_batches_have_the_same_bits(network: Llama) -> None:
     """Rows of up to 300 tokens are read in chunks of 0 to 9 tokens beside others, then each alone
     in one chunk: 0 bits differ. So decoding, prefill and restoring agree.

@@ -111,6 +111,7 @@ def test_members_are_mixed_by_transition() -> None:
     torch.testing.assert_close(model.losses(single).nats["dynamics"], expected)
 
 
+@pytest.mark.integration
 def test_it_learns_texts_rewards_and_terminations() -> None:
     torch.manual_seed(0)
     model, batch = net(size="30k"), rows(10)

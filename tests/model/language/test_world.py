@@ -62,6 +62,7 @@ def same(a: TextStep, b: TextStep, rows: slice = slice(None)) -> bool:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("members", "rank"), [(1, 0), (3, 2)])
 def test_a_restored_session_continues_with_the_same_bits(members: int, rank: int) -> None:
     """Also across a full window, where old steps are dropped."""
@@ -78,6 +79,7 @@ def test_a_restored_session_continues_with_the_same_bits(members: int, rank: int
     assert any(len(window.steps) < 12 for window in carry.windows)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("members", "rank"), [(1, 0), (3, 2)])
 def test_sessions_do_not_depend_on_their_batch(members: int, rank: int) -> None:
     model = world(members, rank)
