@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.pixels import CoinGrid
+from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.play.game import Game
 from mesocosm.play.real_side import RealSide
 from mesocosm.play.routes import application
@@ -48,6 +50,14 @@ def play(root: str) -> Iterator[Callable[..., Game]]:
     yield make
     for game in games:
         game.close()
+
+
+@pytest.fixture
+def coin_grid(play: Callable[..., Game], real: Real, dictionary: PatchDictionary) -> Game:
+    """A game of an untrained world of CoinGrid, whose frames are exact in codes, beside reality."""
+    spaces = CoinGrid().observation_space, CoinGrid().action_space
+    world = {"family": "sequence", "terminal": 0.0, "tokenizers": (dictionary,)}
+    return play(*spaces, real=real("mesocosm.envs.pixels:CoinGrid"), **world)
 
 
 def client_of(game: Game) -> TestClient:

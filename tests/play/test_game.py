@@ -18,7 +18,7 @@ from mesocosm.envs.make import facts_of
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.pictures import png
-from mesocosm.play.game import Game
+from mesocosm.play.game import Difference, Game
 from mesocosm.play.real_side import RealSide
 from mesocosm.store.artifacts import Storage
 
@@ -212,3 +212,18 @@ def test_a_png_holds_the_picture(shape: tuple[int, ...]) -> None:
     assert (np.asarray(image.open(io.BytesIO(png(picture)))) == picture.squeeze()).all()
     with pytest.raises(UsageError, match=r"uint8 array \[height, width, 1, 3 or 4\], got float64"):
         png(np.zeros((2, 2)))
+
+
+def test_frames_are_compared_by_their_levels(coin_grid: Game) -> None:
+    """A real frame is in the dictionary, so that the world begins with it; its levels then differ
+    by what their root mean square says.
+    """
+    start = coin_grid.begin("reality", 0, 5).moments[0]
+    assert start.real is not None and start.difference == Difference(None, 0, 0.0)
+    assert np.array_equal(start.observation, start.real.observation)
+    for _ in range(4):
+        (moment,) = coin_grid.step(1).moments
+        assert moment.real is not None and moment.difference is not None
+        gap = moment.observation.astype(float) - moment.real.observation
+        assert moment.difference.pixels == pytest.approx(np.sqrt((gap**2).mean()))
+    assert moment.difference.pixels > 0, "an untrained world"

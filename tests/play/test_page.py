@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import browsers
+import numpy as np
 import pytest
 from factories import wait_until
 from gymnasium import spaces
@@ -179,6 +180,24 @@ def test_masked_actions_cannot_be_chosen(page: Open, play: Any) -> None:
     assert shown.browser.run(options) == int(mask.sum())
     shown.press(" ")
     shown.shows("step", "1")
+
+
+@browsers.needs("selenium")
+def test_frames_of_the_world_and_of_reality_are_shown(page: Open, coin_grid: Game) -> None:
+    coin_grid.begin("reality", 0, 5)
+    shown = page(coin_grid)
+    shown.press("2")
+    shown.shows("step", "1")
+    sizes = "[...document.querySelectorAll('#frames img')].map((x) => [x.naturalWidth, x.width])"
+    assert shown.browser.run(f"return {sizes}") == [[40, 240], [40, 240]], "6 pixels for each"
+    pixels = "document.querySelector('#frames canvas').getContext('2d').getImageData(0, 0, 40, 40)"
+    shown.wait(f"document.querySelector('#frames canvas').width === 40 && {pixels}.data[3]")
+    last = coin_grid.state().moments[-1]
+    gap = np.abs(last.observation.astype(int) - last.real.observation)
+    assert sum(shown.browser.run(f"return [...{pixels}.data]")) == gap.sum() + 40 * 40 * 255
+    titles = "[...document.querySelectorAll('#plots figcaption')].map((node) => node.textContent)"
+    assert "frames: world − reality" in " ".join(shown.browser.run(f"return {titles}"))
+    assert shown.text("values") == "" and not shown.text("texts")
 
 
 @browsers.needs("selenium")

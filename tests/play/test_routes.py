@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from gymnasium import spaces
+from PIL import Image
 from serve.conftest import ACTION, OBSERVATION
 
+from mesocosm.envs.pixels import CoinGrid
+from mesocosm.play.game import Game
 from mesocosm.play.routes import page_files
 
 from .conftest import client_of
@@ -132,3 +138,27 @@ def test_reality_beside_it(play: Any, real: Any) -> None:
         "remaining": 99,
         "remaining_money": None,
     }
+
+
+def test_images_are_pictures(coin_grid: Game) -> None:
+    client = client_of(coin_grid)
+    client.post("/v1/begin", json={"split": "reality", "seed": 5})
+    replies = client.post("/v1/step", json={"action": 2}).json(), client.get("/v1/play").json()
+    last = coin_grid.state().moments[-1]
+    assert last.real is not None
+    for moment in (replies[0]["moments"][-1], replies[1]["state"]["moments"][-1]):
+        for shown, frame in (
+            (moment["observation"], last.observation),
+            (moment["real"]["observation"], last.real.observation),
+        ):
+            with Image.open(io.BytesIO(base64.b64decode(shown))) as picture:
+                assert picture.format == "PNG" and np.array_equal(picture, frame)
+
+
+def test_a_real_image_of_another_size_is_not_shown(
+    coin_grid: Game, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoinGrid, "_frame", lambda self: np.zeros((8, 8, 3), np.uint8))
+    client = client_of(coin_grid)
+    reply = client.post("/v1/begin", json={"split": "reality", "seed": 5})
+    assert reply.status_code == 400 and "observation" in reply.json()["detail"]

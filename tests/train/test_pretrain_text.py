@@ -14,8 +14,6 @@ from pytest import approx
 
 pytest.importorskip("tokenizers")
 
-from train.conftest import Pretrained
-
 from mesocosm.config import load as load_config
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs import collect
@@ -26,6 +24,8 @@ from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import prepare, worker
 from mesocosm.train import pretrain as driver
+
+from .conftest import Pretrained
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 TINY = ("model.family=language", "model.size=10k", "model.members=1", "model.context=768")

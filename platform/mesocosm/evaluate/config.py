@@ -128,9 +128,10 @@ def reality_of(reality: RealityConfig, known: Mapping[str, Any]) -> RealityConfi
     if reality.env:
         return reality
     if current_id(known["id"]).rpartition(":")[0] not in TRUSTED:
+        kwargs = f" reality.kwargs={known['kwargs']}" if known["kwargs"] else ""
         raise UsageError(
             f"reality.env must be set: the logged environment {known['id']!r} is a program; if you"
-            f" trust it, try reality.env={known['id']} reality.kwargs={known['kwargs']}"
+            f" trust it, try reality.env={known['id']}{kwargs}"
         )
     return replace(
         reality,

@@ -17,6 +17,7 @@ from mesocosm.datasets import masks
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.any_world import AnyWorld
+from mesocosm.model.tokenizer.frames import as_bytes
 from mesocosm.play.real_side import Bill, RealMoment, RealSide
 from mesocosm.policies.heads import stack
 from mesocosm.serve.client import WorldVectorEnv
@@ -41,6 +42,8 @@ class Difference:
     """
     others: int
     """Categories and texts that differ."""
+    pixels: float | None = None
+    """Root mean square over the values of all images, in levels of 0 to 255; None without any."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,7 @@ class Game:
     ) -> AnyStarts:
         """The world's start at a real first observation. Raises UsageError where it has none."""
         try:
+            self._columns.stored_list([moment.observation])
             first = stack(self.codec.observation_space, [moment.observation])
             start: Any = self.codec.task(first, [options]), self.codec.observation(first)
         except MesocosmError as error:
@@ -321,8 +325,15 @@ class Game:
         except MesocosmError:
             return None
         others = int((categories[0] != categories[1]).sum() + (texts[0] != texts[1]).sum())
-        others += sum(bool((frames[0] != frames[1]).any()) for frames in images)
-        if not isinstance(self.codec, Codec) or not numbers.shape[1]:
-            return Difference(None, others)
+        levels = [as_bytes(frames).astype(np.float64) for frames in images]
+        pixels = _root_mean_square([one - two for one, two in levels])
+        if not isinstance(self.codec, Codec):
+            return Difference(None, others, pixels)
         deviations = (numbers[0] - numbers[1]) / self.codec.number_columns.observation.scale
-        return Difference(float(np.sqrt(np.mean(deviations**2))), others)
+        return Difference(_root_mean_square([deviations]), others, pixels)
+
+
+def _root_mean_square(arrays: list[Any]) -> float | None:
+    """Over the values of all arrays; None where there are none."""
+    values = np.concatenate([np.ravel(array) for array in arrays]) if arrays else np.empty(0)
+    return float(np.sqrt(np.mean(values**2))) if values.size else None

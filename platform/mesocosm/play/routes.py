@@ -8,19 +8,22 @@ error is {"detail": message}.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import gymnasium
 from fastapi import FastAPI, Request, Response
 from pydantic import create_model
 
 from mesocosm import __version__
+from mesocosm.datasets.images import image_spaces
 from mesocosm.datasets.space_json import space_to_json
-from mesocosm.play.game import Game, GameState
+from mesocosm.play.game import Game, GameState, Moment
 from mesocosm.serve.http_guard import Guard
 from mesocosm.serve.http_sessions import to_json
 from mesocosm.serve.ingress import handle_errors
+from mesocosm.serve.json_pictures import to_strings
 from mesocosm.serve.schema import Model, integer, json_type
 from mesocosm.serve.tasks import GENERATED
 from mesocosm.shipped import PAGE_STYLE
@@ -96,14 +99,16 @@ def routes(game: Game, run: Runner, files: dict[str, Path]) -> FastAPI:
     act_request = create_model("Act", __base__=ActRequest, action=(action, ...))
 
     def reply(function: Callable[[], GameState]) -> Response:
-        return Response(to_json(run(function)), media_type="application/json", headers=HEADERS)
+        body = to_json(with_pictures(run(function), game.codec.observation_space))
+        return Response(body, media_type="application/json", headers=HEADERS)
 
     @app.get("/v1/play")
     def play() -> Response:
         """The world, and the whole episode."""
 
         def describe() -> dict[str, Any]:
-            return {"about": about(game), "state": game.state()}
+            state = with_pictures(game.state(), game.codec.observation_space)
+            return {"about": about(game), "state": state}
 
         return Response(to_json(run(describe)), media_type="application/json", headers=HEADERS)
 
@@ -132,6 +137,21 @@ def routes(game: Game, run: Runner, files: dict[str, Path]) -> FastAPI:
         app.get(path, include_in_schema=False)(file)
     handle_errors(app)
     return app
+
+
+def with_pictures(state: GameState, space: gymnasium.Space[Any]) -> GameState:
+    """The state with each image of its observations as base64 of a PNG."""
+    if not image_spaces(space):
+        return state
+
+    def shown(moment: Moment) -> Moment:
+        real = moment.real
+        if real is not None:  # without a difference it is no value of the space
+            seen = None if moment.difference is None else to_strings(space, real.observation)
+            real = replace(real, observation=seen)
+        return replace(moment, observation=to_strings(space, moment.observation), real=real)
+
+    return replace(state, moments=[shown(moment) for moment in state.moments])
 
 
 def about(game: Game) -> PlayedWorld:

@@ -1,10 +1,12 @@
 // An observation on the page: its leaves, and how one of each kind is drawn.
 //
-// A new kind of leaf (an image) needs a case in `leaves` and a function in DRAWN.
+// A new kind of leaf needs a case in `leaves` and a function in DRAWN. An image is a Box whose values
+// arrive as base64 of a PNG.
 
 import { lines, shown } from "./plot.js";
 
 const MOST_ROWS = 64; // a part with more numbers is written as a list
+const SIDE = 256; // pixels of the page that the longer side of an image takes, at most
 
 /** The parts of a value of a space: [{name, kind, labels, read(value)}], in the space's own order. */
 export function leaves(space, name = "", read = (value) => value) {
@@ -16,7 +18,11 @@ export function leaves(space, name = "", read = (value) => value) {
   if (space.kind === "Text") return [{ name: title, kind: "text", read }];
   const flat = (value) => [read(value)].flat(Infinity).map((number) => (number === null ? null : Number(number)));
   const scalar = space.kind === "Discrete" || (space.kind === "Box" && !space.shape.length);
-  return [{ name: title, kind: "numbers", scalar, read: flat }];
+  const image = (value) => {
+    const picture = read(value);
+    return typeof picture === "string" ? picture : null;
+  };
+  return [{ name: title, kind: "numbers", scalar, shape: space.shape, read: flat, image }];
 }
 
 function cell(row, content, kind = "td", name = "") {
@@ -72,17 +78,66 @@ function drawText(leaf, moments, beside, { texts }) {
   }
 }
 
-const DRAWN = { numbers: drawNumbers, text: drawText };
+/** A picture of pixels that can be counted, and what it is. */
+function framed(node, caption, leaf) {
+  const [height, width] = leaf.shape;
+  const scale = Math.max(1, Math.floor(SIDE / Math.max(height, width)));
+  node.style.width = `${width * scale}px`;
+  const figure = document.createElement("figure");
+  const title = document.createElement("figcaption");
+  title.textContent = caption;
+  figure.append(title, node);
+  return figure;
+}
 
-/** Draw the last of `moments` into a table of numbers and a place for texts. */
-export function drawObservation(space, moments, beside, table, texts) {
-  table.replaceChildren();
-  texts.replaceChildren();
+function pictureOf(base64, caption) {
+  const node = document.createElement("img");
+  node.alt = caption;
+  node.src = `data:image/png;base64,${base64}`;
+  return node;
+}
+
+/** How bright each pixel's difference is, once both pictures are decoded. */
+async function drawDifference(canvas, pictures) {
+  await Promise.all(pictures.map((picture) => picture.decode()));
+  const { naturalWidth: width, naturalHeight: height } = pictures[0];
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const [one, two] = pictures.map((picture) => {
+    context.drawImage(picture, 0, 0);
+    return context.getImageData(0, 0, width, height);
+  });
+  for (let i = 0; i < one.data.length; i++) if (i % 4 !== 3) one.data[i] = Math.abs(one.data[i] - two.data[i]);
+  context.putImageData(one, 0, 0);
+}
+
+/** The last frame of the world, of reality, and their difference. */
+function drawImage(leaf, moments, beside, { frames }) {
+  const moment = moments[moments.length - 1];
+  const world = pictureOf(leaf.image(moment.observation), `${leaf.name}, imagined`);
+  frames.append(framed(world, beside ? `${leaf.name}: world` : leaf.name, leaf));
+  const real = moment.real && moment.real.observation !== null && leaf.image(moment.real.observation);
+  if (!real) return;
+  const actual = pictureOf(real, `${leaf.name}, in reality`);
+  const canvas = document.createElement("canvas");
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${leaf.name}, the difference of world and reality`);
+  frames.append(framed(actual, "reality", leaf), framed(canvas, "difference", leaf));
+  drawDifference(canvas, [world, actual]).catch(() => {}); // the page shows a later moment
+}
+
+const DRAWN = { numbers: drawNumbers, text: drawText, image: drawImage };
+
+/** Draw the last of `moments` into places: a table of numbers, one for texts, one for frames. */
+export function drawObservation(space, moments, beside, places) {
+  const { table } = places;
+  for (const place of Object.values(places)) place.replaceChildren();
   const parts = leaves(space);
+  for (const leaf of parts) if (leaf.image && leaf.image(moments[0].observation) !== null) leaf.kind = "image";
   if (parts.some((leaf) => leaf.kind === "numbers")) {
     const head = document.createElement("tr");
     for (const title of ["", "world", ...(beside ? ["reality", "difference"] : []), "over time"]) cell(head, title, "th");
     table.append(head);
   }
-  for (const leaf of parts) DRAWN[leaf.kind](leaf, moments, beside, { table, texts });
+  for (const leaf of parts) DRAWN[leaf.kind](leaf, moments, beside, places);
 }

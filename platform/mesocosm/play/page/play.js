@@ -133,6 +133,8 @@ function drawPlots() {
   if (about.reality !== null) {
     const gap = moments.map((moment) => moment.difference && moment.difference.numbers);
     if (gap.some((value) => typeof value === "number")) plots.push(plot("world − reality, in standard deviations", gap, []));
+    const pixels = moments.map((moment) => moment.difference && moment.difference.pixels);
+    if (pixels.some((value) => typeof value === "number")) plots.push(plot("frames: world − reality, in levels of 0 to 255", pixels, []));
     const others = moments.map((moment) => moment.difference && moment.difference.others);
     if (others.some(Boolean)) plots.push(plot("categories and texts that differ", others, []));
   }
@@ -175,7 +177,8 @@ function draw() {
   $("task").textContent = Object.keys(task).length ? `Task: ${JSON.stringify(task)}` : "";
   drawPlots();
   drawReality();
-  drawObservation(about.observation_space, moments, about.reality !== null, $("values"), $("texts"));
+  const places = { table: $("values"), texts: $("texts"), frames: $("frames") };
+  drawObservation(about.observation_space, moments, about.reality !== null, places);
 }
 
 function chooseSplit() {
