@@ -1,4 +1,4 @@
-"""`make bench-pixels`: worlds of two image environments, from nothing.
+"""`make bench-pixels`: worlds of three image environments, from nothing.
 
     python benchmarks/bench_pixels.py [--task T] [--seed N] [--minutes M] [--dry-run | --table-only]
 
@@ -13,6 +13,12 @@ CoinGrid: a world of 12,800 frames of configs/collect/coingrid.yaml in the codes
 one code after another. The aims are .15 nats above the known entropy of a step on held-out
 episodes, and exactly one coin, bomb and monster in 95% of the frames 11 to 15 steps after a logged
 one, with random actions.
+
+DoorKey, MiniGrid's DoorKey-5x5: configs/loop/minigrid.yaml, that is 4,000 frames of a noisy script
+and of random actions, the exact dictionary, a world of two members, PPO on codes inside it, 20
+greedy real episodes of at most 250 steps; a second round with 2,000 frames that the agent collects;
+a clone of the first logs; and PPO in reality with the same codes, judged every 4,096 steps by as
+many episodes until it solves 90% of them. The aim is a tenth of that PPO's real steps.
 
 Results lie in benchmarks/results/bench_pixels.json, and a finished cell is never run again. A cell
 that takes longer than --minutes is interrupted and goes on after its last finished stage when the
@@ -38,13 +44,15 @@ from bench_world import ROOT, commit
 from cells import add_options, read_results, run_cells, save_result
 
 from mesocosm import config
+from mesocosm.agents.cloning import CloneConfig
+from mesocosm.agents.config import BaselineConfig
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.windows import observation_parts
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.pixels import ENTROPY, read_grid
 from mesocosm.evaluate.judge import judge
 from mesocosm.evaluate.metrics.log import codec_of
-from mesocosm.jobs import collect, loop, pretrain, tokenize
+from mesocosm.jobs import baseline, clone, collect, loop, pretrain, tokenize
 from mesocosm.jobs.loop_config import LoopConfig, fill
 from mesocosm.jobs.pretrain import PretrainConfig
 from mesocosm.jobs.tokenize import TokenizeConfig
@@ -58,8 +66,9 @@ from mesocosm.train.prepare import open_datasets
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_pixels.json"
 CONFIGS = HERE.parent / "configs"
-CONFIG = CONFIGS / "loop" / "pixcart.yaml"
-TASKS = "PixCart", "CoinGrid"
+LOOPS = {"PixCart": ("pixcart.yaml", "kind=fsq"), "DoorKey": ("minigrid.yaml", "kind=dictionary")}
+"""The loop of a task, and its tokenizer."""
+TASKS = "PixCart", "CoinGrid", "DoorKey"
 SEEDS, EPISODES = (0, 1, 2), 20
 AIMS = (150, 200)
 LEAN = ["evaluate.episodes=5", "evaluate.horizons=[1,5]", "evaluate.full=false"]
@@ -70,6 +79,10 @@ LEAN += ["evaluate.starts=32", "evaluate.samples=2", "evaluate.policies=[]"]
 GAME = "model.family=sequence model.size=300k model.members=1 model.context=8 model.head_steps=300"
 GAME += " train.steps=3000 train.batch=16 train.epochs=null"
 """Overrides of CoinGrid's pretraining."""
+DOOR = "DoorKey-5x5"
+PEER = "algo=PPO steps=200000 num_envs=16 rollout=128 judge_every=4096 select_episodes=0"
+PEER += " params.num_epochs=4 params.minibatch_size=512 params.entropy_coeff=0.01"
+"""Overrides of DoorKey's PPO in reality."""
 GAMES, AHEAD = 256, range(11, 16)
 """Imagined episodes of CoinGrid, and the steps after which their frames are read."""
 
@@ -85,7 +98,7 @@ class Cell:
 
 
 def run(cell: Cell) -> None:
-    {"PixCart": run_cart, "CoinGrid": run_game}[cell.task](cell)
+    {"PixCart": run_loop, "CoinGrid": run_game, "DoorKey": run_door}[cell.task](cell)
 
 
 def finished(job: Any, cfg: Any) -> Artifact:
@@ -126,16 +139,22 @@ def run_game(cell: Cell) -> None:
     save_result(RESULTS, cell.name, values | {"finished": True, "commit": commit()})
 
 
-def run_cart(cell: Cell) -> None:
+def loop_of(cell: Cell) -> tuple[LoopConfig, str]:
+    """The loop of a cell, with its tokenizer, and the id of its first logs."""
+    file, kind = LOOPS[cell.task]
+    words = [f"storage.root={ROOT}", f"seed={cell.seed}"]
+    cfg = config.load(LoopConfig, [CONFIGS / "loop" / file], [*words, *LEAN])
+    data = finished(collect.JOB, fill(cfg.collect, cfg, 0))
+    settings = [*words, f"data.datasets=[{data.id}]", kind]
+    tokens = finished(tokenize.JOB, config.load(TokenizeConfig, [], settings))
+    cfg.pretrain.data.tokenizer = tokens.id
+    return cfg, data.id
+
+
+def run_loop(cell: Cell) -> None:
     """Run what is missing and save the result of each round."""
     storage, seed = Storage(str(ROOT)), cell.seed
-    words = [f"storage.root={ROOT}", f"seed={seed}"]
-    cfg = config.load(LoopConfig, [CONFIG], [*words, *LEAN])
-    data = finished(collect.JOB, fill(cfg.collect, cfg, 0))
-    settings = [*words, f"data.datasets=[{data.id}]", "kind=fsq"]
-    cfg.pretrain.data.tokenizer = finished(
-        tokenize.JOB, config.load(TokenizeConfig, [], settings)
-    ).id
+    cfg, _ = loop_of(cell)
     points = read_results(RESULTS).get(cell.name, {"points": []})["points"]
     for rounds in range(len(points) + 1, cfg.rounds + 1):
         artifact = finished(loop.JOB, replace(cfg, rounds=rounds))
@@ -150,6 +169,26 @@ def run_cart(cell: Cell) -> None:
         about = {"finished": rounds == cfg.rounds, "commit": commit()}
         seconds = round(curve["wall_seconds"], 1)
         save_result(RESULTS, cell.name, {"points": points, "wall_seconds": seconds, **about})
+
+
+def run_door(cell: Cell) -> None:
+    """The rounds, then a clone of the first logs and PPO in reality."""
+    result = read_results(RESULTS).get(cell.name, {})
+    if not result.get("finished"):
+        run_loop(cell)
+    cfg, data = loop_of(cell)
+    tokens = cfg.pretrain.data.tokenizer
+    words = [f"storage.root={ROOT}", f"seed={cell.seed}", f"tokenizer={tokens}"]
+    words += [f"reality.env={cfg.reality.env}", f"reality.kwargs.task={DOOR}"]
+    words += [f"reality.horizon={cfg.reality.horizon}"]
+    settings = [f"datasets=[{data}]", "share=0.5", f"episodes={EPISODES}"]
+    cloned = finished(clone.JOB, config.load(CloneConfig, [], [*words, *settings]))
+    settings = [*PEER.split(), f"target={cfg.target}", f"judge_episodes={EPISODES}"]
+    peer = finished(baseline.JOB, config.load(BaselineConfig, [], [*words, *settings]))
+    curve = json.loads((peer.path / "curve.json").read_text())
+    judged = [[p["steps"], p["return"]] for p in curve["points"] if p["kind"] == "judge"]
+    values = {"clone": cloned.meta["metrics"], "peer": judged, "peer_reached": curve["reached"]}
+    save_result(RESULTS, cell.name, read_results(RESULTS)[cell.name] | values)
 
 
 def table() -> str:
@@ -170,6 +209,30 @@ def table() -> str:
         for name in games[0]["single"]:
             share = of_seeds([game["single"][name] for game in games], ".3f")
             lines.append(f"| share of frames with exactly one {name} | .95 | {share} |")
+    doors = [result for name, result in results.items() if name.startswith("DoorKey/")]
+    lines += [
+        "",
+        "| DoorKey-5x5 | real frames | share solved, median (each seed) |",
+        "|---|---|---|",
+    ]
+    for i in range(2):
+        points = [door["points"][i] for door in doors if len(door["points"]) > i]
+        if points:
+            shares = of_seeds([p["return"] for p in points], ".2f")
+            lines.append(
+                f"| in the world, round {i + 1} | {points[0]['real_frames']:,} | {shares} |"
+            )
+    peers = [door for door in doors if "peer" in door]
+    if peers:
+        frames = f"{peers[0]['points'][0]['real_frames']:,}"
+        shares = of_seeds([peer["clone"]["return"] for peer in peers], ".2f")
+        lines.append(f"| clone of the first logs | {frames} | {shares} |")
+        steps = [peer["peer_reached"] or peer["peer"][-1][0] for peer in peers]
+        censored = "more than " if not all(peer["peer_reached"] for peer in peers) else ""
+        lines.append(
+            f"| PPO in reality | {censored}{of_seeds(steps, ',.0f')} |"
+            f" {of_seeds([peer['peer'][-1][1] for peer in peers], '.2f')} |"
+        )
     return "\n".join(lines)
 
 

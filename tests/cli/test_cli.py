@@ -98,6 +98,7 @@ def test_every_shipped_config_can_be_planned(
         "evaluate": ["world=w0", "agent=a0"],
         "loop/logs": ["datasets=[d0]", "reality.env=CartPole-v1"],
         "loop/pixcart": ["pretrain.data.tokenizer=t0"],
+        "loop/minigrid": ["pretrain.data.tokenizer=t0"],
     }.get(f"{job}/{path.stem}" if job == "loop" else job, [])
     status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *needs])
     error = capsys.readouterr().err
