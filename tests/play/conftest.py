@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from serve.worlds import untrained
 from starlette.testclient import TestClient
 
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import facts_of
 from mesocosm.envs.pixels import CoinGrid
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.play.game import Game
@@ -58,6 +60,17 @@ def coin_grid(play: Callable[..., Game], real: Real, dictionary: PatchDictionary
     spaces = CoinGrid().observation_space, CoinGrid().action_space
     world = {"family": "sequence", "terminal": 0.0, "tokenizers": (dictionary,)}
     return play(*spaces, real=real("mesocosm.envs.pixels:CoinGrid"), **world)
+
+
+@pytest.fixture
+def seeing(play: Callable[..., Game], real: Real) -> Game:
+    """A game of an untrained world that sees a picture and a number, beside reality."""
+    side = real("seen:Seen")
+    table = np.zeros((2, 4 * 4 * 3), np.uint8)
+    table[1] = 200
+    tokenizers = (PatchDictionary((8, 8, 3), 4, table),)
+    world = {"family": "sequence", "terminal": 0.0, "tokenizers": tokenizers}
+    return play(*facts_of(side.config).spaces, real=side, **world)
 
 
 def client_of(game: Game) -> TestClient:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from coin_grid import played
 from factories import cart_root, fit_world
 from gymnasium import spaces
 
@@ -15,6 +16,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
+from mesocosm.envs.pixels import CoinGrid
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.pictures import png
@@ -227,3 +229,16 @@ def test_frames_are_compared_by_their_levels(coin_grid: Game) -> None:
         gap = moment.observation.astype(float) - moment.real.observation
         assert moment.difference.pixels == pytest.approx(np.sqrt((gap**2).mean()))
     assert moment.difference.pixels > 0, "an untrained world"
+
+
+def test_a_logged_start_whose_reality_is_outside_its_space_is_not_beside(
+    coin_grid: Game, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The world begins there alone, and no real step of another episode is paid."""
+    episode = played(3)
+    monkeypatch.setattr(coin_grid._tasks, "start", lambda split, index: None)
+    monkeypatch.setattr(coin_grid._tasks, "episode", lambda index: episode)
+    monkeypatch.setattr(CoinGrid, "_frame", lambda self: np.zeros((8, 8, 3), np.uint8))
+    state = coin_grid.begin("logged", 3, 0)
+    assert not state.beside and "observation" in str(state.note)
+    assert coin_grid.step(1).moments[0].real is None

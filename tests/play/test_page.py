@@ -201,6 +201,19 @@ def test_frames_of_the_world_and_of_reality_are_shown(page: Open, coin_grid: Gam
 
 
 @browsers.needs("selenium")
+def test_a_real_observation_outside_its_space_is_left_out(page: Open, seeing: Game) -> None:
+    seeing.begin("reality", 0, 5)
+    shown = page(seeing)
+    for step, pictures in enumerate((2, 1, 2), 1):
+        shown.press("0")
+        shown.shows("step", str(step))
+        assert not shown.text("problem")
+        count = "return document.querySelectorAll('#frames img').length"
+        assert shown.browser.run(count) == pictures
+        assert "pose[0]" in shown.text("values")
+
+
+@browsers.needs("selenium")
 def test_without_its_token_the_page_says_so(page: Open, play: Any) -> None:
     shown = page(play())
     address = shown.browser.run("return location.href").partition("#")[0]

@@ -155,10 +155,18 @@ def test_images_are_pictures(coin_grid: Game) -> None:
                 assert picture.format == "PNG" and np.array_equal(picture, frame)
 
 
-def test_a_real_image_of_another_size_is_not_shown(
+def test_a_real_image_of_another_size_is_refused_at_the_start(
     coin_grid: Game, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CoinGrid, "_frame", lambda self: np.zeros((8, 8, 3), np.uint8))
     client = client_of(coin_grid)
     reply = client.post("/v1/begin", json={"split": "reality", "seed": 5})
     assert reply.status_code == 400 and "observation" in reply.json()["detail"]
+
+
+def test_a_real_image_of_another_size_is_not_shown(seeing: Game) -> None:
+    client = client_of(seeing)
+    client.post("/v1/begin", json={"split": "reality"})
+    for seen in (True, False, True):
+        (moment,) = client.post("/v1/step", json={"action": 0}).json()["moments"]
+        assert (moment["real"]["observation"] is not None) == seen == bool(moment["difference"])

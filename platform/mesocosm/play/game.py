@@ -42,7 +42,7 @@ class Difference:
     """
     others: int
     """Categories and texts that differ."""
-    pixels: float | None = None
+    pixels: float | None
     """Root mean square over the values of all images, in levels of 0 to 255; None without any."""
 
 
@@ -180,11 +180,11 @@ class Game:
     ) -> AnyStarts:
         """The world's start at a real first observation. Raises UsageError where it has none."""
         try:
-            self._columns.stored_list([moment.observation])
+            self._columns.stored_list([moment.observation])  # raises outside its space
             first = stack(self.codec.observation_space, [moment.observation])
             start: Any = self.codec.task(first, [options]), self.codec.observation(first)
         except MesocosmError as error:
-            real.stop("its start is none of the world's")
+            real.stop("the world has no such start")
             raise UsageError(str(error)) from error
         return start
 
@@ -201,8 +201,12 @@ class Game:
         moment = self.real.begin(episode.seed, episode.task)
         if moment is None:
             return None
-        pair = [episode.observations[0], moment.observation]
-        numbers, *others = self._columns.stored_list(pair)
+        try:
+            pair = [episode.observations[0], moment.observation]
+            numbers, *others = self._columns.stored_list(pair)
+        except MesocosmError as error:
+            self.real.stop(str(error))
+            return None
         same = np.allclose(numbers[0], numbers[1], rtol=1e-5, atol=1e-6)  # a log may be float32
         if same and all((part[0] == part[1]).all() for part in others):
             return moment

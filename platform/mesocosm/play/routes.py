@@ -146,7 +146,7 @@ def with_pictures(state: GameState, space: gymnasium.Space[Any]) -> GameState:
 
     def shown(moment: Moment) -> Moment:
         real = moment.real
-        if real is not None:  # without a difference it is no value of the space
+        if real is not None:  # one outside its space has no difference, and is not shown
             seen = None if moment.difference is None else to_strings(space, real.observation)
             real = replace(real, observation=seen)
         return replace(moment, observation=to_strings(space, moment.observation), real=real)

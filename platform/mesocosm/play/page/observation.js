@@ -6,9 +6,9 @@
 import { lines, shown } from "./plot.js";
 
 const MOST_ROWS = 64; // a part with more numbers is written as a list
-const SIDE = 256; // pixels of the page that the longer side of an image takes, at most
+const SIDE = 256; // a small image is enlarged by a whole number, to this many pixels at most
 
-/** The parts of a value of a space: [{name, kind, labels, read(value)}], in the space's own order. */
+/** The parts of a value of a space, in its own order: [{name, kind, read, ...}]. */
 export function leaves(space, name = "", read = (value) => value) {
   if (space.kind === "Dict")
     return space.spaces.flatMap(([key, part]) => leaves(part, name ? `${name}.${key}` : key, (value) => read(value)[key]));
@@ -25,6 +25,9 @@ export function leaves(space, name = "", read = (value) => value) {
   return [{ name: title, kind: "numbers", scalar, shape: space.shape, read: flat, image }];
 }
 
+/** What reality showed at a moment; null where it was not there, or showed no value of its space. */
+const realOf = (moment) => (moment.real ? moment.real.observation : null);
+
 function cell(row, content, kind = "td", name = "") {
   const node = document.createElement(kind);
   if (name) node.className = name;
@@ -39,7 +42,7 @@ function drawNumbers(leaf, moments, beside, { table, texts }) {
     const read = (value) => leaf.read(value).map(shown).join(" ");
     return drawText({ ...leaf, read }, moments, beside, { texts });
   }
-  const real = moments.map((moment) => (moment.real ? leaf.read(moment.real.observation) : null));
+  const real = moments.map(realOf).map((value) => (value === null ? null : leaf.read(value)));
   const [now, actual] = [world[world.length - 1], real[real.length - 1]];
   now.forEach((value, i) => {
     const label = leaf.scalar ? leaf.name : `${leaf.name}[${i}]`;
@@ -72,8 +75,8 @@ function drawText(leaf, moments, beside, { texts }) {
     texts.append(node);
   };
   add(leaf.read(moment.observation), "world");
-  if (moment.real) {
-    const text = leaf.read(moment.real.observation);
+  if (realOf(moment) !== null) {
+    const text = leaf.read(realOf(moment));
     add(text === leaf.read(moment.observation) ? "(reality: the same text)" : text, "real");
   }
 }
@@ -82,7 +85,7 @@ function drawText(leaf, moments, beside, { texts }) {
 function framed(node, caption, leaf) {
   const [height, width] = leaf.shape;
   const scale = Math.max(1, Math.floor(SIDE / Math.max(height, width)));
-  node.style.width = `${width * scale}px`;
+  Object.assign(node.style, { width: `${width * scale}px`, aspectRatio: `${width} / ${height}` });
   const figure = document.createElement("figure");
   const title = document.createElement("figcaption");
   title.textContent = caption;
@@ -116,14 +119,15 @@ function drawImage(leaf, moments, beside, { frames }) {
   const moment = moments[moments.length - 1];
   const world = pictureOf(leaf.image(moment.observation), `${leaf.name}, imagined`);
   frames.append(framed(world, beside ? `${leaf.name}: world` : leaf.name, leaf));
-  const real = moment.real && moment.real.observation !== null && leaf.image(moment.real.observation);
-  if (!real) return;
-  const actual = pictureOf(real, `${leaf.name}, in reality`);
+  if (realOf(moment) === null) return;
+  const actual = pictureOf(leaf.image(realOf(moment)), `${leaf.name}, in reality`);
   const canvas = document.createElement("canvas");
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${leaf.name}, the difference of world and reality`);
   frames.append(framed(actual, "reality", leaf), framed(canvas, "difference", leaf));
-  drawDifference(canvas, [world, actual]).catch(() => {}); // the page shows a later moment
+  drawDifference(canvas, [world, actual]).catch((error) => {
+    if (canvas.isConnected) throw error; // else the page shows a later moment
+  });
 }
 
 const DRAWN = { numbers: drawNumbers, text: drawText, image: drawImage };
