@@ -1,6 +1,7 @@
 """Shared fixtures and the tiers of tests. Builders without a fixture are in factories.py.
 
-A test without the marker `integration` or `slow` is a `unit` test: it starts no Ray and no server.
+A test without the marker `integration` or `slow` is a `unit` test: it starts no Ray and no server,
+and takes less than about a second.
 A test that uses a fixture of `STARTERS` is an `integration` test by itself.
 """
 

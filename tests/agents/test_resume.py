@@ -149,6 +149,28 @@ def same_after_kills(
         assert values[0] == values[1], name
 
 
+def test_an_interrupted_training_ends_with_the_same_policy(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = [make_root(str(tmp_path / name)) for name in ("whole", "interrupted")]
+    overrides = [*PPO, "iterations=4"]
+    whole, _ = train_agent(roots[0], overrides)
+    save = checkpoint.Checkpoints.save
+
+    def interrupted(self: Any, iteration: int, *arguments: Any) -> None:
+        save(self, iteration, *arguments)
+        if iteration == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.Checkpoints, "due", lambda self: True)
+        patch.setattr(checkpoint.Checkpoints, "save", interrupted)
+        train_agent(roots[1], overrides)
+    assert progress_of(roots[1]) == (whole.id, 2)
+    again, rest = train_agent(roots[1], overrides)
+    assert [line["step"] for line in rest] == [2, 3] and files_of(again) == files_of(whole)
+
+
 @pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
     """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL

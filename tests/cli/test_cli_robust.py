@@ -91,8 +91,7 @@ def make():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_users_module_does_not_replace_pythons_own(workers: int, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

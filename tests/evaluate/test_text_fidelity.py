@@ -55,25 +55,27 @@ def episode(played: ImaginedText, number: int) -> TextEpisode:
     return TextEpisode("", texts, actions, rewards, True, number, number)
 
 
-@pytest.mark.slow
-def test_predictions_are_those_of_a_session_with_the_true_texts() -> None:
+@pytest.mark.parametrize(
+    "lengths", [(2, 1), pytest.param((7, 3, 5), marks=pytest.mark.slow)], ids=str
+)
+def test_predictions_are_those_of_a_session_with_the_true_texts(lengths: tuple[int, ...]) -> None:
     """Also after shorter episodes have left the batch."""
     small = world(2, 1)
     model = TextWorld(small.net, small.tokenizer, window=2048, longest=120, longest_start=300)
-    episodes = [episode(played(seed, most), seed) for seed, most in enumerate((7, 3, 5))]
+    episodes = [episode(played(seed, most), seed) for seed, most in enumerate(lengths)]
     predictions = predict_steps(model, episodes, EASY.check_episode)
     assert len(predictions) == sum(len(e.actions) for e in episodes)
     assert model.temperature == 1.0
     model.temperature = 0.0
-    for row in range(3):
-        mine, each = [], episodes[row]
+    for row, each in enumerate(episodes):
+        mine = []
         for t in range(len(each.actions)):
             steps = list(zip(each.actions[:t], each.observations[1 : t + 1], strict=True))
             context = TextContext([""], [each.observations[0]], [steps], torch.tensor([row % 2]))
             _, out = model.step(model.restore(context), [each.actions[t]], keys(1, 0))
             mine.append((float(out.reward[0]), float(out.p_terminated[0])))
-        lengths = [len(e.actions) for e in episodes]
-        order = [(s, r) for s in range(max(lengths)) for r in range(3) if s < lengths[r]]
+        counts = [len(e.actions) for e in episodes]
+        order = [(s, r) for s in range(max(counts)) for r, n in enumerate(counts) if s < n]
         theirs = [
             (predictions[i].generated_reward, predictions[i].generated_p)
             for i, (_, r) in enumerate(order)

@@ -27,18 +27,23 @@ LOOP += " agent.backend=local evaluate.starts=8 evaluate.horizons=[1] evaluate.f
 PEER = "{num_envs: 2, rollout: 32, steps: 70, judge_every: 64, judge_episodes: 2}"
 
 
+def loop_of(root: str, *overrides: str) -> LoopConfig:
+    words = [*REALITY, *LOOP.split(), f"storage.root={root}", "tracking.uri=none", *overrides]
+    return load(LoopConfig, [], words)
+
+
+def test_a_loop_of_images_needs_a_tokenizer_and_its_baselines_have_the_same(root: str) -> None:
+    for overrides, message in (
+        ([f"baselines=[{PEER}]"], r"pretrain.*data\.tokenizer"),
+        (["baselines=[{tokenizer: t0}]"], r"baselines\[0\]\.tokenizer is set by the loop"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            loop.JOB.resolve(loop_of(root, *overrides), Storage(root))
+
+
 @pytest.mark.slow
 def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root: str) -> None:
-    words = [
-        *REALITY,
-        *LOOP.split(),
-        f"baselines=[{PEER}]",
-        f"storage.root={root}",
-        "tracking.uri=none",
-    ]
-    cfg = load(LoopConfig, [], words)
-    with pytest.raises(UsageError, match=r"pretrain.*data\.tokenizer"):
-        loop.JOB.resolve(cfg, Storage(root))
+    cfg = loop_of(root, f"baselines=[{PEER}]")
     logs = load(CollectConfig, [], [*REALITY, "steps=200", "workers=0", f"storage.root={root}"])
     with tracking.start("collect", logs, quiet=True) as run:
         data = collect.JOB.run(logs, run)
@@ -62,6 +67,3 @@ def test_a_loop_sees_by_a_tokenizer_that_was_fitted_before(ray_local: None, root
     assert len(policies) == 2, "an agent of the world, and a model-free one"
     encoders = {encoder.id for encoder in map(encoder_of, policies) if encoder is not None}
     assert len(encoders) == 1 and all(isinstance(policy, ImagePolicy) for policy in policies)
-    cfg.baselines[0].tokenizer = tokenizer.id
-    with pytest.raises(UsageError, match=r"baselines\[0\]\.tokenizer is set by the loop"):
-        loop.JOB.resolve(cfg, storage)

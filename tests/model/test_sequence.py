@@ -166,7 +166,7 @@ def hidden_mode(episodes: int, seed: int) -> Windows:
     return windows(numbers(torch.from_numpy(x + random.normal(scale=0.05, size=x.shape))))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_history_is_used_where_the_state_is_hidden() -> None:
     data, held_out = hidden_mode(1000, 0), hidden_mode(100, 1)
 

@@ -22,7 +22,6 @@ def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
     return fit.fit(CellTable.read(path), command="mesocosm fit t.csv")
 
 
-@pytest.mark.integration
 def test_write_and_read(law: Law, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "law.json"
     law.write(path)

@@ -91,11 +91,16 @@ def stamps(root: str) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in Path(root, RESULTS).glob("*.json")}
 
 
+def test_a_finished_sweep_trains_nothing(whole: Whole) -> None:
+    config, artifact, _ = whole
+    before = stamps(config.storage.root)
+    assert swept(config)[0].id == artifact.id and stamps(config.storage.root) == before
+
+
 @pytest.mark.slow
 def test_another_grid_trains_only_the_missing_cells(whole: Whole, sweep_of: Make) -> None:
     config, artifact, _ = whole
     root = config.storage.root
-    assert swept(config)[0].id == artifact.id
     before = stamps(root)
     keys = ("grid.data=[300,450,600]", "grid.sizes=[10k]", "concurrent=1")
     larger, job_run = swept(sweep_of(root, *keys))
@@ -164,7 +169,6 @@ def test_a_process_that_dies_before_its_first_result(whole: Whole) -> None:
     assert set(errors) == {"b"} and len(outcomes) == 2
 
 
-@pytest.mark.slow
 def test_credentials_are_in_no_runtime_environment(
     whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:

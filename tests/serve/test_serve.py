@@ -282,7 +282,6 @@ def test_missing(served: str) -> None:
         client("ensembel")
 
 
-@pytest.mark.slow
 def test_from_a_worker(served: str) -> None:
     """As RLlib's env runners use it: made in a Ray worker from plain arguments, through the
     registry.

@@ -102,6 +102,6 @@ def local(world: Any, root: str, num_envs: int = 3, **arguments: Any) -> WorldVe
 
 
 def web_config(root: str, name: str, **values: Any) -> ServeConfig:
-    """The world `rich` behind the ingress or without it."""
+    """A config that serves the world `rich`; `http` adds the ingress."""
     values = {"world": "rich", "cpus": 0.5} | values
     return ServeConfig(name=name, storage=StorageConfig(root), **values)

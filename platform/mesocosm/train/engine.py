@@ -62,8 +62,9 @@ class Rank:
 
 
 def cpu_has_bf16() -> bool:
-    """True where this machine's CPU multiplies bf16 in hardware, so that oneDNN uses it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """True where oneDNN computes in bf16 on this machine's CPU."""
+    onednn = torch.backends.mkldnn.is_available()
+    return onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def stage(options: TrainConfig) -> int:

@@ -271,10 +271,11 @@ def _window_world(
 def _warnings(plan: Pretraining) -> list[str]:
     """Sentences for the user to read before the training."""
     warnings = list(known.check_data(plan.functions, plan.dataset))
-    if plan.config.train.precision == "bf16" and not plan.gpus and not engine.cpu_has_bf16():
+    here = plan.config.ray.address is None and not plan.gpus
+    if here and plan.config.train.precision == "bf16" and not engine.cpu_has_bf16():
         warnings.append(
-            "train.precision=bf16 can be ten times slower than fp32 on this machine's CPU, which"
-            " has no bf16 instructions; use train.precision=fp32"
+            "train.precision=bf16 is much slower than fp32 on this machine's CPU, which has no bf16"
+            " instructions; use train.precision=fp32"
         )
     return warnings
 
