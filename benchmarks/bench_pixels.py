@@ -14,7 +14,7 @@ one code after another. The aims are .15 nats above the known entropy of a step 
 episodes, and exactly one coin, bomb and monster in 95% of the frames 11 to 15 steps after a logged
 one, with random actions.
 
-DoorKey, MiniGrid's DoorKey-5x5: configs/loop/minigrid.yaml, that is 4,000 frames of a noisy script
+DoorKey, MiniGrid's DoorKey-5x5: configs/loop/minigrid.yaml, that is 12,000 frames of a noisy script
 and of random actions, the exact dictionary, a world of two members, PPO on codes inside it, 20
 greedy real episodes of at most 250 steps; a second round with 2,000 frames that the agent collects;
 a clone of the better half of the first logs; and PPO in reality with the same codes, judged every
