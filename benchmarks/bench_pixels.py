@@ -81,8 +81,9 @@ GAME = "model.family=sequence model.size=300k model.members=1 model.context=8 mo
 GAME += " train.steps=3000 train.batch=16 train.epochs=null"
 """Overrides of CoinGrid's pretraining."""
 PEER = "algo=PPO steps=200000 num_envs=16 rollout=128 judge_every=4096 select_episodes=0"
-PEER += " params.num_epochs=4 params.minibatch_size=512 params.entropy_coeff=0.01"
-"""Overrides of DoorKey's PPO in reality."""
+PEER += " gamma=0.97 params.num_epochs=8 params.minibatch_size=512 params.entropy_coeff=0.002"
+PEER += " params.lr=0.001"
+"""Overrides of DoorKey's PPO in reality, which are those of the world's agent."""
 GAMES, AHEAD = 256, range(11, 16)
 """Imagined episodes of CoinGrid, and the steps after which their frames are read."""
 
