@@ -100,6 +100,7 @@ class Cell:
 
 def run(cell: Cell) -> None:
     {"PixCart": run_loop, "CoinGrid": run_game, "DoorKey": run_door}[cell.task](cell)
+    save_result(RESULTS, cell.name, read_results(RESULTS)[cell.name] | {"finished": True})
 
 
 def finished(job: Any, cfg: Any) -> Artifact:
@@ -137,7 +138,7 @@ def run_game(cell: Cell) -> None:
     values = {"nats": world.meta["metrics"]["valid/dynamics"], "entropy": ENTROPY}
     values |= {"single": {name: float(np.mean(each)) for name, each in single.items()}}
     values |= {"frames": len(single["coin"]), "seconds": world.meta["seconds"]}
-    save_result(RESULTS, cell.name, values | {"finished": True, "commit": commit()})
+    save_result(RESULTS, cell.name, values | {"commit": commit()})
 
 
 def loop_of(cell: Cell) -> tuple[LoopConfig, str]:
@@ -152,10 +153,10 @@ def loop_of(cell: Cell) -> tuple[LoopConfig, str]:
     return cfg, data.id
 
 
-def run_loop(cell: Cell) -> None:
-    """Run what is missing and save the result of each round."""
+def run_loop(cell: Cell) -> tuple[LoopConfig, str]:
+    """Run what is missing and save the result of each round. Returns `loop_of` the cell."""
     storage, seed = Storage(str(ROOT)), cell.seed
-    cfg, _ = loop_of(cell)
+    cfg, data = loop_of(cell)
     points = read_results(RESULTS).get(cell.name, {"points": []})["points"]
     for rounds in range(len(points) + 1, cfg.rounds + 1):
         artifact = finished(loop.JOB, replace(cfg, rounds=rounds))
@@ -167,15 +168,14 @@ def run_loop(cell: Cell) -> None:
         point = {"real_frames": curve["points"][-1]["real_steps"], "return": judged.mean}
         point |= {"returns": list(judged.returns), "imagined": agent.meta["metrics"]}
         points.append(point)
-        about = {"finished": cell.task == "PixCart" and rounds == cfg.rounds, "commit": commit()}
-        seconds = round(curve["wall_seconds"], 1)
-        save_result(RESULTS, cell.name, {"points": points, "wall_seconds": seconds, **about})
+        values = {"points": points, "wall_seconds": round(curve["wall_seconds"], 1)}
+        save_result(RESULTS, cell.name, values | {"finished": False, "commit": commit()})
+    return cfg, data
 
 
 def run_door(cell: Cell) -> None:
     """The rounds, then a clone of the first logs' better half and PPO in reality."""
-    run_loop(cell)
-    cfg, data = loop_of(cell)
+    cfg, data = run_loop(cell)
     tokens = cfg.pretrain.data.tokenizer
     words = [f"storage.root={ROOT}", f"seed={cell.seed}", f"tokenizer={tokens}"]
     words += [f"reality.env={cfg.reality.env}"]
@@ -188,7 +188,7 @@ def run_door(cell: Cell) -> None:
     curve = json.loads((peer.path / "curve.json").read_text())
     judged = [[p["steps"], p["return"]] for p in curve["points"] if p["kind"] == "judge"]
     values = {"clone": cloned.meta["metrics"], "peer": judged, "peer_reached": curve["reached"]}
-    values |= {"finished": True, "commit": commit()}
+    values |= {"commit": commit()}
     save_result(RESULTS, cell.name, read_results(RESULTS)[cell.name] | values)
 
 

@@ -14,7 +14,6 @@ from starlette.testclient import TestClient
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
-from mesocosm.envs.pixels import CoinGrid
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.play.game import Game
 from mesocosm.play.real_side import RealSide
@@ -57,19 +56,20 @@ def play(root: str) -> Iterator[Callable[..., Game]]:
 @pytest.fixture
 def coin_grid(play: Callable[..., Game], real: Real, dictionary: PatchDictionary) -> Game:
     """A game of an untrained world of CoinGrid, whose frames are exact in codes, beside reality."""
-    spaces = CoinGrid().observation_space, CoinGrid().action_space
-    world = {"family": "sequence", "terminal": 0.0, "tokenizers": (dictionary,)}
-    return play(*spaces, real=real("mesocosm.envs.pixels:CoinGrid"), **world)
+    return image_game(play, real("mesocosm.envs.pixels:CoinGrid"), dictionary)
 
 
 @pytest.fixture
 def seeing(play: Callable[..., Game], real: Real) -> Game:
     """A game of an untrained world that sees a picture and a number, beside reality."""
-    side = real("seen:Seen")
     table = np.zeros((2, 4 * 4 * 3), np.uint8)
     table[1] = 200
-    tokenizers = (PatchDictionary((8, 8, 3), 4, table),)
-    world = {"family": "sequence", "terminal": 0.0, "tokenizers": tokenizers}
+    return image_game(play, real("seen:Seen"), PatchDictionary((8, 8, 3), 4, table))
+
+
+def image_game(play: Callable[..., Game], side: RealSide, tokenizer: PatchDictionary) -> Game:
+    """A game of an untrained world of an environment with one image, beside reality."""
+    world = {"family": "sequence", "terminal": 0.0, "tokenizers": (tokenizer,)}
     return play(*facts_of(side.config).spaces, real=side, **world)
 
 

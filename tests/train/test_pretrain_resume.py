@@ -134,7 +134,8 @@ OVERFIT += ("train.lr=2e-2",)
 
 def _overfitting() -> Callable[[dict[str, Any]], None]:
     """A training loop in which 120 transitions are overfitted early, and more so by .02 nats a
-    step, since few held-out windows are noisy. A worker cannot import this file.
+    step, since few held-out windows are noisy. A worker cannot import this file, so the loop is
+    nested: it is sent by value.
     """
 
     def overfitting(config: dict[str, Any]) -> None:
@@ -186,10 +187,8 @@ def test_a_run_that_is_stopped_after_the_chosen_step_has_its_weights(
     pretrain: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root, last = (
-        cart_root(tmp_path, 120),
-        int(overfitted.artifact.meta["metrics"]["chosen_step"]) + 5,
-    )
+    root = cart_root(tmp_path, 120)
+    last = int(overfitted.artifact.meta["metrics"]["chosen_step"]) + 5
     with monkeypatch.context() as patch:
         stop_after(last, patch, _overfitting())
         with pytest.raises(MesocosmError, match="ended before step 400"):
