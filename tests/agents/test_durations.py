@@ -1,4 +1,4 @@
-"""Durations: gamma^dt in every algorithm, and the weight dt only where samples arrive by time."""
+"""Durations: gamma^dt in every algorithm."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from numpy.typing import NDArray
 
 from mesocosm.agents import durations, rllib, settings
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.durations import Durations, arrival_weights
+from mesocosm.agents.durations import Durations
 from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import MesocosmError, UsageError
 
-Floats = NDArray[np.float64]
 GAMMA = 0.8
 PRIZE = np.array([1.0, 2.0, 1.5])
 DURATION = np.array([1.0, 5.0, 10.0])
@@ -50,110 +48,6 @@ class Pace(gymnasium.Env[Any, Any]):
         return np.ones(1, np.float32), float(PRIZE[action]), False, self.t >= 8, info
 
 
-# -- samplers
-
-
-class Sampler:
-    """The actions that `n` environments complete in a window, with one policy per window."""
-
-    def __init__(self, n: int, window: float, seed: int = 0):
-        self.n, self.window, self.rng = n, window, np.random.default_rng(seed)
-        self.under_way: list[tuple[int, float]] = []
-        """Of `carried`: each environment's action, and the time until it is completed."""
-
-    def draw(self, policy: Floats) -> int:
-        return min(int((policy.cumsum() < self.rng.random()).sum()), len(policy) - 1)
-
-    def lock_step(self, policy: Floats) -> list[int]:
-        """Every environment steps once, and all wait for the slowest: a vector environment."""
-        return [self.draw(policy) for _ in range(self.n)]
-
-    def repeated(self, policy: Floats) -> list[int]:
-        """By time: every environment repeats its action until the window closes."""
-        actions = self.lock_step(policy)
-        return [a for a in actions for _ in range(int(self.window / DURATION[a]))]
-
-    def carried(self, policy: Floats) -> list[int]:
-        """At their own pace; an unfinished action is completed in the next window."""
-        completed, under_way = [], []
-        first = [(a, DURATION[a]) for a in self.lock_step(policy)] if not self.under_way else []
-        for a, left in self.under_way or first:
-            left -= self.window
-            while left <= 0:
-                completed.append(a)
-                a = self.draw(policy)
-                left += DURATION[a]
-            under_way.append((a, left))
-        self.under_way = under_way
-        return completed
-
-
-def softmax(logits: Floats) -> Floats:
-    e = np.exp(logits - logits.max())
-    return e / e.sum()
-
-
-def gradient(policy: Floats, actions: list[int], weighted: bool) -> Floats:
-    """REINFORCE's estimate of d E[reward] / d logits, up to a positive factor."""
-    weights = arrival_weights(DURATION[actions]) if weighted else np.ones(len(actions))
-    terms = (weights * PRIZE[actions])[:, None] * (np.eye(3)[actions] - policy)
-    return np.asarray(terms.mean(0))
-
-
-def test_gradients_with_and_without_the_weight() -> None:
-    """Estimates against the closed form pi (fitness - mean fitness): in lock step fitness is the
-    prize, by time prize / dt; the weight multiplies it by dt.
-    """
-    policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(10_000, 20.0)
-    cases = [
-        ("lock_step", False, PRIZE, SLOW),
-        ("lock_step", True, PRIZE * DURATION, SLOWER),
-        ("repeated", False, PRIZE / DURATION, QUICK),
-        ("repeated", True, PRIZE, SLOW),
-    ]
-    for name, weighted, fitness, best in cases:
-        estimate = gradient(policy, getattr(sampler, name)(policy), weighted)
-        expected = policy * (fitness - policy @ fitness)
-        unit, expected = (v / np.linalg.norm(v) for v in (estimate, expected))
-        np.testing.assert_allclose(unit, expected, atol=0.07)
-        assert estimate.argmax() == best, (name, weighted)
-
-
-@pytest.mark.parametrize(
-    ("name", "window", "weighted", "learned"),
-    [
-        ("lock_step", 0.0, False, SLOW),
-        ("lock_step", 0.0, True, SLOWER),
-        ("repeated", 20.0, False, QUICK),
-        ("repeated", 20.0, True, SLOW),
-        ("carried", 5.0, False, SLOW),
-        ("carried", 5.0, True, SLOWER),
-    ],
-)
-def test_learning_with_and_without_the_weight(
-    name: str, window: float, weighted: bool, learned: int
-) -> None:
-    """SLOW pays most. The weight is needed only where fast actions are over-represented."""
-    logits, sampler = np.zeros(3), Sampler(256, window)
-    for _ in range(60):
-        policy = softmax(logits)
-        if actions := getattr(sampler, name)(policy):
-            logits = logits + 1.5 * gradient(policy, actions, weighted)
-    assert softmax(logits)[learned] > 0.8, softmax(logits)
-
-
-def test_environments_that_drop_nothing_sample_the_policy() -> None:
-    """A fraction pi(a) of completed steps: RLlib's asynchronous algorithms need no weight."""
-    policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(500, 5.0)
-    actions = np.concatenate([sampler.carried(policy) for _ in range(40)][10:])
-    np.testing.assert_allclose(np.bincount(actions) / len(actions), policy, atol=0.02)
-
-
-def test_weights() -> None:
-    np.testing.assert_allclose(arrival_weights(np.array([1.0, 3.0])), [0.5, 1.5])
-    np.testing.assert_array_equal(arrival_weights(np.zeros(2)), [1.0, 1.0])
-
-
 # -- RLlib
 
 
@@ -165,7 +59,6 @@ def built(
     rollout: int = 16,
     *,
     reports: bool = True,
-    by_time: bool = False,
     runners: int = 0,
     **params: Any,
 ) -> Iterator[Any]:
@@ -176,7 +69,6 @@ def built(
     def make_env(count: int) -> AgentEnv:
         makers = [lambda: Pace(reports)] * count
         vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-        vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
         return AgentEnv(vector)
 
     config = AgentConfig(algo=algo, params=params, model={"fcnet_hiddens": [16]}, gamma=GAMMA)
@@ -232,13 +124,6 @@ def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path,
         expected = torch.as_tensor(GAMMA**DURATION, dtype=torch.float32)[taken]
         torch.testing.assert_close(discount, expected)
         rllib.train(algorithm)  # in which the losses take that column
-
-
-@pytest.mark.parametrize("algo", slow("APPO", "IMPALA"))
-def test_algorithms_without_weights(ray_local: None, tmp_path: Path, algo: str) -> None:
-    message = f"agent.algo={algo} cannot weight samples that arrive by time"
-    with built(tmp_path, algo, by_time=True) as algorithm, pytest.raises(UsageError, match=message):
-        learner_batch(algorithm, sampled(algorithm))
 
 
 def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path: Path) -> None:
@@ -301,20 +186,16 @@ def test_without_durations_nothing_changes(
     assert not torch.equal(learned["plain"], learned["reports"])
 
 
-@pytest.mark.parametrize("by_time", [False, True])
-def test_advantages_of_samples_that_arrive_by_time_count_by_duration(
-    ray_local: None, tmp_path: Path, by_time: bool
-) -> None:
-    """Only with metadata['arrival']='time'; in lock step advantages are only standardised."""
-    with built(tmp_path, "PPO", by_time=by_time) as algorithm:
+def test_advantages_are_not_weighted_by_duration(ray_local: None, tmp_path: Path) -> None:
+    """In lock step samples are distributed as the policy: advantages are only standardised."""
+    with built(tmp_path, "PPO") as algorithm:
         batch = learner_batch(algorithm, sampled(algorithm))
         values = values_of(algorithm, batch)
     real = batch["loss_mask"]
-    weights = arrival_weights(DURATION[batch["actions"][real].numpy()]) if by_time else 1.0
     plain = batch["value_targets"] - values
     plain = ((plain - plain.mean()) / plain.std(correction=0))[real].numpy()
     actual = batch["advantages"][real].numpy()
-    np.testing.assert_allclose(actual, plain * weights, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actual, plain, rtol=1e-3, atol=1e-4)
 
 
 def test_steps_of_several_transitions_are_refused_where_durations_discount(
@@ -358,16 +239,14 @@ def duration_infos(
     values = np.array([value or 0.0 for value in reported])
     infos = {"duration": values, "_duration": mask} if mask.any() else {}
     stepped = np.ones(len(reported), np.bool_)
-    return (before or Durations({})).infos(infos, stepped, np.array(ended))
+    return (before or Durations()).infos(infos, stepped, np.array(ended))
 
 
 def test_infos() -> None:
     assert duration_infos([None, None], [False, True]) == {}
     for reported, ended in (([2.0, -0.1], [False, False]), ([2.0, None], [False, True])):
         assert duration_infos(list(reported), ended)["duration"].tolist() == [2.0, 0.0]
-    assert "weight" not in duration_infos([2.0], [False])
-    assert "weight" in duration_infos([2.0], [False], Durations({"arrival": "time"}))
-    untimed = Durations({})
+    untimed = Durations()
     duration_infos([None], [False], untimed)
     for mixed, before in (([2.0, None], None), ([None, 2.0], None), ([1.0], untimed)):
         with pytest.raises(MesocosmError, match="at some steps and not at others"):

@@ -1,5 +1,5 @@
 """The environment that RLlib steps: flat observations, head actions and durations. The penalty for
-disagreement is taken off the rewards before, in `serve.client`.
+disagreement is taken off the rewards before, in `serve.world_env`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.policies.candidates import COMMANDS, CandidateEpisodes, Candidates, check_spaces
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
 from mesocosm.policies.images import ImageEncoder, ImageMemory
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 
 @dataclass
@@ -142,7 +142,7 @@ class AgentEnv(FlatEnv):
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib needs NEXT_STEP autoreset, got {mode}"
         super().__init__(env, candidates, encoder)
-        self._durations = Durations(env.metadata)
+        self._durations = Durations()
         self._begin()
 
     def _begin(self) -> None:
