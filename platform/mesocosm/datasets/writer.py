@@ -14,7 +14,6 @@ episodes/00000.parquet    the same episodes for people and other tools (`parquet
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,11 @@ from mesocosm.datasets.parquet import episodes_table
 from mesocosm.datasets.permutation import key
 from mesocosm.datasets.space_json import space_to_json
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.split import choose_splits, hashed_word
 from mesocosm.datasets.texts import FILE, TEXTS, write_texts
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]
-ENOUGH = 5
-"""A dataset of this many episodes always holds one out for validation."""
 SHARD_ROWS = 1 << 20
 SHARD_BYTES = 1 << 28
 """A shard is closed at whichever comes first, so that wide observations fit into memory too."""
@@ -72,9 +70,7 @@ def write_dataset(
 class DatasetWriter:
     """`add` episodes in a fixed order, then `close`. The same episodes give the same bytes.
 
-    The split is by a hash of (seed, episode index, behaviour): each episode is held out with the
-    probability `valid_fraction`. At least one of ENOUGH episodes is held out unless the fraction is
-    0, and never the last one to train on. `add` may give each episode's split instead.
+    `split.choose_splits` holds episodes out, unless `add` gives each episode's split.
     """
 
     def __init__(
@@ -154,7 +150,7 @@ class DatasetWriter:
         number = list(self._behaviours).index(name)
         outcome = OUTCOMES.index(episode.outcome)
         success = -1 if episode.success is None else int(episode.success)
-        hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
+        hashed = int(key(hashed_word(self._id), episode.index).view(np.int64)[0])
         place = episode.index, episode.seed, len(self._shards), self._rows, len(episode)
         self._table.append((*place, number, outcome, success, 0, episode.total_reward, hashed))
         if split is not None:
@@ -236,7 +232,7 @@ class DatasetWriter:
             raise MesocosmError(f"no episode has a single transition ({counts}); nothing to write")
         self._flush()
         table = np.array(self._table, EPISODES)
-        table["split"] = self._split(table)
+        table["split"] = self._splits or self._chosen_splits(table)
         np.save(self._folder / LENGTHS_FILE, lengths_of(table), allow_pickle=False)
         self._save_by_shard("", table)
         options = self._write_options()
@@ -265,17 +261,10 @@ class DatasetWriter:
         (self._folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
         return manifest
 
-    def _split(self, table: Array) -> Array:
-        if self._splits:
-            return np.array(self._splits, np.uint8)
-        names = np.array([_word(name) for name in self._behaviours], np.uint64)
-        hashes = key(self._seed, table["index"], names[table["behaviour"]])
-        valid = hashes.astype(np.float64) / 2.0**64 < self._valid_fraction
-        if self._valid_fraction > 0 and len(table) >= ENOUGH and not valid.any():
-            valid[hashes.argmin()] = True
-        if valid.all():
-            valid[hashes.argmax()] = False
-        return valid.astype(np.uint8)
+    def _chosen_splits(self, table: Array) -> Array:
+        names = list(self._behaviours)
+        behaviours = [names[number] for number in table["behaviour"]]
+        return choose_splits(self._seed, table["index"], behaviours, self._valid_fraction)
 
     def _write_options(self) -> list[ResetOption]:
         """An option with a float is a number, any other a category over the values seen."""
@@ -358,10 +347,6 @@ def nothing(array: Array) -> Array:
 
 def _where(episode: Episode) -> str:
     return f"episode {episode.index} (behaviour {episode.behaviour!r})"
-
-
-def _word(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _plain(value: Any) -> bool | int | float | str:
