@@ -54,7 +54,7 @@ from mesocosm.model.world import World
 from mesocosm.plotting import STYLE
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.config import PretrainConfig
 from mesocosm.train.export import calibrate

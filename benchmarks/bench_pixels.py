@@ -60,7 +60,7 @@ from mesocosm.jobs.tokenize import TokenizeConfig
 from mesocosm.model.world import World
 from mesocosm.policies.stored import policy_of
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.prepare import open_datasets
 

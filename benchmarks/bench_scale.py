@@ -54,13 +54,13 @@ from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.tensors import Parts
 from mesocosm.plotting import STYLE, WORLD, canvas, document, legend
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.connection import LOOPBACK
 from mesocosm.serve.deployment import LOGGING, ROUTER, deploy, undeploy
 from mesocosm.serve.line import LineServer, packed
 from mesocosm.serve.protocol import Message, put, unpack
 from mesocosm.serve.session import Sessions
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 from tests.serve.worlds import untrained
 

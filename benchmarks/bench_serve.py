@@ -33,9 +33,9 @@ from gymnasium import spaces
 from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import FAMILIES, ModelConfig
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 from tests.serve.worlds import untrained
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from mesocosm.model.world import World
     from mesocosm.policies.policy import Policy
     from mesocosm.scaling.law import Law
-    from mesocosm.serve.client import WorldVectorEnv
     from mesocosm.serve.plans import ServedPlanner
     from mesocosm.serve.single_env import WorldEnv
+    from mesocosm.serve.world_env import WorldVectorEnv
     from mesocosm.store.artifacts import Storage
 
 __version__ = "0.3.0"
@@ -61,7 +61,7 @@ _MODULES = {
     "UsageError": "errors",
     "World": "model.world",
     "WorldEnv": "serve.single_env",
-    "WorldVectorEnv": "serve.client",
+    "WorldVectorEnv": "serve.world_env",
     "fit_law": "api",
     "load_dataset": "api",
     "load_planner": "api",

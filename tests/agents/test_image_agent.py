@@ -34,7 +34,7 @@ from mesocosm.policies.images import FRAMES, ImageEncoder, ImageMemory, check_to
 from mesocosm.policies.policy import Layout, Policy, RandomPolicy
 from mesocosm.policies.stored import load_policy
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 
 TINY = "backend=local iterations=2 num_envs=8 rollout=8 horizon=6 snapshots=1"

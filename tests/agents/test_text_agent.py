@@ -24,7 +24,7 @@ from mesocosm.policies.candidates import Candidates, CandidateShape, load_source
 from mesocosm.policies.scorer import CandidatePolicy
 from mesocosm.policies.stored import load_policy
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 FUNCTION = "talk:candidates_in_a_room"

@@ -18,7 +18,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError
 from mesocosm.jobs.evaluate import JOB
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from . import worlds
 from .lab import SLOW, Lab, judge_row, summary_of

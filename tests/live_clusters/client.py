@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 torch.set_num_threads(1)
 world, app, address, steps, head = sys.argv[1:]

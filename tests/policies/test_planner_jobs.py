@@ -23,7 +23,7 @@ from mesocosm.jobs import collect
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.planner_policy import PlannerPolicy
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 from .stored import AGENT, OLD, WORLD, store

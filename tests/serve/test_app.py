@@ -14,7 +14,7 @@ from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import RayConfig
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.serve.app import build
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
 from .worlds import local, played, untrained

@@ -12,9 +12,9 @@ import pytest
 from mesocosm.config import StorageConfig
 from mesocosm.errors import UsageError
 from mesocosm.serve.autoscaling import METRIC, OngoingRequests, desired_replicas
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig, check, first_replicas
 from mesocosm.serve.connection import Served
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import local, played, untrained
 

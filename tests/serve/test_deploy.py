@@ -22,9 +22,9 @@ from mesocosm.config import load as config_of
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs.serve import JOB
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 from .worlds import DICT, played, untrained

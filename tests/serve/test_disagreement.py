@@ -10,9 +10,9 @@ import pytest
 from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import UsageError
 from mesocosm.policies.policy import Policy
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import DICT, bits, rollout, untrained
 

@@ -17,10 +17,10 @@ from gymnasium.vector.utils import iterate
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.errors import UsageError
 from mesocosm.serve import http_guard, http_sessions
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serve.protocol import pack, unpack
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import local, web_config
 

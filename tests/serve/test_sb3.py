@@ -11,8 +11,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from mesocosm.errors import UsageError
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.sb3 import WorldVecEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import DICT, untrained
 

@@ -21,12 +21,12 @@ from mesocosm.config import StorageConfig
 from mesocosm.errors import UsageError
 from mesocosm.serve import connection, deployment
 from mesocosm.serve import line as lines
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.serve.line import FRAME, receive_frame, send_frame
 from mesocosm.serve.protocol import pack
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 from .worlds import DICT, bits, local, played, untrained

@@ -17,9 +17,9 @@ import pytest
 from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
 from mesocosm.serve import session as session_module
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.protocol import Message, pack, unpack
 from mesocosm.serve.session import Session, Sessions, Worlds
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import DICT, bits, local, played, untrained
 

@@ -30,11 +30,12 @@ from mesocosm.model.language.world import TextWorld
 from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.serve import session as session_module
 from mesocosm.serve import text_memory
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions
+from mesocosm.serve.text_batching import MOST, TextEngine
 from mesocosm.serve.text_memory import cache_bytes
-from mesocosm.serve.text_session import DRAWS, MOST, TextEngine
+from mesocosm.serve.text_session import DRAWS
+from mesocosm.serve.world_env import WorldVectorEnv
 
 TEXT = spaces.Text(400, min_length=0, charset="abcdefghijklmnopqrstuvwxyz .")
 REST = {"reward_values": [0.0, 0.2, 1.0], "terminal_rate": 0.05}

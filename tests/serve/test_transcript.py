@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import DICT, rollout, untrained
 

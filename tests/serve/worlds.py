@@ -17,8 +17,8 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.world import World
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.world_env import WorldVectorEnv
 
 Space = gymnasium.Space[Any]
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)

@@ -37,7 +37,7 @@ from mesocosm.model.tokenizer.frames import cut
 from mesocosm.model.tokenizer.kinds import tokenizer_from_json, tokenizer_to_json
 from mesocosm.model.world import World
 from mesocosm.runs import tracking
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.config import PretrainConfig
 from mesocosm.train.export import calibrate, check_termination, widen

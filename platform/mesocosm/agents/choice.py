@@ -17,7 +17,7 @@ from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, TRAINING_STATE, WEI
 from mesocosm.policies.stored import load_policy
 from mesocosm.policies.value import VALUE_JSON, VALUE_WEIGHTS
 from mesocosm.runs.tracking import Run
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
 COMPARED = 64

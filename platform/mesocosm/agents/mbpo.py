@@ -32,7 +32,7 @@ from mesocosm.agents.sac_learner import WorldSACLearner, WorldSACModule
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.masks import has_mask
 from mesocosm.policies.heads import ActionMap, flatten_batch, stack
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 IMAGINED = 100_000
 """Capacity of the buffer of imagined transitions."""

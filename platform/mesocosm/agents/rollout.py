@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mesocosm.policies.heads import map_batch
 from mesocosm.policies.images import encoder_of
 from mesocosm.policies.policy import Acts, begin_episodes
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 
 def imagined_episodes(

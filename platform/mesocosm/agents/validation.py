@@ -18,7 +18,7 @@ from mesocosm.model.any_world import is_text
 from mesocosm.policies.candidates import INFOS
 from mesocosm.policies.images import ImageEncoder, check_tokenizer
 from mesocosm.policies.stored import load_policy
-from mesocosm.serve.client import BACKENDS
+from mesocosm.serve.world_env import BACKENDS
 from mesocosm.store.artifacts import Artifact, Storage
 
 STARTS = ("logged", "generated")

@@ -28,7 +28,7 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.model.tensors import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Acts, begin_episodes
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 Array = NDArray[Any]
 BLOCKS = 20

@@ -24,7 +24,7 @@ from mesocosm.evaluate.metrics.ranking import Ranking, ranking
 from mesocosm.evaluate.policy_set import AGENT, ComparedPolicy
 from mesocosm.model.any_world import AnyWorld
 from mesocosm.policies.planner_policy import PlannerPolicy
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 ROWS = 512
 """Imagined environments that step together at most."""

@@ -40,7 +40,7 @@ from mesocosm.policies.images import check_tokenizer
 from mesocosm.policies.policy import Acts
 from mesocosm.policies.stored import policy_of
 from mesocosm.runs.tracking import Run
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 
 MOST_BEHAVIOURS = 8

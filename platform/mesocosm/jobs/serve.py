@@ -81,7 +81,7 @@ class Serve(Job[ServeConfig, ServePlan]):
             run.say(f"To train an agent in it, from another terminal:\n  {command}")
         run.say(
             "To step in it, from Python:\n"
-            "  import gymnasium, mesocosm.serve.client\n"
+            "  import gymnasium, mesocosm.serve.world_env\n"
             f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
             f' app="{config.name}", address="{address}", horizon=200)'
         )

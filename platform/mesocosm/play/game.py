@@ -20,10 +20,10 @@ from mesocosm.model.any_world import AnyWorld
 from mesocosm.model.tokenizer.frames import as_bytes
 from mesocosm.play.real_side import Bill, RealMoment, RealSide
 from mesocosm.policies.heads import stack
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.openenv_session import commands_of
 from mesocosm.serve.protocol import AnyStarts
 from mesocosm.serve.tasks import GENERATED, LOGGED, Tasks
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 REAL = "reality"

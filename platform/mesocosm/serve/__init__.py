@@ -1,1 +1,3 @@
-"""A world on Ray Serve; read protocol.py, session.py (replica), client.py and ingress.py (HTTP)."""
+"""A world on Ray Serve. Read protocol.py, session.py (the replica), world_env.py (the environment)
+and ingress.py (HTTP).
+"""

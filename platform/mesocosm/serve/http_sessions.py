@@ -20,10 +20,10 @@ from gymnasium.error import ResetNeeded
 from mesocosm.data.loading.text_batch import AnyBatchCodec, TextBatchCodec, batch_codec
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served, reply_of
 from mesocosm.serve.json_pictures import to_strings
 from mesocosm.serve.protocol import AnyStarts, Message, pack, unpack
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 
 MAX_ENVS = 4096

@@ -1,7 +1,7 @@
 """A world as a Stable-Baselines3 `VecEnv`. Needs the `sb3` extra.
 
 from stable_baselines3 import PPO
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 from mesocosm.serve.sb3 import WorldVecEnv
 
 env = WorldVecEnv(WorldVectorEnv(64, "ID", horizon=200, autoreset_mode="SameStep"))
@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 try:
     from stable_baselines3.common.vec_env import VecEnv

@@ -29,9 +29,10 @@ from mesocosm.serve.check import SCALARS, check_begin, check_fields, check_resto
 from mesocosm.serve.episodes import EpisodeSession
 from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import CONTEXT, START, Message, get, put
+from mesocosm.serve.text_batching import TextEngine
 from mesocosm.serve.text_check import check_text_begin, check_text_restore, check_text_step
 from mesocosm.serve.text_memory import cache_limit, check_memory
-from mesocosm.serve.text_session import TextEngine, TextSession
+from mesocosm.serve.text_session import TextSession
 from mesocosm.store.artifacts import Storage
 
 STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "diverged")

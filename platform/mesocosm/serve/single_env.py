@@ -14,7 +14,7 @@ from gymnasium.vector.utils import iterate
 from mesocosm.errors import UsageError
 from mesocosm.model.any_world import AnyWorld
 from mesocosm.policies.heads import stack
-from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 
 class WorldEnv(gymnasium.Env[Any, Any]):

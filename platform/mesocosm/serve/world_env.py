@@ -2,7 +2,7 @@
 
 Importing this module registers `mesocosm/World-v0`:
 
-    import gymnasium, mesocosm.serve.client
+    import gymnasium, mesocosm.serve.world_env
     envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="ID", horizon=200)
 """
 
@@ -387,5 +387,5 @@ if ID not in gymnasium.registry:
     gymnasium.register(
         ID,
         entry_point="mesocosm.serve.single_env:WorldEnv",
-        vector_entry_point="mesocosm.serve.client:WorldVectorEnv",
+        vector_entry_point="mesocosm.serve.world_env:WorldVectorEnv",
     )

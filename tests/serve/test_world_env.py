@@ -16,8 +16,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.tensors import Parts
-from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.single_env import WorldEnv
+from mesocosm.serve.world_env import WorldVectorEnv
 
 from .worlds import BOX, PLACE, TWO, local, rollout, untrained
 
