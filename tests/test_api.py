@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,6 +59,20 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 """
+
+
+def test_a_type_checker_knows_every_public_name() -> None:
+    """The names of the TYPE_CHECKING block, each imported from the module that defines it."""
+    source = Path(mesocosm.__file__).read_text()
+    block = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
+    typed = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    defined = {name: f"mesocosm.{module}" for name, module in mesocosm._MODULES.items()}
+    assert typed == defined and {*typed, "__version__"} == set(mesocosm.__all__)
 
 
 @pytest.mark.integration

@@ -16,10 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mesocosm.api import fit_law, load_dataset, load_policy, load_world
+    from mesocosm.api import fit_law, load_dataset, load_planner, load_policy, load_world
     from mesocosm.datasets.dataset import Dataset
     from mesocosm.envs.ledger import Ledger
     from mesocosm.errors import MesocosmError, UsageError
+    from mesocosm.model.language.world import TextWorld
     from mesocosm.model.world import World
     from mesocosm.policies.policy import Policy
     from mesocosm.scaling.law import Law
@@ -38,6 +39,7 @@ __all__ = [
     "Policy",
     "ServedPlanner",
     "Storage",
+    "TextWorld",
     "UsageError",
     "World",
     "WorldEnv",
@@ -58,6 +60,7 @@ _MODULES = {
     "Policy": "policies.policy",
     "ServedPlanner": "serve.plans",
     "Storage": "store.artifacts",
+    "TextWorld": "model.language.world",
     "UsageError": "errors",
     "World": "model.world",
     "WorldEnv": "serve.single_env",

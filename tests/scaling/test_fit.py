@@ -70,9 +70,12 @@ def test_intervals_contain_the_truth(fitted: Fitted) -> None:
 
 
 @pytest.mark.integration
-def test_a_fit_is_deterministic_and_seeded(fitted: Fitted) -> None:
+def test_a_fit_is_deterministic_and_seeded(fitted: Fitted, golden: Any) -> None:
     law, again, other = fitted(noisy()), fitted(noisy()), fitted(noisy(), seed=1)
     assert law == again and other.params == law.params and other.interval != law.interval
+    digits = {f"law {name}": value for name, value in law.params.items()}
+    digits["law intervals"] = golden.of_numbers(law.model_dump(mode="json")["interval"])
+    golden.check("sweep", digits)
 
 
 LINE = [
