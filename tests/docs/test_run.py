@@ -132,11 +132,12 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
     """A folder in which the shortest of each job was run: a page may begin with what another page
-    makes.
+    makes. The loop, which several pages run, comes first: its artifacts are not the newest then.
     """
     folder = tmp_path_factory.mktemp("made")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
     for text in (
+        "mesocosm loop -c loop/quickstart",
         "mesocosm collect -c collect/pendulum",
         "mesocosm pretrain -c pretrain/pendulum data.datasets=[ID]",
         "mesocosm train-agent -c agent/pendulum-ppo world=ID",

@@ -199,11 +199,6 @@ class Chromium:
         self._call(lambda: node.send_keys(text))
         return True
 
-    def screenshot(self) -> bytes:
-        """The window as a PNG."""
-        image: bytes = self._call(lambda: self._driver.get_screenshot_as_png())
-        return image
-
     def _call(self, command: Callable[[], Result]) -> Result:
         """The result of a command. Where it fails, the browser is closed."""
         if self._driver is None:
