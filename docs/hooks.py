@@ -1,20 +1,15 @@
-"""Hooks of the docs site: notes to the tests are hidden, and config keys are listed."""
+"""Hook of the docs site: config keys are listed."""
 
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any
 
 from mesocosm.cli.keys import describe
 from mesocosm.jobs.registry import JOBS
 
-NO_RUN = re.compile(r"\s*# no-run:.*$|; no-run: .*$", re.MULTILINE)
-"""What tells the tests not to run a command of a page."""
-
 
 def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
-    markdown = NO_RUN.sub("", markdown)
     return (
         markdown.replace("<!-- config keys -->", _keys()) if "config keys" in markdown else markdown
     )

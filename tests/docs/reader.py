@@ -2,8 +2,13 @@
 
 A block is fenced, or indented by four spaces after an empty line. Its parts between empty lines are
 shell where they begin with a command or an assignment; then every line is a command (one that ends
-in a backslash goes on). In its comment `no-run: REASON` keeps a command from being run. Above a
-fenced block `<!-- file: NAME -->` says what file it is, beside which the page's commands are run.
+in a backslash continues on the next line).
+
+Comments above a block are notes to the tests, which no reader sees:
+
+- `<!-- no-run: REASON -->`: none of the block's commands is run.
+- ``<!-- no-run `WORDS`: REASON -->``: the block's commands that contain WORDS are not run.
+- `<!-- file: NAME -->`: the fenced block is a file, written where the page's commands are run.
 """
 
 from __future__ import annotations
@@ -30,11 +35,12 @@ FOREIGN = (
     "gh",
     "helm",
 )
-"""Programs, or places, that the tests do without: their commands say `no-run`."""
+"""Programs, or places, that the tests do without: their commands have a `no-run` note."""
 COMMAND = re.compile(
     rf"(?:\w+=\S*\s+)*({'|'.join((*OURS, *HERE, *FOREIGN))})(?=\s|$)|^[A-Za-z_]\w*=\S"
 )
-NO_RUN = re.compile(r"no-run: (\S.*)")
+NOTE = re.compile(r"<!-- no-run(?: `([^`]+)`)?: (\S.*) -->")
+FILE = re.compile(r"<!-- file: (\S+) -->")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Block:
     first: int
     lines: list[str]
     file: str | None
+    notes: list[tuple[str, str]]
+    """(words of a command, why it is not run); every command contains the empty text."""
 
     def parts(self) -> Iterator[tuple[int, list[str]]]:
         """(line number, lines) between empty lines."""
@@ -85,19 +93,23 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
+    """Raises ValueError where a `no-run` note stands above no block."""
     found: list[Block] = []
     lines = page.read_text().splitlines()
     at, file = 0, None
+    notes: list[tuple[str, str]] = []
     while at < len(lines):
         line = lines[at]
-        if match := re.fullmatch(r"<!-- file: (\S+) -->", line.strip()):
+        if match := FILE.fullmatch(line.strip()):
             file = match[1]
+        elif match := NOTE.fullmatch(line.strip()):
+            notes.append((match[1] or "", match[2]))
         elif fence := re.match(r"\s*(`{3,})", line):
             end = next(
                 i for i in range(at + 1, len(lines)) if lines[i].strip().startswith(fence[1])
             )
-            found.append(Block(name(page), at + 2, lines[at + 1 : end], file))
-            at, file = end, None
+            found.append(Block(name(page), at + 2, lines[at + 1 : end], file, notes))
+            at, file, notes = end, None, []
         elif line.startswith("    ") and line.strip() and (at == 0 or not lines[at - 1].strip()):
             end = at
             while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
@@ -111,15 +123,20 @@ def blocks(page: Path) -> list[Block]:
                         for text in lines[at:end]
                     ],
                     None,
+                    notes,
                 )
             )
-            at = end - 1
+            at, notes = end - 1, []
+        elif notes and line.strip():
+            raise ValueError(f"{name(page)}:{at + 1}: a `no-run` note stands above no block")
         at += 1
     return found
 
 
 def commands(block: Block) -> list[Command]:
-    """Raises ValueError where a part of the block is neither all commands nor none."""
+    """Raises ValueError where a part of the block is neither all commands nor none, and where a
+    `no-run` note fits no command.
+    """
     found: list[Command] = []
     for first, lines in [] if block.file is not None else block.parts():
         stripped = [line.strip() for line in lines]
@@ -139,7 +156,7 @@ def commands(block: Block) -> list[Command]:
             if held.endswith("\\"):
                 held = held[:-1]
                 continue
-            text, comment = split_comment(held)
+            text = without_comment(held)
             held = ""
             if not text:
                 continue
@@ -148,13 +165,18 @@ def commands(block: Block) -> list[Command]:
                     f"{block.page}:{number}: {text!r} is no command that the docs' tests know"
                     " (tests/docs/reader.py)"
                 )
-            reason = NO_RUN.search(comment)
-            found.append(Command(block.page, start, text, reason[1] if reason else None))
+            reason = next((why for words, why in block.notes if words in text), None)
+            found.append(Command(block.page, start, text, reason))
+    for words, _ in block.notes:
+        if not any(words in command.text for command in found):
+            raise ValueError(
+                f"{block.page}:{block.first}: the `no-run` note fits no command: {words!r}"
+            )
     return found
 
 
-def split_comment(line: str) -> tuple[str, str]:
-    """(command, comment) of a line of shell."""
+def without_comment(line: str) -> str:
+    """The command of a line of shell."""
     quote = ""
     for at, letter in enumerate(line):
         if quote:
@@ -162,8 +184,8 @@ def split_comment(line: str) -> tuple[str, str]:
         elif letter in "'\"":
             quote = letter
         elif letter == "#" and (at == 0 or line[at - 1].isspace()):
-            return line[:at].strip(), line[at:]
-    return line.strip(), ""
+            return line[:at].strip()
+    return line.strip()
 
 
 def prose(page: Path) -> str:

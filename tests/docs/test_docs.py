@@ -23,6 +23,7 @@ from mesocosm.jobs.registry import JOBS
 
 from .reader import (
     FOREIGN,
+    NOTE,
     REPOSITORY,
     Block,
     Command,
@@ -74,13 +75,27 @@ def test_every_block_is_read(page: Path) -> None:
         commands(block)
 
 
+def test_a_note_keeps_commands_from_being_run() -> None:
+    lines = ["mesocosm collect", "mesocosm play"]
+    block = Block("page", 1, lines, None, [("play", "waits"), ("", "long")])
+    assert [command.no_run for command in commands(block)] == ["long", "waits"]
+    with pytest.raises(ValueError, match="fits no command"):
+        commands(Block("page", 1, lines, None, [("serve", "waits")]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_notes_are_comments_with_a_reason(page: Path) -> None:
+    lines = [line.strip() for line in page.read_text().splitlines() if "no-run" in line]
+    assert all(NOTE.fullmatch(line) for line in lines), lines
+
+
 def test_programs_that_are_not_there_are_not_run() -> None:
     left = [
         str(command)
         for command in COMMANDS
         if command.no_run is None and set(command.programs) & set(FOREIGN)
     ]
-    assert not left, "say why they are not run: `# no-run: REASON`"
+    assert not left, "say why they are not run: <!-- no-run: REASON --> above the block"
 
 
 @pytest.mark.integration
