@@ -1,4 +1,4 @@
-"""Mesocosm: agents learn in a learned world model, and reality is asked only for the rest.
+"""Mesocosm: agents learn in a learned world model and take few steps in the real environment.
 
 The public Python API. Each name is imported when it is first used, so that `import mesocosm` is
 fast and imports neither torch nor Ray:

@@ -11,7 +11,7 @@ from mesocosm.errors import UsageError, nearest
 def at_least(config: Any, least: float, *keys: str, prefix: str = "") -> None:
     """Check that numbers are not below `least`. None is a default and passes.
 
-    `prefix` stands before the keys in the message.
+    `prefix` precedes the keys in the message.
     """
     for key in keys:
         value = _get(config, key)

@@ -42,7 +42,7 @@ class StorageConfig:
 @dataclass
 class TrackingConfig:
     uri: str | None = None
-    """An MLflow tracking URI, or `none` to leave MLflow out. Defaults to a sqlite file under
+    """An MLflow tracking URI, or `none` to disable MLflow. Defaults to a sqlite file under
     `storage.root`.
     """
     experiment: str = "mesocosm"
@@ -189,7 +189,7 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
 
 
 def _example(base: DictConfig, key: str, expected: str, value: Any, known: Sequence[str]) -> str:
-    """A value that the key takes, for the end of an error message; "" where none is sure."""
+    """A value that the key accepts, for the end of an error message; "" if none is known."""
     if expected == "set":
         return f"; try {key}=VALUE"
     if isinstance(value, float) and value.is_integer():

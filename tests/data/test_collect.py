@@ -193,7 +193,7 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
     totals = Ledger(Storage(root), "ours", BudgetConfig(300)).totals()
     assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 300 - taken
     assert collect(cfg(0, 300)).id == result.id
-    assert "--force collects it anew" in log.read_text().splitlines()[-1]
+    assert "--force collects it again" in log.read_text().splitlines()[-1]
 
     monkeypatch.setattr(ownenvs.beside, "meanwhile", spend_in(None, 600))
     with pytest.raises(BudgetSpent, match=r"reality.budget.steps=600 is spent"):

@@ -269,7 +269,7 @@ def test_words_are_paths_and_wrong_use_is_status_2(
         ([path, "--env", "CartPole-v1", "--dry-run"], "shape (4,)"),
         ([bad, "workers=0"], "bad.parquet' row 7: step 0 of episode 1 comes twice"),
         (["--dry-run"], "no path was given"),
-        (["nowhere/*.parquet", "--dry-run"], "is no file, folder or pattern"),
+        (["nowhere/*.parquet", "--dry-run"], "must be a file, a folder or a pattern"),
         ([path, path, "--dry-run"], "given twice"),
     ):
         assert main(["import", *words, storage]) == 2
@@ -315,8 +315,8 @@ def test_logs_in_a_bucket(
     lines = import_logs(f"{s3}/lines/b.jsonl", env=env, to=str(tmp_path / "lines"))
     same(cart, Dataset([lines.path]))
     for word, message in (
-        (f"{s3}/nowhere/*.parquet", "is no file, folder or pattern"),
-        (f"{s3}/lines/c.jsonl", "is no file, folder"),
-        ("s3://no-such-bucket-x/a", "is no file, folder|cannot be read"),
+        (f"{s3}/nowhere/*.parquet", "must be a file, a folder or a pattern"),
+        (f"{s3}/lines/c.jsonl", "must be a file, a folder"),
+        ("s3://no-such-bucket-x/a", "must be a file, a folder|cannot be read"),
     ):
         refused(message, word)

@@ -49,12 +49,12 @@ BAD: dict[str, tuple[Rows, str]] = {
         ("duplicate", 6, {"step": 0}, "row 7: step 0 of episode 1 comes twice"),
         ("gap", 6, {"step": 3}, "row 7: episode 1 goes from step 0 to step 3"),
         ("unsorted", 7, {"step": 0}, "row 8: step 0 of episode 1 comes after its step 1; sort"),
-        ("goes on", 6, {"truncated": True}, "row 8: episode 1 has ended at step 1"),
+        ("goes on", 6, {"truncated": True}, "row 8: episode 1 ended at step 1"),
         (
             "no action",
             6,
             dict.fromkeys(SCALARS),
-            "row 7: action is missing at step 1 of episode 1, which goes on",
+            "row 7: action is missing at step 1 of episode 1, which continues",
         ),
         ("no observation", 6, {"observation": None}, "row 7: observation is missing at step 1"),
         ("no reward", 6, {"reward": None}, "row 7: reward is missing at step 1"),
@@ -109,7 +109,7 @@ HALF = decimal.Decimal("0.5")
 ODD: dict[str, tuple[Rows, dict[str, pa.DataType], str]] = {
     name: (changed(rows, row, **changes), types, f"row {row + 1}: {message}")
     for name, rows, row, changes, types, message in (
-        ("null episode", steps(), 5, {"episode": None}, {}, "episode is missing in a row beside"),
+        ("null episode", steps(), 5, {"episode": None}, {}, "episode is missing in a row next to"),
         ("null step", steps(), 5, {"step": None}, {}, "step is missing in a row of"),
         ("null first step", steps(), 4, {"step": None}, {}, "step is missing in a row of"),
         ("null list", steps(), 5, {"observation": None}, FIXED, "observation is missing at step 1"),

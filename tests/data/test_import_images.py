@@ -175,10 +175,10 @@ def test_a_faulty_frame(
 def test_folders_that_are_no_episodes(folder: Path) -> None:
     path = episode_folder(folder, 0, 3)
     (path / "steps.csv").rename(folder / "steps.csv")
-    refused("has pictures and no table of steps beside them", path)
+    refused("has pictures but no table of steps next to them", path)
     (folder / "steps.csv").rename(path / "steps.csv")
     (path / "more.jsonl").write_text("{}\n")
-    refused(r"one table of its steps beside its pictures, got more\.jsonl, steps\.csv", folder)
+    refused(r"one table of its steps next to its pictures, got more\.jsonl, steps\.csv", folder)
     (path / "more.jsonl").unlink()
     (path / "steps.csv").write_text("action,reward\n")
     refused("episode-0' has no row; give every step", folder)

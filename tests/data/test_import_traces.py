@@ -380,7 +380,7 @@ def test_spans_that_are_no_episodes(folder: Path) -> None:
     problem = refused(lines(folder / "c.jsonl", bad))
     assert "c.jsonl" in problem and "line 1: gen_ai.input.messages is not JSON" in problem
     image = span(1, [message("user", {"type": "blob", "content": "x"})], DONE)
-    assert "'blob', which is no text" in refused(lines(folder / "d.jsonl", image))
+    assert "'blob', which must be text" in refused(lines(folder / "d.jsonl", image))
     assert "no reward" in refused(lines(folder / "e.jsonl", span(1, [QUESTION], DONE)))
 
 

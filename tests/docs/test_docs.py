@@ -49,7 +49,7 @@ LACKING = (
     "law.json",
     "table.csv",
     "mymodule",
-    "is no file, folder or pattern",
+    "must be a file, a folder or a pattern",
     "no server answers there",
     "is not installed",
     "no module 'gymnasium_robotics'",

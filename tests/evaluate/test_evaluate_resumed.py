@@ -48,7 +48,7 @@ def test_steps_of_interrupted_attempts_count(lab: Lab) -> None:
     totals = lab.judge_totals(id)
     assert (totals.steps, totals.unconfirmed_steps) == (20, 8), "the interrupted episode was paid"
     assert len(storage.files(f"runs/episodes/{id}")) == 1
-    message = r"judge_steps=60: .* spent 20, and this one may take 48; raise it to 68"
+    message = r"judge_steps must be >= 68, got 60: .* took 20 steps, and this one may take 48"
     with pytest.raises(UsageError, match=message):
         lab.evaluate(cfg)
     assert lab.judge_totals(id).steps == 20
@@ -71,7 +71,7 @@ def test_the_last_attempt_needs_steps_for_the_missing_episodes_alone(
     assert 20 < spent <= 68 and len(storage.files(f"runs/episodes/{id}")) == 5
     artifact = lab.evaluate(cfg)
     assert artifact.id == id and lab.judge_totals(id).steps == spent
-    assert "goes on after 5 judged episodes" in lab.log
+    assert "continues after 5 judged episodes" in lab.log
     assert storage.list(f"runs/episodes/{id}") == []
     success = summary_of(artifact)["suite"]["agent"]["success"]
     assert 0 <= success["real"] <= 1 and 0 <= success["world"] <= 1, "without a comparison, too"

@@ -111,7 +111,7 @@ def test_worlds_that_exist_are_studied_and_found_again(
     ("words", "message"),
     [
         (["worlds=[w0]"], r"worlds must name at least 2, got \['w0'\]"),
-        (["worlds=[w0,worlds/w0]"], "worlds must differ"),
+        (["worlds=[w0,worlds/w0]"], "worlds must all differ"),
         (["worlds=[w0,nothing]"], "no artifact"),
         ([TWO], "worlds, train.steps=5: data.datasets must not be empty"),
         ([DATA, "worlds=[train.stps=5,w0]"], "did you mean 'train.steps'"),

@@ -220,7 +220,7 @@ def table(**leaves: Any) -> spaces.Dict:
         ({"a": table(), "b": table()}, "may have one table"),
         ({"a": table(x=spaces.Box(0, 1, (4,)))}, r"observation\.a\.x must have the leading"),
         ({"a": table(x=spaces.Discrete(3))}, r"observation\.a\.x must have the leading"),
-        ({"a": table(x=spaces.MultiDiscrete([2, 2, 3]))}, "as many values in every slot"),
+        ({"a": table(x=spaces.MultiDiscrete([2, 2, 3]))}, "same number of values in every slot"),
     ],
 )
 def test_other_tables_are_refused(observation: Any, message: str) -> None:

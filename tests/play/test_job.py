@@ -52,7 +52,7 @@ def world(root: str, monkeypatch: pytest.MonkeyPatch) -> str:
         ),
         (
             "world=line reality.budget.money=5 reality.env=drawn:Drawn",
-            r"reality.budget.money=5 bounds nothing where reality is free",
+            r"reality.budget.money=5 has no effect if reality is free",
         ),
         (
             "world=line reality.budget.steps=5 reality.env=drawn:Drawn ledger=a/b",

@@ -307,7 +307,7 @@ def test_a_task_that_cannot_be_read_is_drawn_again() -> None:
         env.reset(seed=0)
         assert env.task_options == [{"level": 2, "speed": 0.5}] * 2, text
     codec = TextBatchCodec(TextCodec.from_json(text_world(options=options).codec))
-    with pytest.raises(MesocosmError, match="is no observation or task"):
+    with pytest.raises(MesocosmError, match="a start must be a text of the world's observation"):
         codec.task_options(Texts(["{"]))
 
 

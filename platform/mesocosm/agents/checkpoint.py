@@ -79,7 +79,7 @@ class Checkpoints:
             if progress.versions.get(name) != version:
                 raise UsageError(
                     f"agents/{self.id}: its checkpoint needs {name} {progress.versions.get(name)}, "
-                    f"got {name} {version}; install that version, or use --force to begin anew"
+                    f"got {name} {version}; install that version, or use --force to start over"
                 )
         return progress
 
@@ -129,11 +129,11 @@ class Checkpoints:
                 (into / name / file).write_bytes(data)
 
     def remove(self) -> None:
-        """Remove everything: the artifact is finished, or training begins anew."""
+        """Remove everything: the artifact is finished, or training starts over."""
         self.storage.remove(self.folder)
 
     def _damaged(self, file: str) -> UsageError:
         return UsageError(
             f"agents/{self.id} cannot continue: {self.storage.url(self.folder, file)} is missing or"
-            " damaged; use --force to begin anew"
+            " damaged; use --force to start over"
         )

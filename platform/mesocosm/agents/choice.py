@@ -81,8 +81,8 @@ def choose_best(
 
 
 def replace_policy(folder: Path, better: Path) -> None:
-    """Replace the files of the policy in `folder` by those of `better`. Where that has no value
-    function, as a clone or a scorer of commands, `folder` has none afterwards.
+    """Replace the files of the policy in `folder` by those of `better`. If `better` has no value
+    function (a clone, a scorer of commands), `folder` has none afterwards.
     """
     for name in (POLICY_JSON, WEIGHTS, VALUE_JSON, VALUE_WEIGHTS, TRAINING_STATE):
         (folder / name).unlink(missing_ok=True)
@@ -96,8 +96,8 @@ def explain(
     """Check the agent against the evidence in the world's logs, and warn.
 
     Returns:
-        {"actions", "return"}: "passed" or the warning. {} for an adversary, whose return is no
-        claim, and for a world without recorded evidence.
+        {"actions", "return"}: "passed" or the warning. {} for an adversary, whose return claims
+        nothing, and for a world without recorded evidence.
     """
     recorded = world.meta.get("evidence")
     if recorded is None or config.objective != "return":

@@ -26,8 +26,8 @@ from mesocosm.runs.tracking import Run
 BATCH = 128
 """Logged choices in a batch"""
 HIDDEN_IDS = 0.3
-"""The share of ids that a batch does not show. Without it a few hundred choices are learned by
-heart: 57% instead of 43% of easy chores, from 900 choices.
+"""The share of token ids that are dropped from a batch. Without it a few hundred choices are
+memorised: 43% of easy chores are solved instead of 57%, from 900 choices.
 """
 REPORT_EVERY = 50
 """Steps between two reports"""
@@ -40,17 +40,19 @@ class CloneConfig(JobConfig):
     datasets: list[str] = field(default_factory=list)
     """The logs."""
     share: float = 0.2
-    """The share of the training split's episodes that is cloned: those of the highest returns."""
+    """The share of the training split's episodes that is cloned: the episodes with the highest
+    returns.
+    """
     candidates: str | None = None
-    """`module:function`, which lists the commands among which logs of texts chose, as the key of
-    `train-agent`. Logs hold no infos, so that it cannot be `infos`. None for logs of numbers,
+    """`module:function`, as in `train-agent`: lists the commands from which the actions of text
+    logs were chosen. `infos` is not allowed, because logs hold no infos. None for logs of numbers,
     categories and tables.
     """
     max_candidates: int = 32
-    """The most candidates of a step; more are left out."""
+    """The most candidates of a step. Further ones are left out."""
     tokenizer: str | None = field(default=None, metadata=ADDED)
-    """The tokenizer by whose codes the agent sees images, as agents in a world do: `tokenizers/ID`
-    of `mesocosm tokenize`. None where no observation is an image.
+    """`tokenizers/ID` of `mesocosm tokenize`: the agent sees images as the codes of this tokenizer,
+    as agents in a world do. None if no observation is an image.
     """
     steps: int = 600
     """Updates, each on 128 logged choices."""
@@ -59,7 +61,8 @@ class CloneConfig(JobConfig):
     episodes: int = field(default=0, metadata=ADDED)
     """Real episodes in which the agent is judged, choosing greedily. 0 takes no real step."""
     reality: RealityConfig = field(default_factory=RealityConfig, metadata=ADDED)
-    """The environment that judges the agent, with `episodes`. Defaults to that of the logs."""
+    """The environment that judges the agent in `episodes` episodes. Defaults to that of the logs.
+    """
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def check(config: CloneConfig) -> None:
 
 
 def best_episodes(dataset: Dataset, split: Split, share: float) -> NDArray[np.int64]:
-    """The numbers of the best episodes of a split, those of the highest returns first.
+    """The indices of the best episodes of a split, highest return first.
 
     Args:
         dataset: The logs.
@@ -121,13 +124,13 @@ def logged_choices(
     """The choices of the best episodes of a split.
 
     Args:
-        dataset: Of text observations and actions.
+        dataset: A dataset with text observations and actions.
         candidates: Lists the commands.
         split: `train` or `valid`.
-        share: As of `best_episodes`.
+        share: As in `best_episodes`.
 
     Raises:
-        UsageError: The spaces are no texts.
+        UsageError: The spaces are not texts.
     """
     check_spaces(dataset.observation_space, dataset.action_space, "candidates")
     space: Any = dataset.action_space
@@ -192,8 +195,8 @@ def clone(config: CloneConfig, dataset: Dataset, candidates: Candidates, run: Ru
         )
     if data.others:
         run.say(
-            f"{data.others} of {data.others + len(data.rows)} logged actions are no candidates, and"
-            " are left out"
+            f"{data.others} of {data.others + len(data.rows)} logged actions are not among the"
+            " candidates and are left out"
         )
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng([]):

@@ -30,12 +30,12 @@ class AgentConfig(JobConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig. Defaults are in `settings.MODEL`."""
     candidates: str | None = field(default=None, metadata=ADDED)
-    """How an agent acts in texts: it chooses among these commands. `module:function`, a function
-    (first text, latest text) -> commands, whose name begins with `candidates`; or `infos`: those
-    that reality lists in info["admissible_commands"], which a world does not.
+    """The commands from which an agent chooses in a text environment. Either `module:function`, a
+    function (first text, latest text) -> commands whose name begins with `candidates`, or `infos`:
+    the commands in reality's info["admissible_commands"], which worlds do not have.
     """
     max_candidates: int = field(default=32, metadata=ADDED)
-    """The most candidates of a step; more are left out."""
+    """The most candidates of a step. Further ones are left out."""
     gamma: float = 0.99
     """Discount per step; per unit of time where the environment has info["duration"]."""
     iterations: int = 40
@@ -46,8 +46,9 @@ class AgentConfig(JobConfig):
     rounds it up to whole branches.
     """
     snapshots: int = 8
-    """Policies saved during training, evenly spread over the iterations: `agents/ID@ITERATION`.
-    The agent is the best of them and the last, by greedy imagined episodes. 0 saves none.
+    """Policies saved during training, evenly spread over the iterations: `agents/ID@ITERATION`. The
+    agent is the best of these and the last policy, by the return of greedy imagined episodes. 0
+    saves none.
     """
     runners: int = 0
     """Environment runners in Ray actors, each with `num_envs` environments; 0 for one in the job's
@@ -75,8 +76,8 @@ class AgentConfig(JobConfig):
     branch: int = 5
     """SAC: imagined steps from a start."""
     real_share: float = 0.1
-    """SAC: share of a batch that is logged transitions. `objective=disagreement` uses none: their
-    rewards are the environment's.
+    """SAC: share of a batch that is logged transitions. `objective=disagreement` uses none, because
+    their rewards are the environment's.
     """
     updates_per_real_step: float = 5.0
     """SAC: updates of the whole training for each logged transition; with `init`, for each of the
@@ -87,21 +88,21 @@ class AgentConfig(JobConfig):
     evaluate's off-policy table.
     """
     penalty: float = 0.3
-    """Reward lost at a disagreement of 1 (what a tenth of held-out transitions exceed), in units of
-    the root mean square of the data's rewards, and at most one unit. Without it agents drift to
-    where the world knows nothing (docs/benchmarks.md).
+    """Penalty subtracted from the reward at a disagreement of 1 (a tenth of held-out transitions
+    have more), in units of the root mean square of the data's rewards, and at most one unit.
+    Without it agents drift to states that the world does not know (docs/benchmarks.md).
     """
     max_disagreement: float | None = None
     """Truncate imagined episodes after a step with more disagreement (its last value stands for the
     rest).
     """
     init: str | None = None
-    """`agents/ID`: start from the weights of an earlier agent with the same algorithm, network
-    and spaces. The earlier agent is kept where training makes it worse in this world.
+    """`agents/ID`: start from the weights of an earlier agent with the same algorithm, network and
+    spaces. The earlier agent is kept if training makes it worse in this world.
     """
     rival: str | None = None
-    """`agents/ID`: an earlier agent with the same spaces, which is kept where the new one is worse
-    in this world. `init` is a rival too.
+    """`agents/ID`: an earlier agent with the same spaces. It is kept if the new one is worse in
+    this world. `init` is also a rival.
     """
 
 
@@ -114,15 +115,15 @@ class BaselineConfig(JobConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig. Defaults are in `settings.MODEL`."""
     candidates: str | None = field(default=None, metadata=ADDED)
-    """How an agent acts in texts: it chooses among these commands. `module:function`, a function
-    (first text, latest text) -> commands, whose name begins with `candidates`; or `infos`: those
-    that reality lists in info["admissible_commands"], which a world does not.
+    """The commands from which an agent chooses in a text environment. Either `module:function`, a
+    function (first text, latest text) -> commands whose name begins with `candidates`, or `infos`:
+    the commands in reality's info["admissible_commands"], which worlds do not have.
     """
     max_candidates: int = field(default=32, metadata=ADDED)
-    """The most candidates of a step; more are left out."""
+    """The most candidates of a step. Further ones are left out."""
     tokenizer: str | None = field(default=None, metadata=ADDED)
-    """The tokenizer by whose codes the agent sees images, as agents in a world do: `tokenizers/ID`
-    of `mesocosm tokenize`. None where no observation is an image.
+    """`tokenizers/ID` of `mesocosm tokenize`: the agent sees images as the codes of this tokenizer,
+    as agents in a world do. None if no observation is an image.
     """
     gamma: float = 0.99
     """Discount per step; per unit of time where the environment has info["duration"]."""
@@ -136,18 +137,19 @@ class BaselineConfig(JobConfig):
     target: float | None = None
     """Stop at this mean return of greedy episodes. Defaults to using all steps."""
     judge_every: int | None = None
-    """Real training steps between two measurements of the greedy policy, as a world's agents are
-    measured. The ledger counts them under `judge`, the curve does not. They decide whether the
-    target is reached; by default the selection does.
+    """Real training steps between two evaluations of the greedy policy. Agents of worlds are
+    evaluated the same way. The evaluations decide whether the target is reached. Their steps are
+    counted in the ledger (purpose `judge`), not in the curve. Defaults to no evaluations: then
+    `select_episodes` decides.
     """
     judge_episodes: int = 10
     window: int = 10
-    """The curve's training return is the mean of this many last episodes. It needs no extra steps,
-    but lags and includes exploration.
+    """The number of last training episodes whose mean return is the curve's training return. It
+    needs no extra steps, but lags and includes exploration.
     """
     select_episodes: int = 5
-    """Greedy real episodes that confirm a policy whose training return has reached the target. They
-    count, as `select`. 0 confirms without any.
+    """Greedy real episodes that confirm a policy whose training return has reached the target.
+    Their steps count, under the purpose `select`. 0 confirms without episodes.
     """
     select_every: int = 1000
     """Least real training steps between two confirmations."""

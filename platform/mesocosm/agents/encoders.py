@@ -24,14 +24,14 @@ Spaces = tuple[Space, Space]
 
 
 def tokenizers_of(codec: AnyBatchCodec) -> Sequence[FrameTokenizer]:
-    """The tokenizers of a world's images, in order; none where it has no images."""
+    """The tokenizers of a world's images, in order; empty if it has no images."""
     return codec.observation_codec.tokenizers if isinstance(codec, Codec) else ()
 
 
 def encoder_for(
     algo: str, observation: Space, tokenizers: Sequence[FrameTokenizer]
 ) -> ImageEncoder | None:
-    """How an agent sees the images of a world; None where it has none.
+    """The encoder by which an agent sees the images of a world; None if it has none.
 
     Args:
         algo: The algorithm of its training.
@@ -54,7 +54,7 @@ def encoder_for(
 def stored_encoder(
     ref: str | None, observation: Space, storage: Storage
 ) -> tuple[ImageEncoder | None, list[str]]:
-    """How an agent sees the images of an environment or of logs, by the tokenizer of the key
+    """The encoder by which an agent sees the images of an environment or of logs, from the key
     `tokenizer`.
 
     Args:
@@ -63,7 +63,7 @@ def stored_encoder(
         storage: Where the tokenizer is.
 
     Returns:
-        The encoder, and the tokenizer's id; (None, []) where nothing is an image.
+        The encoder, and the tokenizer's id; (None, []) if nothing is an image.
 
     Raises:
         UsageError: There are images without a tokenizer or a tokenizer without images, the

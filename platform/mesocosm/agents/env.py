@@ -51,7 +51,7 @@ class Statistics:
     """Tokens that text worlds generated"""
 
     def mean_disagreement(self) -> dict[str, float]:
-        """{"disagreement": mean over the measured steps}; {} where none did."""
+        """{"disagreement": mean over the measured steps}; {} without such steps."""
         return {"disagreement": self.disagreement / self.measured} if self.measured else {}
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -138,7 +138,7 @@ class AgentEnv(FlatEnv):
         candidates: Candidates | None = None,
         encoder: ImageEncoder | None = None,
     ):
-        """As `FlatEnv`."""
+        """Wrap an environment. The arguments are those of `FlatEnv`."""
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib needs NEXT_STEP autoreset, got {mode}"
         super().__init__(env, candidates, encoder)

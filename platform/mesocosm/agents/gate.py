@@ -1,6 +1,5 @@
-"""The gate before text worlds: an agent trains in one whose values of policies are reality's.
-
-A half-trained text world flatters its agents, and its losses do not show it.
+"""The gate before text worlds: an agent trains only in a world that ranks policies as reality does.
+A half-trained text world gives its agents too high returns, and its losses do not show it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ RANKS, REGRET = 0.9, 0.05
 on robots (arXiv 2506.00613).
 """
 POLICIES = 15
-"""Policies that such a ranking needs."""
+"""Fewest policies in such a ranking."""
 
 
 def check_passed(storage: Storage, world: Artifact) -> None:

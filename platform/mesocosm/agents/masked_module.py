@@ -12,8 +12,8 @@ from mesocosm.policies.policy import masked
 
 
 class MaskedPPOModule(DefaultPPOTorchRLModule):
-    """Its logits are `policy.masked`, as those of the exported policy. `model_config` holds the
-    mask's columns in an observation.
+    """An RLModule whose logits are masked by `policy.masked`, as in the exported policy.
+    `model_config` holds the mask's columns in an observation.
     """
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -65,9 +65,9 @@ class BranchEnv(FlatEnv):
     def imagine(self, module: WorldSACModule, steps: int, seed: int) -> Columns:
         """`steps` steps in each environment from new starts; the policy draws its actions.
 
-        An environment whose episode ends begins anew. A step after which the world's disagreement
-        ends it (`max_disagreement`) counts with the value of its last observation. One that
-        diverged has none, and is left out.
+        An environment whose episode ends begins a new one. A step after which disagreement ends the
+        episode (`max_disagreement`) is bootstrapped with the value of its last observation. A step
+        that diverged has no such value and is left out.
         """
         raw, _ = self.env.reset(seed=seed)
         observation, rows = self._tensor(raw), []
@@ -105,7 +105,9 @@ class BranchEnv(FlatEnv):
         return Columns(*map(torch.cat, zip(*rows, strict=True)))
 
     def _before_reset(self, present: Tensor, truncated: NDArray[Any], infos: Any) -> Tensor:
-        """The observations [N, n] after a step, those of truncated episodes before the reset."""
+        """The observations [N, n] after a step; for truncated episodes the last one before the
+        reset.
+        """
         if not truncated.any():
             return present
         following, ended = present.clone(), np.flatnonzero(truncated)
@@ -117,7 +119,7 @@ class BranchEnv(FlatEnv):
         return torch.from_numpy(self._flat(observations))
 
     def state(self) -> dict[str, Any]:
-        """Nothing: every branch begins with a seed."""
+        """Return no state: every branch begins with a seed."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -140,7 +142,7 @@ class WorldSAC(SAC):
     """RLlib's SAC, whose training step imagines branches and updates on columns."""
 
     schedule: Schedule
-    """Set after the algorithm is built."""
+    """The schedule. It is set after the algorithm is built."""
     imagined: Replay
 
     def setup(self, config: Any) -> None:
@@ -148,7 +150,7 @@ class WorldSAC(SAC):
         self.imagined = Replay(IMAGINED)
 
     def _create_local_replay_buffer_if_necessary(self, config: Any) -> None:
-        """None: `imagined` replaces RLlib's buffer of episodes."""
+        """Return None: `imagined` replaces RLlib's buffer of episodes."""
 
     def training_step(self) -> None:
         schedule, group = self.schedule, self.env_runner_group

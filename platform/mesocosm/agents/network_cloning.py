@@ -39,9 +39,9 @@ def logged_rows(
 
     Args:
         dataset: The logs, with at least one episode in the split.
-        actions: Between its actions and those of a network.
+        actions: The map between the dataset's actions and those of a network.
         split: `train` or `valid`.
-        share: As of `cloning.best_episodes`.
+        share: As in `cloning.best_episodes`.
         encoder: How the network sees images.
     """
     spaces: tuple[Space[Any], Space[Any]] = dataset.observation_space, dataset.action_space
@@ -67,8 +67,7 @@ def clone_network(
     Args:
         config: The settings; `candidates` is None.
         dataset: Logs whose spaces an agent of `train-agent` takes.
-        encoder: How the network sees images.
-        run: Receives the progress.
+        encoder: How the network sees images. run: Receives the progress.
 
     Returns:
         The clone. Its metrics: `episodes`, `choices` (steps), `loss` and `valid_loss`, the mean

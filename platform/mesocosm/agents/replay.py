@@ -42,7 +42,7 @@ class Replay:
 
     @property
     def observations(self) -> Tensor:
-        """[N, n]: those of all transitions, without a copy."""
+        """The observations [N, n] of all transitions, without a copy."""
         assert self._columns is not None
         return self._columns.observation[: self.size]
 

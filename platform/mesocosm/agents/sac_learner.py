@@ -44,8 +44,8 @@ ACTOR_EVERY = 2
 class Critics(nn.Module):
     """Two MLPs with layer normalization, computed at once.
 
-    Normalized hidden layers bound what a critic says of actions and states that no batch holds;
-    without them values of a small dataset can grow without end (Ball et al. 2023, arXiv 2302.02948,
+    Normalized hidden layers bound a critic's values of actions and states that no batch contains.
+    Without them the values can diverge on a small dataset (Ball et al. 2023, arXiv 2302.02948,
     section 4.2).
     """
 
@@ -134,7 +134,7 @@ class WorldSACModule(DefaultSACTorchRLModule):
         return logits if mask is None else masked(logits, mask)
 
     def _mask(self, observation: Tensor) -> Tensor | None:
-        """The action mask [N, A] of observations; None without one."""
+        """The action mask [N, A] of observations, or None."""
         config: Any = self.model_config
         return observation[:, slice(*config[MASK])] if MASK in config else None
 

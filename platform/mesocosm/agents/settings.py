@@ -34,7 +34,7 @@ IMAGINED: Settings = {
     "SAC": dict.fromkeys(_SAC_RATES, 1e-3) | {_BATCH: 128},
     "DQN": {"lr": 1e-3, _BATCH: 256, _WARMUP: 1024, _UPDATE: 1024},
 }
-"""In a world, where steps are cheap and come by hundreds at once"""
+"""Settings in a world, where steps are cheap and taken in batches of hundreds."""
 
 REAL: Settings = {
     "PPO": _PPO | {"minibatch_size": 64, "num_epochs": 10, "use_kl_loss": False},
@@ -46,7 +46,7 @@ REAL: Settings = {
     "DQN": {"lr": 2.3e-3, _BATCH: 64, "training_intensity": 32, _WARMUP: 1000, _UPDATE: 20}
     | {"epsilon": [[0, 1.0], [8000, 0.04]]},
 }
-"""In reality, where every step has a price"""
+"""Settings in reality, where every step has a price."""
 
 SHAPE = {"PPO": (4, 256), "APPO": (4, 64), "IMPALA": (4, 64), "SAC": (1, 8), "DQN": (1, 256)}
 """(environments, steps of each between updates) in reality"""
@@ -70,7 +70,7 @@ DISCRETE_ENTROPY = 0.2
 """SAC's default target entropy for n discrete actions in a world, as a share of log(n)."""
 
 DISAGREEMENT_EVERY = 16
-"""One step of so many has the disagreement that is logged, where rewards do not need it. It
+"""Disagreement is computed at one in this many steps, for the log, where rewards do not need it. It
 lengthens a step by about a tenth.
 """
 
@@ -89,7 +89,8 @@ class Setup:
     rollout: int
     """Steps of each environment in a sample."""
     iteration_steps: int
-    """Least steps of an iteration of a replay algorithm. Others take one sample of each runner."""
+    """Fewest steps of an iteration of a replay algorithm. Others take one sample from each runner.
+    """
     runners: int
     gamma: float
     seed: int
@@ -186,6 +187,8 @@ def candidates_of(config: AgentConfig | BaselineConfig) -> Candidates | None:
 
 
 def candidate_facts(config: AgentConfig | BaselineConfig) -> dict[str, Any]:
-    """The identity of the candidates, which decides policies beside the config; {} without."""
+    """The identity of the candidates, which also decides the result of training; {} without
+    candidates.
+    """
     candidates = candidates_of(config)
     return {} if candidates is None else {"candidates": candidates.source.identity}

@@ -67,7 +67,7 @@ class TrainAgentPlan(Plan[AgentConfig]):
 
     @property
     def initial(self) -> Artifact | None:
-        """The agent that training begins with."""
+        """The initial agent of the training."""
         return None if self.config.init is None else self.former
 
 
@@ -126,7 +126,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         id = self.hash(facts, inputs)
         gated = self.gated and not config.force and config.objective == "return"
         if gated and is_text(world.path):
-            # What --force began is found, or goes on, without it.
+            # A run that was begun with --force continues, and its artifact is found, without
+            # --force.
             begun = Checkpoints(storage, id).latest() or storage.find(self.kind, id)
             if begun is None:
                 check_passed(storage, world)
@@ -361,7 +362,7 @@ def _iterate(
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
             seconds, tokens = seconds + seen.seconds, tokens + seen.tokens
-            # In an iteration of few steps none may be measured: the last known value remains.
+            # A short iteration may measure no disagreement: the last known value remains.
             disagreement = {n: v for n, v in metrics.items() if n == "disagreement"}
             disagreement |= seen.mean_disagreement()
             metrics = {

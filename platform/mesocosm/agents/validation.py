@@ -118,7 +118,9 @@ def check_world(config: AgentConfig, world: Artifact) -> None:
 
 
 def _check_text_world(config: AgentConfig, world: Artifact) -> None:
-    """Its disagreement is defined with one member, too: the nats of the least likely token."""
+    """Check a text world. Its disagreement is also defined with one member: the nats of the least
+    likely token.
+    """
     if config.candidates == INFOS:
         raise UsageError(
             "candidates must be module:function in a world, which lists no commands, got 'infos'"
@@ -133,12 +135,12 @@ def _check_text_world(config: AgentConfig, world: Artifact) -> None:
 def datasets_of(
     config: AgentConfig, storage: Storage, world: Artifact, codec: AnyBatchCodec
 ) -> tuple[list[str], Dataset | None]:
-    """The data of logged starts and of SAC's real transitions: ids, and all of it opened as one;
-    ([], None) where none is used.
+    """The data of logged starts and of SAC's real transitions: their ids, and the datasets opened
+    as one; ([], None) if none is used.
 
     Raises:
-        UsageError: It is needed and unknown, of other spaces than the world's, or too short for a
-            branch.
+        UsageError: The data is needed and unknown, has other spaces than the world, or is too short
+            for a branch.
     """
     sac = config.algo == "SAC"
     if starts_of(config, codec) != "logged" and not sac:

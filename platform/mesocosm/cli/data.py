@@ -179,11 +179,11 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     for key, one, other in (("a_lacks", *ids), ("b_lacks", *reversed(ids))):
         lacks = coverage[key]
         if lacks["beyond"] is None:
-            print(f"{one} has at most one training episode: what it lacks cannot be measured")
+            print(f"{one} has at most one training episode: its gaps cannot be measured")
             continue
         print(
-            f"{lacks['beyond']:.1%} of {other}'s transitions lie farther from {one} than 99% of its"
-            " own do from other episodes (data alike: 1%); median gap"
+            f"{lacks['beyond']:.1%} of {other}'s transitions are farther from {one} than 99% of its"
+            " own are from other episodes (1% for equal distributions); median gap"
             f" {lacks['quantiles']['0.5']:.3g} standard deviations"
         )
 

@@ -19,7 +19,7 @@ from mesocosm.errors import UsageError
     default="law.json",
     metavar="FILE",
     type=click.Path(),
-    help="The law's file (law.json). The plot is written beside it.",
+    help="The law's file (law.json). The plot is written next to it.",
 )
 @click.option(
     "--drop-outliers",

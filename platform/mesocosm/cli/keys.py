@@ -68,7 +68,7 @@ def config_keys(
 
 def describe(job: str, schema: type[JobConfig]) -> dict[str, list[str]]:
     """The lines of each section of a config: the job's own keys, a section for each block, and the
-    keys of every job. A line `key = value` stands below its docstring, which is a comment.
+    keys of every job. A docstring becomes a comment above its line `key = value`.
     """
     sections: dict[str, list[str]] = {job: []}
     defaults = to_dict(schema())

@@ -99,7 +99,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MesocosmError):
         return error.exit_code, f"mesocosm: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "mesocosm: interrupted; run the same command again to go on"
+        return 130, "mesocosm: interrupted; run the same command again to continue"
     if isinstance(error, ModuleNotFoundError) and (fix := fix_missing(error.name)):
         return 2, f"mesocosm: the package {error.name} is not installed; {fix}"
     return 1, f"mesocosm: {describe_error(error)}{_write_traceback(error)}"

@@ -87,7 +87,7 @@ def gc(
         output.write_json(facts)
     elif garbage and not dry_run:
         skipped = len(garbage) - removed - len(failed)
-        print(f"{removed} removed" + (f"; {skipped} needed by now, and kept" if skipped else ""))
+        print(f"{removed} removed" + (f"; {skipped} in use again, and kept" if skipped else ""))
     if failed:
         raise MesocosmError(
             f"{len(failed)} could not be removed, first {failed[0]}; run the same command again"

@@ -122,7 +122,9 @@ def _place(config: JobConfig, cluster: ClusterConfig, name: str | None) -> JobCo
 
 
 def _user_files(folder: Path) -> list[Path]:
-    """The files that git tracks or would add, or all outside of a repository; none hidden."""
+    """The files that git tracks or would add; outside of a repository all files. Hidden files are
+    left out.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, cwd=folder, capture_output=True, check=True)

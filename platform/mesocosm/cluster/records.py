@@ -1,4 +1,4 @@
-"""The jobs submitted from here: `~/.mesocosm/jobs/ID.json`, which hold nothing secret."""
+"""The jobs submitted from this machine: `~/.mesocosm/jobs/ID.json`. The files hold no secrets."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class Remote:
     """The Jobs API of the cluster `name`. Errors of Ray's client become a MesocosmError.
 
     Raises:
-        UsageError: There is none, it wants another token, or none and `insecure` is False.
+        UsageError: There is no such cluster, it rejects the token, or it accepts requests without a
+            token and `insecure` is False.
     """
 
     guarded: bool

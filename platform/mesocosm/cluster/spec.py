@@ -38,7 +38,7 @@ class NodeGroup:
     price_per_hour: float = 0.0
     """Price of one node."""
     flops_per_s: float = 1e10
-    """Counted FLOPs per second of one training worker: a GPU, or a core where there are none."""
+    """Counted FLOPs per second of one training worker: a GPU, or a core if there is no GPU."""
     seconds_per_step: float = 0.0
     """Seconds per step of one worker in addition; small models spend most of their time there."""
     min_count: int | None = None
@@ -150,8 +150,8 @@ KEYS: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
     "spot": (("launcher",), (), ""),
     "memory_gib": (("kuberay",), ("kuberay",), "the memory of a pod"),
 }
-"""By key: the values of `where` with which it has an effect (elsewhere it is an error), those that
-require it, and its value then.
+"""By key: the values of `where` that allow it (others are an error), the values of `where` that
+require it, and a description of its value for messages.
 """
 
 

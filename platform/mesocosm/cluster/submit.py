@@ -195,7 +195,7 @@ def _full_size(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def price(cluster: ClusterConfig, plan: dict[str, Any], workers: int = 1) -> str | None:
-    """The job's estimated cost as text; None where nodes are free."""
+    """The job's estimated cost as text; None if nodes are free."""
     hourly = cluster.price_per_hour
     if not hourly:
         return None

@@ -107,7 +107,7 @@ def _progress(progress: dict[str, Any]) -> str:
 
 
 def _read_json(record: SubmittedJob, name: str) -> dict[str, Any]:
-    """A file of the job's run, as it last sent it; empty where there is none."""
+    """A file of the job's run, as the job last uploaded it; empty if there is none."""
     try:
         raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
         return {} if raw is None else dict(json.loads(raw))

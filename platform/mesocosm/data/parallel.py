@@ -29,7 +29,7 @@ def worker_count(workers: int | None, size: int, ray_config: RayConfig) -> int:
 
 
 def resources(workers: int | None) -> dict[str, tuple[float, float]]:
-    """`Job.resources` of `workers`; the default asks for none."""
+    """`Job.resources` for `workers`. The default requests none."""
     return {f"workers={workers}": (workers, 0)} if workers else {}
 
 

@@ -24,7 +24,7 @@ def load_agent(storage: Storage, ref: str) -> tuple[Policy, ValueFunction]:
 
     Raises:
         UsageError: There is no such agent or snapshot, or it sees images.
-        ArtifactError: It has no value function, as before Mesocosm exported them.
+        ArtifactError: It has no value function, because an earlier version of Mesocosm exported it.
     """
     folder = policy_folder(storage, ref)
     policy = load_policy(folder)

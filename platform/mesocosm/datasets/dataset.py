@@ -106,7 +106,7 @@ class Dataset(ShardArrays):
         self._table: Array | None = None
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
-        """As `gathered`, of one array."""
+        """Like `gathered`, for one array."""
         return self.gathered(shards, {name: rows})[name]
 
     def gathered(self, shards: Array, rows: Mapping[str, Array]) -> dict[str, Array]:
@@ -186,7 +186,7 @@ class Dataset(ShardArrays):
         return self.count()
 
     def episodes(self, split: Split | None = None) -> Array:
-        """Episode numbers of a split (None: all), ascending, [n] int64."""
+        """The episode numbers of a split (None: all), ascending, [n] int64."""
         if split is None:
             return np.arange(len(self.table))
         return np.flatnonzero(self.table["split"] == SPLITS.index(split))

@@ -30,7 +30,7 @@ class Episode:
     task: dict[str, Any] = field(default_factory=dict)
     """Reset options of this episode, where `reality.task` names reset options"""
     success: bool | None = None
-    """By `reality.success`; None where it is not set"""
+    """Success by `reality.success`; None if that is not set."""
 
     def __len__(self) -> int:
         return len(self.rewards)

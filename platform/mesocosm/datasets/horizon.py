@@ -1,4 +1,5 @@
-"""The time limit of environments that register none: truncated episodes of the logs show it."""
+"""The time limit of environments that register none, inferred from truncated episodes in the logs.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from mesocosm.store.cache import open_partial
 MAX_EPISODE_STEPS = 10_000
 """Episodes without a known time limit are cut here, in reality and in a world."""
 UNKNOWN = 1000
-"""The limit that a loop sets where neither the environment nor its data shows one."""
+"""The limit that a loop sets if neither the environment nor its data shows one."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def zstd() -> Any:
 
 
 class FrameWriter:
-    """Compresses the frames of one leaf as they come: memory holds less than CHUNK raw ones.
+    """Compresses the frames of one leaf as they arrive. Fewer than CHUNK raw frames are in memory.
 
     The same frames give the same bytes, however they are split over calls of `add`.
 
@@ -154,7 +154,7 @@ class FrameWriter:
         self._path = path
         self._rest: Array | None = None
         self._chunks: list[bytes] = []
-        """Without a file."""
+        """The compressed chunks, if there is no file."""
         self._ends = [0]
         self._file: IO[bytes] | None = None
 
@@ -187,8 +187,8 @@ class FrameWriter:
         """Compress the rest.
 
         Returns:
-            (all chunks, none where they are in a file; the offsets of each and of the end [chunks
-            + 1] int64).
+            (all chunks, or b"" if they are in a file; the offsets of each chunk and of the end
+            [chunks + 1] int64).
         """
         if self._rest is not None:
             self._compress(self._rest)
@@ -198,7 +198,7 @@ class FrameWriter:
         return b"".join(self._chunks), np.array(self._ends, np.int64)
 
     def write_index(self) -> None:
-        """Close the file, and write the offsets beside it."""
+        """Close the file, and write the offsets next to it."""
         assert self._path is not None
         offsets = self.close()[1]
         np.save(self._path.with_suffix(".idx.npy"), offsets, allow_pickle=False)

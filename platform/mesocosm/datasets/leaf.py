@@ -38,7 +38,7 @@ class Leaf:
     image has none."""
 
     name: str
-    """For messages: `observation.camera.pose`"""
+    """The name in messages: `observation.camera.pose`"""
     path: Path
     space: Space
     numbers: slice

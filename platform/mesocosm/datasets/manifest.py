@@ -24,10 +24,10 @@ SPLITS = ("train", "valid")
 ARRAYS = ("obs_num", "obs_cat", "act_num", "act_cat", "reward", "terminated", "duration", "step")
 """A shard's memory-mapped arrays, one row an observation (T+1 rows an episode, all in one shard).
 
-obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an
+obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num and act_cat likewise (zeros in an
 episode's last row), reward [rows] float64, terminated [rows] bool, duration [rows] float64 seconds
-(NaN where unknown), step [rows] int32. Texts are stored apart (`texts`); as a model reads them,
-obs_cat and act_cat hold their slots too.
+(NaN where unknown), step [rows] int32. Texts are stored separately (`texts`). When a model reads
+them, obs_cat and act_cat also hold their slots.
 """
 
 EPISODES = np.dtype(
@@ -218,7 +218,7 @@ def joined_options(
         values = [manifest.task_options[column].values for manifest in manifests]
         if len({some is None for some in values}) > 1:
             problem = f"the reset option {option.name!r} is a number in one dataset and a choice in"
-            raise UsageError(f"{problem} another; collect both alike")
+            raise UsageError(f"{problem} another; collect both with the same reality.task_options")
         union = sorted({value for some in values for value in some or ()}, key=sort_key)
         position = {value: i for i, value in enumerate(union)}
         for joined, some in zip(positions, values, strict=True):

@@ -23,7 +23,7 @@ Rng = np.random.Generator
 
 
 def mask_size(observation: Space, action: Space) -> int | None:
-    """The number of actions that a mask speaks of; None where the observation has no mask.
+    """The number of actions in a mask; None if the observation has no mask.
 
     Raises:
         UsageError: The mask or the action space is of another kind.

@@ -51,13 +51,13 @@ class ShardArrays:
         self.stored_codes: StoredCodes = _no_codes
         # A view (`Dataset.unique`) shares these.
         self._open: dict[int, tuple[Path, dict[str, Array]]] = {}
-        """The folder and the mapped arrays of each shard that is held."""
+        """The folder and the mapped arrays of each open shard."""
         self._pinned: set[int] = set()
 
     def tokenized(
         self, tokenizers: Sequence[FrameTokenizer], codes: StoredCodes = _no_codes
     ) -> Self:
-        """A view in which images are categories, too: their codes.
+        """A view in which images are also categories: their codes.
 
         Args:
             tokenizers: One for each image of the observation.
@@ -131,8 +131,8 @@ class ShardArrays:
         return arrays[full_name]
 
     def _codes(self, shard: int) -> list[Any]:
-        """The codes of each image in a shard: as a tokenizer's artifact has them, or encoded where
-        they are read.
+        """The codes of each image in a shard: read from a tokenizer's artifact, or encoded on
+        reading.
         """
         codes: list[Any] = []
         dataset = self.ids[int(self.shard_part[shard])]

@@ -75,7 +75,7 @@ class SpaceCodec:
         leaves = [*self.text_leaves, *self.image_leaves]
         slots = [np.arange(self.categories)[leaf.categories] for leaf in leaves]
         self.plain: Array = np.setdiff1d(np.arange(self.categories), np.concatenate([[], *slots]))
-        """Positions of the category columns that are no slots of a text or image"""
+        """Positions of the category columns that are not slots of a text or image"""
 
     @property
     def categories(self) -> int:
@@ -129,7 +129,7 @@ class SpaceCodec:
 
     @cached_property
     def plain_dtype(self) -> np.dtype[Any]:
-        """The smallest type of the categories that are no slots of a text or image."""
+        """The smallest type of the categories that are not slots of a text or image."""
         return np.min_scalar_type(max((self.cardinalities[i] for i in self.plain), default=1) - 1)
 
     def labels(self) -> list[str]:
@@ -267,7 +267,7 @@ class SpaceCodec:
         return categories
 
     def decode_stored(self, numbers: Array, plain: Array, texts: Array, *images: Array) -> Any:
-        """As `decode`, of what `encode_stored` gave."""
+        """Like `decode`, for the arrays of `encode_stored`."""
         categories = np.zeros((len(plain), self.categories), np.int64)
         categories[:, self.plain] = plain
 

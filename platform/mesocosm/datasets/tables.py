@@ -2,8 +2,8 @@
 
 Every leaf of the entry has the same leading dimension N, its slots, and the leaf `present`, a
 MultiBinary(N), says which slots hold something. The last component of a MultiDiscrete action points
-to a slot if it has N values and the observation has an action mask, which then is a column of the
-table, too. Other actions point to none, whatever their number: 4 directions beside 4 slots.
+to a slot if it has N values and the observation has an action mask. The mask then is also a column
+of the table. Other actions point to none, whatever their number: 4 directions beside 4 slots.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ElementTable:
     key: str
     slots: int
     pointer: bool
-    """True if the last component of an action points to a slot. The action mask is then a column of
-    the table, too.
+    """True if the last component of an action points to a slot. The action mask is then also a
+    column of the table.
     """
 
 
@@ -80,7 +80,8 @@ def _check(name: str, leaf: Any, slots: int) -> None:
         values = leaf.nvec.reshape(slots, -1)
         if (values != values[0]).any():
             raise UsageError(
-                f"{name} must have as many values in every slot, got {leaf}; use the most of any"
+                f"{name} must have the same number of values in every slot, got {leaf}; use the"
+                " largest number"
             )
 
 
@@ -88,8 +89,8 @@ def slot_columns(columns: slice, slots: int, mask: bool = False) -> NDArray[np.i
     """[N, w]: the columns of each slot.
 
     Args:
-        columns: Of a leaf [N, ...], or of an action mask, whose slots come last.
-        slots: N.
+        columns: The columns of a leaf [N, ...], or of an action mask, whose slots come last.
+        slots: The number of slots N.
         mask: True for a mask.
     """
     flat = np.arange(columns.start, columns.stop, dtype=np.int64)

@@ -61,7 +61,7 @@ def utf8_bytes(value: Any) -> int:
 
 
 def utf8_problem(text: str) -> str | None:
-    """Why UTF-8 cannot hold a text, and the fix; None where it can."""
+    """The reason why UTF-8 cannot encode a text, and the fix; None if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -73,7 +73,7 @@ def utf8_problem(text: str) -> str | None:
 
 
 def text_problem(space: spaces.Text, text: str) -> str | None:
-    """Why a text is outside its space, and the fix; None where it is inside."""
+    """The reason why a text is outside its space, and the fix; None if it is inside."""
     if not space.min_length <= len(text) <= space.max_length:
         limits = f"{space.min_length} to {space.max_length} characters, got {len(text)}"
         fix = "give the space another min_length or max_length"

@@ -39,7 +39,7 @@ class Amount:
         )
 
     def rounded(self) -> Amount:
-        """To microseconds, as the journal holds it."""
+        """The duration rounded to microseconds, as in the journal."""
         times = {key: round(getattr(self, key), 6) for key in ("seconds", "duration", "longest")}
         return replace(self, **times)
 
@@ -89,8 +89,8 @@ def price_of(price: PriceConfig, amount: Amount) -> float:
 
 
 def time_price(price: PriceConfig, calls: int) -> str:
-    """The price of the time of `calls` steps and resets, to follow the price of their number in a
-    dry run: empty where time has none.
+    """The price of the time of `calls` steps and resets as text, which a dry run appends to the
+    price of their number. Empty if time has no price.
     """
     if not price.per_second:
         return ""
@@ -129,17 +129,17 @@ class LedgerTotals:
     ledger: str
     currency: str
     purposes: dict[str, PurposeTotals]
-    """For each of PURPOSES."""
+    """The amounts by purpose, for each of PURPOSES."""
     unconfirmed: tuple[Reservation, ...]
     """Open reservations, of crashed processes or of live ones."""
     spent: int
     """Steps of the BUDGETED purposes, the unconfirmed included."""
     remaining: int | None
-    """Steps that the budget leaves to them; None without a budget."""
+    """Steps left in the budget of the BUDGETED purposes; None without a budget."""
     spent_money: float
     """The price of the BUDGETED purposes, the unconfirmed included."""
     remaining_money: float | None
-    """Money that the budget leaves to them; None without a budget of money."""
+    """Money left in the budget of the BUDGETED purposes; None without a budget of money."""
 
     @staticmethod
     def of(

@@ -40,8 +40,9 @@ class PriceConfig:
     2 / 3600.
     """
     longest_s: float | None = field(default=None, metadata=ADDED)
-    """The longest duration of a step or reset. `reality.budget.money` reserves it for each, and
-    charges it for one that fails without a duration. None takes the longest seen in the ledger.
+    """The longest duration of a step or reset, in seconds. `reality.budget.money` reserves it for
+    each call, and charges it for a call that fails without a duration. Defaults to the longest in
+    the ledger.
     """
 
     def of(self, steps: int, resets: int, duration: float) -> float:
@@ -52,11 +53,11 @@ class PriceConfig:
 @dataclass
 class BudgetConfig:
     steps: int | None = None
-    """Real steps that the purposes collect, select and play may spend together; None for no bound.
+    """Real steps that the purposes collect, select and play may take together. None for no bound.
     """
     money: float | None = field(default=None, metadata=ADDED)
-    """The money that these steps and their resets may cost together, by `reality.price`; None for
-    no bound. It is not passed while no step takes longer than `reality.price.longest_s`.
+    """The money that these steps and their resets may cost together, by `reality.price`. None for
+    no bound. The bound holds as long as no step takes longer than `reality.price.longest_s`.
     """
 
 
@@ -99,7 +100,7 @@ class RealityConfig:
     success: str | None = None
     """`return >= 475` (or >, <=, <), or `info.KEY`: true at the last step."""
     horizon: int | None = None
-    """Truncates episodes after so many steps, in place of the environment's own time limit."""
+    """Steps after which an episode is truncated. Replaces the environment's own time limit."""
     bounds: str = "drop"
     """Policy of collect and import for a number outside the bounds of its space: drop the episode,
     clip the number, or ignore the bounds. Judged episodes are never dropped for their bounds.
@@ -111,15 +112,15 @@ class RealityConfig:
     The behaviour's own time is not bounded.
     """
     first_timeout_s: float | None = field(default=None, metadata=ADDED)
-    """As `step_timeout_s`, until a new environment has taken its first step: a simulator may start
-    or compile in it. Defaults to `step_timeout_s`.
+    """Time limit of the resets and steps of a new environment up to its first step, in which a
+    simulator may start or compile. Defaults to `step_timeout_s`.
     """
     memory_gb: float | None = field(default=None, metadata=ADDED)
-    """GiB that the process of an environment may use, with its child processes. `collect` runs no
-    more workers than fit into the cluster's memory, and replaces one that has come to use more.
+    """GiB that the process of an environment and its child processes may use. `collect` limits its
+    workers to those that fit into the cluster's memory, and replaces a worker that uses more.
     """
     known: KnownConfig = field(default_factory=KnownConfig)
-    """Known parts of the worlds of a loop, as `known` of pretrain. Other jobs do not use them."""
+    """Known parts of a loop's worlds, as in `known` of pretrain. Other jobs do not use them."""
 
 
 def timeout(config: RealityConfig, first: bool) -> tuple[str, float]:
@@ -155,13 +156,13 @@ def check(config: RealityConfig) -> None:
     free = not (price.per_step or price.per_reset or price.per_second)
     if config.budget.money is not None and free:
         raise UsageError(
-            f"reality.budget.money={config.budget.money:g} bounds nothing where reality is free;"
-            " set reality.price.per_step, per_reset or per_second"
+            f"reality.budget.money={config.budget.money:g} has no effect if reality is free; set"
+            " reality.price.per_step, per_reset or per_second"
         )
     if price.longest_s is not None and not price.per_second:
         raise UsageError(
-            f"reality.price.longest_s={price.longest_s:g} bounds what reality.price.per_second"
-            " prices, which is 0; set it, or leave longest_s out"
+            "reality.price.longest_s must be null unless reality.price.per_second is above 0, got"
+            f" {price.longest_s:g}; set per_second, or leave longest_s out"
         )
     checks.at_least(config, 1, "horizon", prefix="reality.")
     check_bounds(config)

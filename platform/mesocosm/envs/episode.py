@@ -31,8 +31,8 @@ class EpisodeError(MesocosmError):
 
 
 class EpisodeCut(BudgetSpent):
-    """The budget was spent in an episode. `episode` is its unfinished part, which is paid for; None
-    before its first transition.
+    """The budget ran out in an episode. `episode` is its unfinished part, which is paid for, or
+    None before its first transition.
     """
 
     def __init__(self, message: str, episode: Episode | None):
@@ -146,7 +146,9 @@ def run_episode(
 
 @contextmanager
 def _failures(kind: type[MesocosmError], source: str) -> Iterator[None]:
-    """Raise what the user's code raises as an error of this kind; a MesocosmError passes."""
+    """Convert an error of the user's code to an error of this kind. A MesocosmError passes
+    unchanged.
+    """
     try:
         yield
     except MesocosmError:

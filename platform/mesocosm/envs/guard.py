@@ -1,4 +1,4 @@
-"""Wrappers for environments that crash, hang or give NaN, for learners that expect none of it."""
+"""Wrappers that shield learners from environments that crash, hang or return NaN."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class GuardedEnv(gymnasium.Env[Any, Any]):
         return result
 
     def _attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """The result of a step or reset. None where it failed: a new environment is made."""
+        """The result of a step or reset. None if it failed; a new environment is then made."""
         try:
             result = call()
             *values, info = result

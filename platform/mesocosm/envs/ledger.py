@@ -208,7 +208,7 @@ class Ledger:
         first = self._next
         while (raw := self.storage.read(self._path(number := self._next))) is not None:
             self._apply(number, self._parse(number, raw))
-        if opening and self._next - first >= SNAPSHOT_EVERY:  # whoever should have written it died
+        if opening and self._next - first >= SNAPSHOT_EVERY:  # its writer died
             with suppress(StorageError):  # a reader's root may be read-only
                 self._snapshot()
 

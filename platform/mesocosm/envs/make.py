@@ -100,7 +100,7 @@ class EnvFacts:
     version: str
     """`environment_version`: part of the id of whatever was measured in it."""
     max_episode_steps: int | None
-    """The time limit of an episode; None where neither the config nor the environment sets one."""
+    """The time limit of an episode; None if neither the config nor the environment sets one."""
 
     @property
     def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
@@ -154,8 +154,8 @@ def facts_of(config: RealityConfig) -> EnvFacts:
 
 
 def _cached_facts(config: RealityConfig) -> Path | None:
-    """The file with the facts of an environment; None where its class, and so its version, is only
-    known once it is made.
+    """The file with the facts of an environment. None if its class, and so its version, is known
+    only after it is made.
     """
     module_name, _, name = current_id(config.env).rpartition(":")
     if config.env.startswith(PREFIX):
@@ -187,7 +187,7 @@ def _cached_facts(config: RealityConfig) -> Path | None:
 
 
 def _read_facts(path: Path) -> EnvFacts | None:
-    """The facts in a file; None where there are none that this version reads."""
+    """The facts in a file; None if this version can read none."""
     try:
         return EnvFacts.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, MesocosmError):
@@ -247,8 +247,8 @@ def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) ->
     for name in config.task:
         if name not in keys and name not in config.task_options:
             raise UsageError(
-                f"reality.task names {name!r}, which is no key of the observation (it has {keys})"
-                f" and has no reality.task_options.{name} to draw it"
+                f"reality.task names {name!r}, which must be a key of the observation ({keys})"
+                f" or have reality.task_options.{name} to draw it"
                 f" from{nearest(name, [*keys, *config.task_options])}; draw it, or leave it out and"
                 " set reality.env, whose own task is then drawn"
             )

@@ -14,8 +14,8 @@ from mesocosm.errors import MesocosmError
 
 class MaskedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Raises MesocosmError on an action that `observation.action_mask` does not allow. An
-    observation after which no action is possible, and the episode goes on, is an error of the
-    environment (ValueError).
+    observation that allows no action although the episode continues is an error of the environment
+    (ValueError).
     """
 
     def __init__(self, env: Env):

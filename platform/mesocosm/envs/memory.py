@@ -17,7 +17,7 @@ names.
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process, all its descendants and their browsers, in bytes.
 
-    Pages that they share count in each of them. 0 where there is no /proc.
+    Pages that they share count in each of them. 0 without /proc.
     """
     children, pages = defaultdict(list), dict[int, int]()
     for folder in Path("/proc").glob("[0-9]*"):

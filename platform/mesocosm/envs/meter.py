@@ -52,8 +52,8 @@ class Report:
         self._read(info.get("duration", 0.0))
 
     def _read(self, duration: Any) -> None:
-        """Read a duration. One that is no finite number of at least 0 is missing: whoever runs the
-        episode drops it.
+        """Read a duration. It counts as missing unless it is finite and >= 0. The caller then drops
+        the episode.
         """
         try:
             value = float(duration)
@@ -96,8 +96,8 @@ class Meter:
         self._cost_s = 0.0
         """The time that reserving it took."""
         self._unconfirmed = False
-        """True if `settle` has recorded usage that is not confirmed: the record names the
-        reservation, and whoever reads it confirms.
+        """True if `settle` has recorded usage that is not confirmed. The record names the
+        reservation, and its reader confirms the usage.
         """
         self.total = NOTHING
         """All that was used through this meter so far."""
@@ -108,9 +108,11 @@ class Meter:
         self._calls = 0
         """Steps and resets under way."""
         self.first = True
-        """No step has returned yet."""
+        """True until the first step returns."""
         self.stopped = False
-        """Set by another thread: a call under way fails when it returns, and none begins."""
+        """Set by another thread. A call under way fails when it returns, and no further call
+        begins.
+        """
         self._lock = threading.Lock()
 
     @contextmanager
@@ -213,7 +215,7 @@ class Meter:
                     holder=self.holder,
                     confirming=usage,
                 )
-                # Before a signal: `close` would confirm what was used once more.
+                # This comes before a signal can arrive: `close` would confirm the same usage again.
                 if not self.deferred:
                     self._used = NOTHING
         except BudgetSpent:

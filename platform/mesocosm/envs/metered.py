@@ -93,8 +93,8 @@ class MeteredVectorEnv(VectorWrapper):
     """A vector of environments of reality in NEXT_STEP autoreset mode, under one meter.
 
     A vector step counts one real step for each environment that steps, and one reset for each that
-    had ended and is only reset. Either all step or none: BudgetSpent is raised when fewer steps are
-    left than would step.
+    had ended and is only reset. Either all environments step or none: BudgetSpent is raised if too
+    few steps are left for all.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], meter: Meter):
@@ -125,7 +125,7 @@ class MeteredVectorEnv(VectorWrapper):
             ):
                 if again:
                     report.reset(one)
-                elif "duration" in one or not cut:  # a guarded step that failed has none
+                elif "duration" in one or not cut:  # a guarded step that failed has no duration
                     report.step(one)
             report.text_bytes = utf8_bytes((actions, observation))
         self._ended = np.logical_or(terminated, truncated)

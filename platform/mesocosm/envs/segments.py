@@ -51,7 +51,7 @@ class Attempt:
     behaviour: str
     steps: int
     reason: str | None = None
-    """Why it was dropped; None where it was not."""
+    """The reason why the episode was dropped, or None."""
     spent: str | None = None
     """The ledger's refusal that ended it, and its lane."""
     length: int | None = None
@@ -134,9 +134,9 @@ class Segments:
         """Store the attempts of a lane from its `first`-th on.
 
         Args:
-            rows: Of each attempt that has an episode, in order.
+            rows: The rows of each attempt that has an episode, in order.
             ledger: The id of the ledger of `usage`, the attempts' part of their reservation.
-            beyond: Used of the reservation besides, which stays reserved.
+            beyond: Further use of the same reservation, which stays reserved.
 
         Returns:
             False where another writer has stored them.
@@ -207,7 +207,7 @@ class Segments:
     def recorded(
         self, lane: int, start: int, ledger: Ledger
     ) -> Iterator[tuple[Attempt, Rows | None]]:
-        """As `attempts`, with the rows of each attempt that has an episode."""
+        """Like `attempts`, with the rows of each attempt that has an episode."""
         unconfirmed = {reservation.number for reservation in ledger.totals().unconfirmed}
         ledgers = {ledger.id: ledger}
         for segment in self._lane(lane, start):

@@ -1,4 +1,4 @@
-"""Reset options that are keys of the observation, too: both must have one value."""
+"""Reset options that are also keys of the observation: both must have the same value."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def run(
         errors = off_policy(
             world,
             Dataset([artifact.path for artifact in data]),
-            # Numbered anew: judged episodes of different policies have the same numbers.
+            # Renumbered: judged episodes of different policies have the same numbers.
             [(c.name, [replace(e, index=k) for k, e in enumerate(es)]) for c, es in chosen],
             horizons=cfg.horizons,
             starts=min(cfg.starts, STARTS),

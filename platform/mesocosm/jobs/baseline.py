@@ -66,8 +66,8 @@ def prepared(config: BaselineConfig, spaces: Spaces, storage: Storage) -> tuple[
     """
     if config.algo == "SAC" and image_spaces(spaces[0]):
         raise UsageError(
-            "algo must be PPO, APPO, IMPALA or DQN on images, got SAC, which trains in no world of"
-            " images and so has nothing to be compared with; use PPO"
+            "algo must be PPO, APPO, IMPALA or DQN on images, got SAC, which cannot train in worlds"
+            " of images, so that there is nothing to compare it with; use PPO"
         )
     encoder, tokenizers = stored_encoder(config.tokenizer, spaces[0], storage)
     seen = seen_spaces(spaces, encoder)

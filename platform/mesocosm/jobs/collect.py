@@ -174,7 +174,7 @@ class Collect(Job[CollectConfig, Collection]):
         if made:
             return
         short = artifact.meta.get("short")
-        hint = f" ({short}; --force collects it anew)" if short else ""
+        hint = f" ({short}; --force collects it again)" if short else ""
         transitions = artifact.meta["counts"]["transitions"]
         run.say(f"found {artifact.name}: {transitions} transitions; nothing was collected{hint}")
 

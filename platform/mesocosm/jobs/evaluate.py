@@ -319,15 +319,15 @@ def _ledger(
     ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     stored = store.confirm(ledger)
     if stored:
-        run.say(f"goes on after {stored} judged episodes of earlier attempts, which are in storage")
+        run.say(f"continues after {stored} judged episodes that earlier attempts stored")
     if cfg.judge_steps is None:
         return ledger
     spent = ledger.totals().purposes["judge"].steps
     most = max(0, plan.most_episodes - stored) * plan.limit
     if cfg.ledger is None and spent + most > cfg.judge_steps:
         raise UsageError(
-            f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off"
-            f" spent {spent}, and this one may take {most}; raise it to {spent + most}"
+            f"judge_steps must be >= {spent + most}, got {cfg.judge_steps}: interrupted attempts at"
+            f" this evaluation took {spent} steps, and this one may take {most}; raise it"
         )
     ledger.bounds["judge"] = cfg.judge_steps + (0 if cfg.ledger is None else spent)
     return ledger

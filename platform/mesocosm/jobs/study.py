@@ -117,7 +117,7 @@ class Study(Job[StudyConfig, StudyPlan]):
             )
         cells = [_cell(config, world, environment, storage) for world in config.worlds]
         if len({cell.id for cell in cells}) < len(cells):
-            raise UsageError(f"worlds must differ, got {config.worlds}; leave one of equals out")
+            raise UsageError(f"worlds must all differ, got {config.worlds}; list each world once")
         former = None
         if config.agent.init is not None:
             former = storage.artifact("agents", config.agent.init)

@@ -33,10 +33,10 @@ def described(folder: Path, schema: int, *, texts: bool = False) -> Iterator[dic
     try:
         about = json.loads((folder / WORLD).read_text())
         if (TEXTS in about) != texts:
+            needed = "be" if texts else "not be"
             raise UsageError(
-                f"world {folder.name!r} is {'no' if texts else 'a'} world of texts"
-                f" (model.family=language), and only {'such worlds' if texts else 'the others'} can"
-                " be used here"
+                f"world {folder.name!r} must {needed} a world of texts (model.family=language);"
+                " give another world"
             )
         if about["schema"] != schema:
             raise ArtifactError(

@@ -1,8 +1,9 @@
-"""The fit of a small network that held-out data stops, for the parts that precede pretraining.
+"""The fit of a small network with early stopping, for the parts trained before pretraining.
 
-The learning rate is constant. Judged and kept is a running average of the weights over the last
-tenth of the steps, which does what a decay of the rate would do, at any step. The fit ends once the
-best step lies a third of all steps and SLACK more behind, so that its cost follows the data's need.
+The learning rate is constant. The fit evaluates and keeps a running average of the weights over the
+last tenth of the steps. Averaging has the effect of a decaying rate, at any step. The fit ends once
+a third of all steps and SLACK more have passed since the best step, so that its cost depends on the
+data.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ SHARE = 0.1
 """Length of the running average, as a fraction of the steps so far."""
 SLACK = 200
 GAIN = 0.01
-"""Fraction by which the held-out loss must fall to postpone the end; less is kept all the same."""
+"""Fraction by which the held-out loss must fall to postpone the end. Smaller gains are kept too."""
 ALONE = 300
 """The most steps without held-out data."""
 
 Report = Callable[[str], None]
-"""Takes the progress of a fit in words."""
+"""A function that receives the progress of a fit as text."""
 
 
 def silent(text: str) -> None:
-    """A Report for nobody."""
+    """Discard a report."""
 
 
 def of_part(report: Report, part: str) -> Report:
-    """A Report that names the part before each text."""
+    """Return a Report that puts the name of the part before each text."""
     return lambda text: report(f"{part}, {text}")
 
 

@@ -1,7 +1,8 @@
 """The fit of the base's reward and termination networks, on single transitions.
 
-They learn more slowly than the dynamics: in as many steps as the dynamics need, neither is learned.
-So they have steps of their own, before the network's, and held-out episodes stop each (`fitting`).
+Both learn more slowly than the dynamics: the number of steps that the dynamics need is too small
+for them. So each has its own training before the network's, with early stopping on held-out
+episodes (`fitting`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mesocosm.model.rng import fitted_by
 from mesocosm.model.tensors import Transition, Windows
 
 BATCH = 128
-"""Single transitions of a step, and events, of which a third are terminal."""
+"""Single transitions in a step, and as many events, a third of which are terminal."""
 LR = 6e-3
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01

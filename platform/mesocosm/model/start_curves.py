@@ -88,8 +88,8 @@ def _polynomial(
     usable[others] = True
     chosen_from = (usable[p] & usable[q]).nonzero().flatten()
     x, n = columns[:, chosen_from], len(y)
-    # Of terms that fit alike (of a number with two values, it and its square) the linear one: the
-    # square's coefficient would multiply the errors of earlier numbers.
+    # Prefer the linear one of terms that fit equally well (a number with two values and its
+    # square): the square's coefficient would multiply the errors of earlier numbers.
     preference = torch.where(q[chosen_from] == q.max(), 1.0, 1 - 1e-6).to(y.dtype)
     ones = torch.ones(n, 1, dtype=y.dtype)
     left = x - x.mean(0)

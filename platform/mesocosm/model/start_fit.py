@@ -170,7 +170,9 @@ class _Slot:
         return density.smooth_uniform(x, centre, spread, width, self.half)
 
     def _add_forms(self) -> None:
-        """A uniform and a normal, by the likelihood of each start given the others."""
+        """Fit a uniform and a normal. A form's score is the likelihood of each start given the
+        other starts.
+        """
         r, n = self.residual, self.starts
         ranked = r.sort().values
         low = torch.where(r == ranked[0], ranked[1], ranked[0])
@@ -186,8 +188,12 @@ class _Slot:
         self.forms["normal"] = float(left_out), _normal(r.mean(), deviation)
 
     def _add_anchors(self, apart: Tensor, earlier: list[int]) -> None:
-        """An anchor at each residual, and weights by the earlier slots that gain most. `apart`
-        [N, N] is what remains of each start's number with each start's sign of the root.
+        """Add the form with an anchor at each start's residual. The anchors' weights depend on
+        those earlier slots that raise the likelihood most.
+
+        Args:
+            apart: [N, N]: the residual of start i's number if its root had the sign of start k.
+            earlier: The numbers that are drawn before this one.
         """
         n, deviation = self.starts, self.residual.std()
         centres = apart - self.residual  # [N, N]: of start i by the anchor of start k
@@ -273,8 +279,8 @@ class _Slot:
 
 
 def _share_of_uniforms(slots: Sequence[_Slot]) -> float:
-    """The share of numbers that are uniform rather than normal, by all of them together (empirical
-    Bayes): the numbers of one environment mostly start alike.
+    """The share of numbers that are uniform rather than normal, estimated from all of them
+    (empirical Bayes). The numbers of one environment mostly have starts of the same kind.
     """
     odds = [slot.forms["uniform"][0] - slot.forms["normal"][0] for slot in slots]
     share = 0.5

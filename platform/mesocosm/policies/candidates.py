@@ -25,17 +25,17 @@ from mesocosm.datasets.texts import shown, text_problem
 from mesocosm.errors import UsageError
 
 INFOS = "infos"
-"""The value of the key `candidates` for those that reality lists."""
+"""The value of the key `candidates` for commands that reality lists."""
 COMMANDS = "admissible_commands"
 """The info that lists them."""
 PREFIX = "candidates"
-"""Functions of candidates begin with this: a policy from elsewhere, which names its function, can
-run nothing else.
+"""Prefix of the names of candidate functions. A policy names its function, so this keeps a
+downloaded policy from running any other function.
 """
 FEATURES = 9
-"""Numbers that describe a candidate beside the texts, see `_features`."""
+"""Numbers that describe a candidate in relation to the texts, see `_features`."""
 RECENT = 4
-"""A command among so many last ones is recent."""
+"""The number of last commands that count as recent."""
 _WORD = re.compile(r"\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _STOP = frozenset(("a", "an", "and", "in", "is", "of", "on", "the", "to", "with", "you", "your"))
@@ -93,7 +93,7 @@ class CandidateSource:
     name: str
     """`infos`, or `module:function`."""
     function: Function | None
-    """None for those of infos."""
+    """The loaded function, or None if the name is `infos`."""
 
     @property
     def identity(self) -> list[str]:
@@ -207,7 +207,7 @@ class CandidateEpisodes:
         """The commands of B chosen numbers, which become part of the history.
 
         Raises:
-            UsageError: A number is not that of a candidate.
+            UsageError: A number does not belong to a candidate.
         """
         numbers = np.asarray(chosen).reshape(-1).tolist()
         for commands, number in zip(self.commands, numbers, strict=True):

@@ -1,4 +1,4 @@
-"""The part that sessions of worlds of all kinds share: how their episodes end and begin anew."""
+"""The part that sessions of worlds of all kinds share: how their episodes end and begin again."""
 
 from __future__ import annotations
 

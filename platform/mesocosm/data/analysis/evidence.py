@@ -105,7 +105,7 @@ def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
         "obs_num": Moments(dataset.observation_codec.numbers),
         "act_num": Moments(codec.numbers),
     }
-    # Moments of the sample: those of all transitions would take a pass over the data.
+    # The moments are those of the sample, because all transitions would take a pass over the data.
     sample = Features(dataset, moments).sample(dataset, "train", seed=seed, limit=SAMPLE)
     for name, columns in moments.items():
         columns.add(sample.raw[name])

@@ -46,7 +46,7 @@ class Sample:
     """N transitions of a split, in the order of the data."""
 
     values: Array
-    """[N, F] float32: the `Features` of each."""
+    """[N, F] float32: the `Features` of each transition."""
     episodes: Array
     """[N] int64: the number of its episode in the dataset."""
     raw: dict[str, Array]

@@ -157,8 +157,8 @@ class TextIndex:
         self._gram_counts = np.bincount(places.reshape(-1), np.concatenate(counts))
 
     def lacks(self, other: TextIndex) -> dict[str, float | None]:
-        """The shares of the other's texts, lines, words and n-grams that are not in this one. None
-        where the other has none.
+        """The shares of the other's texts, lines, words and n-grams that are not in this one. A
+        share is None if the other has none of them.
         """
         shares: dict[str, float | None] = {}
         for name, first, second in (
@@ -263,8 +263,8 @@ def bags_of_words(texts: Array, size: int) -> Array:
 
 
 def compare_texts(a: Dataset, b: Dataset, seed: int) -> dict[str, dict[str, Any]]:
-    """The novelty of each one's texts against the other's, by the name of each leaf of both:
-    {"observation": {"a_lacks": `TextIndex.lacks`, "b_lacks": ...}}.
+    """The novelty of each dataset's texts against the other's, by the name of each leaf that both
+    have: {"observation": {"a_lacks": `TextIndex.lacks`, "b_lacks": ...}}.
     """
     others = {leaf.name: leaf for leaf in text_leaves(b)}
     result: dict[str, dict[str, Any]] = {}
@@ -285,7 +285,7 @@ class _AllTexts:
     lengths: list[Array] = field(default_factory=list)
     """Bytes of each text, a part a shard."""
     counts: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """By hash of each distinct text: its beginning, and its count."""
+    """The beginning and the count of each distinct text, by its hash."""
     episodes: Counter[bytes] = field(default_factory=Counter)
     """Episodes by a digest of their texts in order."""
 

@@ -16,12 +16,12 @@ from mesocosm.policies.behaviours import BehaviourConfig
 class CollectConfig(JobConfig):
     reality: RealityConfig = field(default_factory=RealityConfig)
     steps: int = 1000
-    """Real steps to take, those of dropped episodes included."""
+    """Real steps to take, including those of dropped episodes."""
     lanes: int = 2
-    """The steps are shared out to so many sequences of episodes: part of what is collected."""
+    """Number of episode sequences that share the steps. It changes which episodes are collected."""
     workers: int = 1
-    """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be
-    ended).
+    """Ray actors that run the lanes. 0 runs them in this process, where a step that hangs cannot be
+    ended.
     """
     behaviours: list[BehaviourConfig] = field(default_factory=lambda: [BehaviourConfig()])
     valid_fraction: float = 0.1
@@ -29,7 +29,7 @@ class CollectConfig(JobConfig):
     all be trained on.
     """
     ledger: str | None = None
-    """The ledger that counts the steps; None is one named as the dataset."""
+    """The ledger that counts the steps. Defaults to one with the dataset's id."""
 
 
 def check(cfg: CollectConfig) -> None:

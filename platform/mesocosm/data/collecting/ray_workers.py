@@ -41,7 +41,7 @@ class Worker:
         if self._memory is not None:
             options["memory"] = self._memory
         self.retiring = False
-        """It uses too much memory, and is replaced once its environment is closed."""
+        """True if it uses too much memory. It is replaced once its environment is closed."""
         self._class: Any = ray.remote(num_cpus=1, **options)(LaneRunner)
         self._actor: Any = None
         self.lane = Lane(0, 1, 0)
@@ -53,7 +53,7 @@ class Worker:
         """Processes that died in a row before their environment was made."""
         self._before = self._steps = 0
         self._first = True
-        """No step of its environment had returned at the last pulse."""
+        """True if no step of its environment had returned at the last pulse."""
         self._pulse: Any = None
         self._pulse_since = 0.0
 
@@ -155,7 +155,7 @@ class LostWorkers:
     def __init__(self, plan: CollectTask):
         self._plan, self._ledger, self._segments = plan, plan.open_ledger(), plan.segments()
         self._tries: dict[int, tuple[int, int]] = {}
-        """By lane: the episode that was lost last, and how often."""
+        """The episode that was lost last, and how often, by lane."""
 
     def account(self, lane: Lane, reason: str, died: bool) -> list[Attempt]:
         """The stored attempts of the lane that are not recorded.
@@ -204,7 +204,7 @@ def run_on_ray(plan: CollectTask, lanes: Sequence[Lane], workers: int, report: R
         lane.check(segments, attempts[-1].reason if attempts else None)
 
     def replace(worker: Worker, reason: str, died: bool) -> None:
-        """Replace a lost worker by one that goes on after the stored attempts."""
+        """Replace a lost worker by one that continues after the stored attempts."""
         worker.kill()
         if worker.call == "advance":
             record(worker.lane, losses.account(worker.lane, reason, died))

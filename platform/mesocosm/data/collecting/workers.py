@@ -1,7 +1,6 @@
-"""Lane l of L collects the episodes l, l + L, l + 2L, ... until its share of the steps is used.
-
-An episode is a function of (config, seed, k), so any number of workers collects the same episodes.
-A lane writes its episodes to storage as they end; a killed collection goes on after them.
+"""Lane l of L collects the episodes l, l + L, l + 2L, ... until its share of the steps is used. An
+episode is a function of (config, seed, k), so any number of workers collects the same episodes. A
+lane writes its episodes to storage as they end. A killed collection continues after them.
 """
 
 from __future__ import annotations
@@ -85,7 +84,9 @@ class Lane:
     refused: bool = False
     """The ledger has no more steps for it."""
     careful: bool = False
-    """Write each episode by itself, since a worker was lost: the segments tell which one kills."""
+    """True if each episode is a segment of its own, as after the loss of a worker: the segments
+    then show which episode kills it.
+    """
 
     @property
     def k(self) -> int:
@@ -140,9 +141,9 @@ class LaneRunner:
         self._pending: list[tuple[Attempt, Rows | None]] = []
         """Finished attempts that are not in storage yet."""
         self._written: list[Attempt] | None = []
-        """Attempts that this `advance` has stored. None where another process wrote this lane."""
+        """Attempts that this `advance` has stored. None if another process wrote this lane."""
         self._over = True
-        """This `advance` may write nothing more."""
+        """True if this `advance` may write nothing more."""
         self._began = 0
         """The meter's steps at the start of the current episode."""
         self._write_s = 0.0
@@ -169,7 +170,7 @@ class LaneRunner:
         episode, and the last of the call: call `begin` again after it.
 
         Returns:
-            The attempts that are stored. None where another process wrote this lane: read it.
+            The stored attempts, or None if another process wrote this lane: read it then.
         """
         assert self._env is not None, "begin comes first"
         since = time.monotonic()
@@ -282,7 +283,7 @@ class LaneRunner:
             close(env.env)
 
     def pulse(self) -> tuple[int, bool, list[Attempt] | None]:
-        """Check whether a step hangs. If so, drop its episode, and let no further one begin.
+        """Check whether a step hangs. If so, drop its episode and begin no further episode.
 
         Returns:
             (steps taken since `begin`, whether none of them has returned yet, the attempts that

@@ -120,7 +120,7 @@ class Mix(Operation):
 
     weights: list[float] = field(default_factory=list)
     transitions: int | None = None
-    """At most this many in all."""
+    """The most of them in all."""
 
     def check(self) -> None:
         sound = all(math.isfinite(weight) and weight >= 0 for weight in self.weights)
@@ -284,7 +284,7 @@ class Groups:
 
 def groups(step: Step, episodes: Array, by: str, bins: int) -> Groups:
     """Group episodes [n] by behaviour, outcome, success, dataset, task, or a part of the task. A
-    number of the task with more than `bins` values is cut into as many ranges.
+    number of the task with more than `bins` values is cut into `bins` ranges.
 
     Raises:
         UsageError: `by` is none of these.
@@ -330,7 +330,9 @@ def _joined(by: str, parts: Sequence[Groups], separator: str) -> Groups:
 
 
 def _part(step: Step, episodes: Array, name: str, bins: int) -> Groups:
-    """By one part of the task: a reset option, or the value of a key in the first observation."""
+    """Group by one part of the task: a reset option, or the value of a key in the first
+    observation.
+    """
     dataset = step.dataset
     for i, option in enumerate(dataset.options):
         if option.name == name:

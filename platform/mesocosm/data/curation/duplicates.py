@@ -45,7 +45,7 @@ class ExactDuplicates(Operation):
         leader = np.empty(len(order), np.int64)
         leader[order] = order[first[group.reshape(-1)]]
         copies = leader != np.arange(len(order))
-        step.drop(episodes[copies], "the same as an episode that is kept", episodes[leader[copies]])
+        step.drop(episodes[copies], "equal to an episode that is kept", episodes[leader[copies]])
 
 
 def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
@@ -79,7 +79,7 @@ def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
 
 @dataclass
 class NearDuplicates(Operation):
-    """Keep one of the episodes whose distance is at most `tolerance`, as of exact copies.
+    """Keep one of the episodes whose distance is at most `tolerance`, as for exact copies.
 
     Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
     longer, are compared at 16 evenly spaced steps (first and last among them): in every number of
@@ -190,7 +190,9 @@ def _vectors(dataset: Dataset, piece: EpisodePiece, scale: Array) -> tuple[Array
 
 
 def _frame_hashes(dataset: Dataset, name: str, piece: EpisodePiece, steps: Array) -> Array:
-    """[e, POINTS] int64: a hash of each episode's frames at some steps; a few are in memory."""
+    """[e, POINTS] int64: a hash of each episode's frames at POINTS steps. Few frames are in memory
+    at once.
+    """
     hashes = np.empty(steps.shape, np.int64)
     for i, shard in enumerate(piece.shards.tolist()):
         for j, frame in enumerate(dataset.images(shard, name).take(piece.first[i] + steps[i])):

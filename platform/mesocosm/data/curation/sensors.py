@@ -28,7 +28,9 @@ class Stuck(Operation):
     steps: int = 20
     keep: str = "none"
     dimensions: list[str] = field(default_factory=list)
-    """Only these (`observation[3]`), whether or not they otherwise change; empty: all that do."""
+    """The numbers to check (`observation[3]`), whether or not they otherwise change. Empty: all
+    that otherwise change.
+    """
 
     def check(self) -> None:
         if self.keep not in ("none", "before"):
@@ -91,7 +93,9 @@ class Saturated(Operation):
 
     share: float = 0.2
     dimensions: list[str] = field(default_factory=list)
-    """Only these (`observation[3]`), whether or not they otherwise are; empty: all that are not."""
+    """The numbers to check (`observation[3]`), whether or not they are often at an extreme. Empty:
+    all that otherwise are not.
+    """
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()

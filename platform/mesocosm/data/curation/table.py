@@ -48,11 +48,11 @@ class EpisodeTable:
         self.retained: Array = np.ones(len(table), bool)
         """[E] bool"""
         self.length: Array = table["length"].astype(np.int64)
-        """[E] transitions that are kept of it"""
+        """[E] transitions of the episode that are kept."""
         self.split: Array = table["split"].astype(np.uint8)
         """[E] positions in SPLITS"""
         self.by: Array = np.zeros(len(table), np.int16)
-        """[E] the operation that dropped it, 0 for none"""
+        """[E] the operation that dropped the episode; 0 if it is kept."""
         self.events: list[Event] = []
 
     @property
@@ -73,13 +73,13 @@ class EpisodeTable:
         return {"episodes": len(chosen), "transitions": int(self.length[chosen].sum())}
 
     def sizes(self, chosen: Array | None = None) -> dict[str, dict[str, int]]:
-        """The size by split of the kept episodes, or of `chosen` [E] bool."""
+        """The sizes of the kept episodes, or of `chosen` [E] bool, by split."""
         chosen = self.retained if chosen is None else chosen
         splits = enumerate(SPLITS)
         return {name: self.size(np.flatnonzero(chosen & (self.split == i))) for i, name in splits}
 
     def name(self, episode: int) -> str:
-        """For people: `ab12/37`, dataset and index."""
+        """A readable name, dataset and index: `ab12/37`."""
         index = int(self.dataset.table["index"][episode])
         return f"{self.dataset.ids[int(self.dataset.part[episode])]}/{index}"
 

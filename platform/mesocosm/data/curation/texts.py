@@ -31,7 +31,7 @@ class _OfTexts(Operation):
             raise UsageError(f"part must be observation or action, got {self.part!r}")
 
     def array(self, dataset: Dataset) -> str:
-        """The name of the texts. Raises UsageError where the part has none."""
+        """The name of the texts. Raises UsageError if the part has no texts."""
         codec = dataset.observation_codec if self.part == "observation" else dataset.action_codec
         if not codec.text_leaves:
             raise UsageError(f"part={self.part} has no Text; name the part that has texts")
@@ -84,7 +84,7 @@ class TextNovelty(_OfTexts):
     n: int = GRAM
 
     def check(self) -> None:
-        """Raise UsageError where n is no positive number, or the part is unknown."""
+        """Raise UsageError if n is not positive, or the part is unknown."""
         super().check()
         if self.n < 1:
             raise UsageError(f"n must be at least 1, got {self.n}")

@@ -1,8 +1,8 @@
 """Batches of rows, read in any process, joined in order into episodes.
 
 An import makes two passes over the same batches: the first checks and counts, the second encodes.
-Both join alike, so they agree on what an episode is. They hold one open episode, and the name of
-every episode.
+Both join rows in the same way, so they agree on what an episode is. They hold one open episode, and
+the name of every episode.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Fault:
 
     source: int
     row: int | None
-    """Its position after the last batch of the file. None where the message names the file."""
+    """Its position after the last batch of the file. None if the message names the file."""
     text: str
 
 
@@ -270,11 +270,11 @@ def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Proble
     check(step < 0, 1, "steps out of order", text)
     text = "episode {k!r} goes from step {a} to step {b}; give every step"
     check(step > 1, 1, "gap in steps", text)
-    text = "action is missing at step {a} of episode {k!r}, which goes on; give every action but"
+    text = "action is missing at step {a} of episode {k!r}, which continues; give every action but"
     check(a["final"], 0, "missing value", f"{text} that of the last row")
-    text = "episode {k!r} has ended at step {a} (terminated or truncated) and goes on; begin a new"
+    text = "episode {k!r} has ended at step {a} (terminated or truncated) but continues; begin a"
     ended = a["terminated"] | a["truncated"]
-    check(ended & ~b["final"], 1, "rows after the end", f"{text} episode")
+    check(ended & ~b["final"], 1, "rows after the end", f"{text} new episode")
     for name in CONSTANT:
         if name != "success" or not marks_success:
             text = f"from {{old[{name}]!r}} to {{new[{name}]!r}} at step {{b}}; it must be constant"

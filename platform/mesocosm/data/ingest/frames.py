@@ -36,7 +36,7 @@ OPEN_VIDEOS = 16
 """Videos that are open at a time, one for each camera that is read in turn."""
 FORMATS = ("PNG", "JPEG")
 MODES = {"RGB": "RGB", "P": "RGB", "L": "L", "1": "L"}
-"""Pillow's modes that are read, and what they are read as."""
+"""The modes of Pillow that are read, and the mode to which each is converted."""
 
 
 class FrameType(pa.ExtensionType):  # type: ignore[misc]
@@ -64,7 +64,7 @@ class LoggedFrame:
     data: bytes | None = None
     path: str | None = None
     seconds: float | None = None
-    """The time in the video at `path`. None where `path` is a picture."""
+    """The time in the video at `path`. None if `path` is a picture."""
     raw: bool = False
     """`data` are the values of the frame, in its space's dtype."""
 

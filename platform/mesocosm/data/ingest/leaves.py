@@ -31,7 +31,7 @@ from mesocosm.errors import UsageError
 
 Space = gymnasium.Space[Any]
 SEPARATOR = "\x1f"
-"""Between the keys of a flattened column's name, since a key may have dots."""
+"""Separates the keys in the name of a flattened column, since a key may have dots."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ColumnLeaf:
     """One array of a space, in one column or in the flattened columns of a vector."""
 
     name: str
-    """For messages: `observation.pose`."""
+    """The name in messages: `observation.pose`."""
     path: tuple[str, ...]
     columns: tuple[str, ...]
     """One flattened column, or one per element of a vector."""
@@ -47,7 +47,7 @@ class ColumnLeaf:
     """number, bool, text, image (pictures that are decoded), or flag: a number or a bool."""
     shape: tuple[int, ...] = ()
     space: Space | None = None
-    """The environment's space. None where it is inferred from the values."""
+    """The environment's space, or None if the space is inferred from the values."""
     pixels: bool = False
     """It is an image [height, width, channels], as pictures or as numbers."""
 
@@ -70,7 +70,9 @@ def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
 
 
 def kind_of(type: pa.DataType) -> str | None:
-    """number, bool, text or image. None for a type that no space holds; nulls count as numbers."""
+    """The kind of a type: number, bool, text or image. None for a type without a space. Nulls count
+    as numbers.
+    """
     inner, _ = innermost(type)
     if is_picture(inner):
         return "image"

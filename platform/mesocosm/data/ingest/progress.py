@@ -1,4 +1,4 @@
-"""The progress of an import, on this machine: a killed import goes on from its last whole shard.
+"""The progress of an import, on this machine: a killed import continues from its last whole shard.
 
 looked.json   the tally of the first pass
 data/         the dataset so far

@@ -19,7 +19,7 @@ class ImportTally:
 
     stats: dict[str, Stat] = field(default_factory=dict)
     rows: Counter[int] = field(default_factory=Counter)
-    """By source."""
+    """Counts by source."""
     episodes: int = 0
     transitions: int = 0
     longest: int = 0
@@ -34,13 +34,13 @@ class ImportTally:
     examples: dict[str, str] = field(default_factory=dict)
     """The first fault of each reason, with file and row."""
     last_actions: int = 0
-    """Actions left out because nothing says what they led to."""
+    """Actions left out because the observation after them is not logged."""
     empty: int = 0
     """Episodes of one row, whose only action was left out."""
     rewarded: int = 0
     """Episodes with a reward other than 0."""
     led: int = 0
-    """Episodes whose logs tell what the last action led to."""
+    """Episodes whose logs have the observation after the last action."""
     repeated: int = 0
     """Episodes of `led` whose last observation equals the one before the last action."""
     pairs: int = 0
@@ -69,10 +69,10 @@ class Inspection:
 
     @property
     def time_limit(self) -> int | None:
-        """Rows after which all episodes end that are done and did not succeed.
+        """The number of rows of all episodes that are done and did not succeed.
 
-        None where they differ, or where the logs say why an episode ended. An environment that
-        ends its episodes itself does not end them all at one step.
+        None if the numbers differ, or if the logs say why an episode ended. An environment that
+        ends its episodes itself does not end them all at the same step.
         """
         fewest, most = self.tally.done_rows
         return most if self.schema.done_only and self.tally.done > 1 and fewest == most else None

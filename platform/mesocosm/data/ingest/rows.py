@@ -1,6 +1,6 @@
 """One batch of rows as arrays, each row checked by itself.
 
-A faulty row is marked, and raises nothing: the episodes decide what becomes of it. Batches are read
+A faulty row is marked and raises no error. The episodes decide what happens to it. Batches are read
 in any process and joined in order (`episodes`), so rows are plain arrays by name:
 
     key [B] object                  the episode, an integer or a string
@@ -69,9 +69,9 @@ class Batch:
     """The position of its first row in the piece."""
     rows: Rows
     problems: dict[int, Problem]
-    """The first one of each run of rows of one episode, by row."""
+    """The first fault of each run of rows of one episode, by row."""
     stats: dict[str, Stat]
-    """By leaf, of the rows that are not wrong."""
+    """The values by leaf, of the rows without a fault."""
 
 
 def read_batch(
@@ -163,7 +163,7 @@ class _CheckedRows:
     """The rows of a table, and the first fault of each."""
 
     decoder: FrameDecoder | None = None
-    """Decodes pictures to check them. None leaves them as they are."""
+    """Decodes pictures to check them. None skips the check."""
 
     def __init__(self, table: pa.Table, schema: Schema, piece: LogPiece):
         self._table, self._schema = table, schema
@@ -208,7 +208,7 @@ class _CheckedRows:
             last_run = runs[row]
             at = f"at step {self.steps[row]} of"
             if self._unnamed[row] or self.unnumbered[row]:
-                at = "in a row beside" if self._unnamed[row] else "in a row of"
+                at = "in a row next to" if self._unnamed[row] else "in a row of"
             message = f"{text(row)} {at} episode {self.keys[row]!r}{FIXES.get(reason, '')}"
             problems[row] = reason, message
         return problems

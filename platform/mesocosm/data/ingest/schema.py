@@ -51,7 +51,7 @@ class Schema:
     observation: list[ColumnLeaf]
     action: list[ColumnLeaf]
     next_observation: list[ColumnLeaf]
-    """As `observation`. Empty where the files have no next observations."""
+    """The columns of the next observation, like `observation`. Empty if the files have none."""
     task: list[ColumnLeaf]
     first_step: int
     """The number of an episode's first step, 0 or 1."""
@@ -59,11 +59,11 @@ class Schema:
     bounds: str
     """`reality.bounds`."""
     marks_success: bool
-    """Success is a flag of each step: any of them makes the episode a success."""
+    """True if success is a flag of each step. One such step makes the episode a success."""
     done_only: bool
     """The logs do not say whether a time limit ended an episode."""
     spaces: tuple[Space, Space] | None
-    """The environment's spaces, or those the logs state. None where they are inferred."""
+    """The environment's spaces, or the spaces stated in the logs. None if they are inferred."""
     about: About
     rows: list[dict[str, str]]
     """Description of the columns that are not leaves of a space."""
@@ -85,7 +85,7 @@ class Schema:
         return build_space(self.observation, observation), build_space(self.action, action)
 
     def describe(self, stats: Mapping[str, Stat]) -> list[dict[str, str]]:
-        """One row per column: what it became, and what is a guess."""
+        """One row per column: its use, and which part of that is a guess."""
         owner = "dataset" if self.spaces == self.about.spaces else "environment"
         rows = []
         for leaf in (*self.observation, *self.action):
@@ -309,7 +309,7 @@ def _compare(
             " the same columns"
         )
     extra = [name for name in others if name not in renames]
-    return unused | dict.fromkeys(extra, f"{first.name!r} has no such column: not used")
+    return unused | dict.fromkeys(extra, f"{first.name!r} does not have this column: not used")
 
 
 def _comparable(type: pa.DataType, typed: bool) -> tuple[str | None, int] | None:

@@ -46,7 +46,9 @@ TRACES = {"agentworld": agentworld.holds, "chat": chat.holds, "otel": otel.holds
 """The formats of traces of language agents, by how the first value of a file is known."""
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 IN_FOLDERS = (".parquet", ".jsonl", ".ndjson")
-"""The suffixes that a folder is searched for; for .json only if there are none of these."""
+"""The suffixes for which a folder is searched. Files in .json are read only if there are none of
+these.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Source:
     format: str
     path: str
     name: str
-    """As the user named it."""
+    """The name that the user gave."""
     traces: TraceOptions = field(default_factory=TraceOptions)
 
     @functools.cached_property
@@ -150,7 +152,7 @@ def _sources_of(word: str, fetch: bool) -> list[Source]:
         paths = files.expand(word, IN_FOLDERS) or files.expand(word, [".json"])
         if not paths:
             raise UsageError(
-                f"{word!r} is no file, folder or pattern that matches a file that ends in"
+                f"{word!r} must be a file, a folder or a pattern that matches a file that ends in"
                 f" {', '.join(SUFFIXES)}; check the path"
             )
         return [_source(path) for path in paths]

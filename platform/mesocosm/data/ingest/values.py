@@ -155,7 +155,7 @@ def infer_space(leaf: ColumnLeaf, stat: Stat, action: bool) -> tuple[Space, str]
     """Infer the space of a leaf from its values.
 
     Returns:
-        (space, what is a guess in it).
+        (space, a description of what is guessed in it).
 
     Raises:
         UsageError: No row has a value.

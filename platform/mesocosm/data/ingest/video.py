@@ -32,7 +32,7 @@ class Video:
         path: The file.
 
     Raises:
-        FrameProblem: There is no such file, or it is no video.
+        FrameProblem: There is no such file, or it is not a video.
         UsageError: PyAV or the decoder is missing.
     """
 

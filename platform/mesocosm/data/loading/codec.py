@@ -1,10 +1,10 @@
-"""An environment's values <-> a world's slots: fitted once on the training split, then part of the
-world.
+"""Converts between an environment's values and a world's slots. A codec is fitted once on the
+training split and is then part of the world.
 
 Numbers are normalised in float64 and cast to float32 last; nothing is clipped. `Codec.id` is a
 fingerprint of everything in it. Means and scales are those of all the datasets together. The
-precision, the unit of the likelihood, is that of the first dataset alone: worlds whose lists of
-datasets begin alike have comparable nats.
+precision, the unit of the likelihood, is that of the first dataset alone. So the nats of worlds
+with the same first dataset are comparable.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ class Codec:
         return self._action.labels()
 
     def action_bounds(self) -> tuple[Tensor, Tensor]:
-        """(low, high) of each number of an action, [n] float32 normalised; infinite where it has
-        none.
+        """(low, high) of each number of an action, [n] float32 normalised; infinite if it has no
+        bound.
         """
         leaves = [leaf for leaf in self._action.leaves if leaf.numbers.stop > leaf.numbers.start]
         boxes: list[Any] = [leaf.space for leaf in leaves]
@@ -351,7 +351,7 @@ class Codec:
         return Known(RawSpace(observation), RawSpace(action), reward, terminated)
 
     def task_options(self, task: Parts) -> list[dict[str, Any]]:
-        """The B reset options of `task`; empty dicts where it has none."""
+        """The B reset options of `task`; empty dicts if it has none."""
         numbers = self._scalings["options"].raw(task.numbers[:, len(self._task.numbers) :])
         choices = task.categories[:, len(self._task.categories) :].tolist()
         rows: list[dict[str, Any]] = []

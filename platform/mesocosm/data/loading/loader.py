@@ -41,13 +41,14 @@ from mesocosm.model.tensors import Events, Windows
 
 Array = NDArray[Any]
 READ_AHEAD = 16 << 20
-"""Bytes of raw rows read at once: small batches alone cost more in calls than in bytes."""
+"""Bytes of raw rows read at once. Small batches read one by one cost more in calls than in bytes.
+"""
 AT_ONCE = 128
 """The most batches read at once."""
 
 
 class Loader:
-    """Windows of a split, and single transitions ("events") beside them.
+    """Windows of a split and, separately, single transitions ("events").
 
     Memory: a few integers a shard, at most `index.EPISODES` episodes, and READ_AHEAD.
 
@@ -268,7 +269,7 @@ class Loader:
     def eval_batches(
         self, batch: int | None = None, rank: int = 0, world_size: int = 1, most: int | None = None
     ) -> Iterator[Windows]:
-        """The split once, in order, cut from each episode's start.
+        """Pass over the split once, in order, with windows cut from each episode's start.
 
         Every rank gets as many batches of the same shape. Windows that only fill up the last batch
         have an all-false mask and no start.

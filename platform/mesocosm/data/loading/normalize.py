@@ -32,13 +32,13 @@ REWARD_VALUES = 64
 """Rewards with at most this many distinct values are exact categories."""
 RARE, FAR = 0.05, 50.0
 """Rewards farther from the median than FAR times their spread (1.48 MAD) are rare large ones, if
-they are at most this share: a lost plasma's -1,000 among rewards of .1. The ends of heavy tails are
-rare large ones, too.
+they are at most this share: a lost plasma's -1,000 among rewards of .1. The ends of heavy tails
+also count as rare large ones.
 """
 LEAST_SPREAD = 1e-3
 """The least spread of rare rewards, as a share of their mean's size"""
 AT_ONCE = 1 << 15
-"""Numbers normalised at once, so that between the two operations they stay in a core's cache."""
+"""Numbers normalised at once. They stay in a core's cache between the two operations."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,8 @@ def mean_duration(dataset: Dataset) -> float | None:
 
 
 def rare_rewards(raw: Array) -> tuple[Array, float, float]:
-    """The rare large ones of rewards [N]. Nothing is clipped: they have a density of their own
-    (`heads.RewardHead`), and the others' scale does not hold them.
+    """Find the rare large ones of rewards [N]. Nothing is clipped: they have a density of their own
+    (`heads.RewardHead`), and the scale of the others excludes them.
 
     Returns:
         [N] bool, and the middle and the distance from it beyond which a reward is rare, if any is.

@@ -67,7 +67,7 @@ class TextBatchCodec:
         """B observations in a vector environment's layout, of their texts and their tasks'.
 
         Raises:
-            MesocosmError: A text is none of the space.
+            MesocosmError: A text is not in the space.
         """
         pairs = zip(texts, task, strict=True)
         values = [_read(self.codec.read_with_task, *pair) for pair in pairs]
@@ -78,10 +78,10 @@ class TextBatchCodec:
         return stack(self.action_space, list(map(self.codec.read_action, texts)))
 
     def task_options(self, task: Texts) -> list[dict[str, Any]]:
-        """The B reset options of `task`; empty dicts where it has none.
+        """The B reset options of `task`; empty dicts if it has none.
 
         Raises:
-            MesocosmError: A text is no task.
+            MesocosmError: A text is not a task.
         """
         if not self.options:
             return [{} for _ in task]
@@ -92,17 +92,17 @@ AnyBatchCodec = Codec | TextBatchCodec
 
 
 def batch_codec(values: Mapping[str, Any]) -> AnyBatchCodec:
-    """The codec of a world of either kind, of its JSON."""
+    """The codec of a world of either kind, from its JSON."""
     if "decimals" in values:
         return TextBatchCodec(TextCodec.from_json(values))
     return Codec.from_json(values)
 
 
 def refuse_images(codec: AnyBatchCodec, user: str) -> None:
-    """Raise UsageError where a world is one of images.
+    """Raise UsageError for a world of images.
 
     Args:
-        codec: Of the world.
+        codec: The world's codec.
         user: The job that cannot use such worlds, for the message.
     """
     if isinstance(codec, Codec) and codec.observation_codec.tokenizers:
@@ -129,15 +129,15 @@ def start_texts(
 
 
 def _read(read: Callable[..., Any], *texts: str) -> Any:
-    """The value that `read` gives. Raises MesocosmError for texts of no value, which only starts
-    that a client chose can be.
+    """Return `read(*texts)`. Raises MesocosmError where the texts cannot be read, which happens
+    only with starts that a client sent.
     """
     try:
         return read(*texts)
     except ValueError as error:
         raise MesocosmError(
-            f"a text is no observation or task of the world's space ({error}); take starts from the"
-            " world's own data"
+            f"a start must be a text of the world's observation or task space ({error}); take"
+            " starts from the world's own data"
         ) from error
 
 

@@ -90,8 +90,8 @@ class TextLoader:
     def eval_batches(
         self, batch: int | None = None, rank: int = 0, world_size: int = 1, most: int | None = None
     ) -> Iterator[TokenRows]:
-        """The split once. Every rank gets as many batches of the same shape; rows that only fill up
-        the last batch have padding alone.
+        """Pass over the split once. Every rank gets the same number of batches of the same shape.
+        Rows that only fill up the last batch are all padding.
 
         Args:
             batch: Rows of a batch, over all workers; None: as in training.

@@ -253,7 +253,7 @@ class TextCodec:
         return (self._task_form.read(form) if self._task_form.leaves else {}), options
 
     def read_with_task(self, text: str, task: str) -> Any:
-        """The raw observation of its text and that of its task. Raises ValueError as
+        """The raw observation from its text and the text of its task. Raises ValueError as
         `read_observation`.
         """
         values = self.observation_form.read(text)
@@ -307,8 +307,8 @@ def _json(text: str) -> Any:
 
 
 def _check_option(option: ResetOption, value: Any) -> None:
-    """Raise ValueError unless `value` may be that of a reset option: a finite number, one of its
-    values, or any text where texts are among them.
+    """Raise ValueError unless `value` is allowed for a reset option: a finite number, one of its
+    values, or any text if some of its values are texts.
     """
     if option.values is None:
         number = isinstance(value, int | float) and not isinstance(value, bool)

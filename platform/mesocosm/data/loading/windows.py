@@ -111,7 +111,7 @@ def runs(array: Array, first: Index, size: int) -> Array:
 
 
 def coded(dataset: Dataset, codec: Codec) -> Dataset:
-    """A dataset in which images are the codes of the codec's tokenizers, too."""
+    """A dataset in which images are also the codes of the codec's tokenizers."""
     tokenizers = codec.observation_codec.tokenizers
     if not tokenizers or dataset.observation_codec.tokenizers:
         return dataset

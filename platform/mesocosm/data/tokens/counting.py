@@ -115,7 +115,7 @@ class PatchCounts:
             old: A dictionary whose codes come first.
 
         Raises:
-            UsageError: Fewer than 2 codes occur: all frames are alike. Or there are too many
+            UsageError: Fewer than 2 codes occur (all frames are equal), or there are too many
                 distinct patches.
         """
         if self.full:
@@ -126,12 +126,12 @@ class PatchCounts:
             )
         if len(self) < 2:
             black = not self._examples.any()
-            problem = "all of them are black" if black else "all of their patches are alike"
+            problem = "all of them are black" if black else "all of their patches are equal"
             raise UsageError(
                 f"{self.name} uses {len(self)} code in {self.frames} frames, and a world needs at"
                 f" least 2: {problem}; correct the camera, or drop this key with a wrapper"
             )
-        # Of patches that are equally frequent, the order is that of their bytes.
+        # Patches of equal frequency are sorted by their bytes.
         order = np.lexsort((*self._examples.T[::-1], -self._counts))
         table = self._examples[order]
         if old is not None:

@@ -20,8 +20,8 @@ Array = NDArray[Any]
 LEVELS = (8, 8, 8, 8)
 BATCH, LR, WEIGHT = 256, 2e-3, 8.0
 MOVED = 0.9
-"""The share of a batch that is drawn from patches that differ from the median frame's: they are
-few, and what a world is about.
+"""The share of a batch that is drawn from patches that differ from the median frame's. They are
+few, but the world must predict them.
 """
 
 

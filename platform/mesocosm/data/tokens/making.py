@@ -1,5 +1,5 @@
 """Fits tokenizers to a dataset and encodes it, shard by shard, in memory bounded by one shard's
-codes. What is done is stored as it is made, so that a job that was killed goes on after it.
+codes. Each part is stored as it is made, so that a killed job continues after the stored parts.
 """
 
 from __future__ import annotations

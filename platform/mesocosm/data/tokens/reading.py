@@ -108,7 +108,7 @@ def stored_tokenizers(
 
 
 def tokenized(dataset: Dataset, storage: Storage, ref: str, key: str) -> Dataset:
-    """A view of a dataset in which images are categories, too: the codes of a tokenizer.
+    """A view of a dataset in which images are also categories: the codes of a tokenizer.
 
     Args:
         dataset: Of observations with images.

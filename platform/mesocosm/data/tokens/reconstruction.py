@@ -34,7 +34,7 @@ class Reconstruction:
     """The same of moving pixels."""
     patches: int = 0
     unseen: int = 0
-    """Patches, and those of them without a code of their own."""
+    """The number of patches, and of patches without a code of their own."""
     used: list[int] = field(default_factory=list)
     """How often each code of any position comes: a value of all its digits."""
 
@@ -78,7 +78,7 @@ class Reconstruction:
         return Reconstruction(**values, used=np.sum(both, 0).tolist() if both else [])
 
     def figures(self) -> dict[str, float | int | None]:
-        """The figures by name; a PSNR is null where there is no error, or no such pixel.
+        """The figures by name. A PSNR is null if there is no error, or no such pixel.
 
         PSNR is 10 log10(255^2 / mean squared error) in dB, over all frames together.
         """

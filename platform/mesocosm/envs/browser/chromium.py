@@ -184,8 +184,8 @@ class Chromium:
         return self._call(click)
 
     def type(self, node: Any, text: str) -> bool:
-        """Click on a field, and type a text with the keyboard in place of its content. In a list
-        of options, click on the option of this text.
+        """Click on a field and replace its content by a text, typed on the keyboard. In a list of
+        options, click on the option with this text.
 
         Returns:
             False where the click missed, or there is no such option.

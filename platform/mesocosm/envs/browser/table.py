@@ -48,7 +48,7 @@ ALIASES = {"delete": "trash", "important": "star", "phone number": "phone"}
 COMMANDS = ("task", "button")
 """Fields that name a command of the page, in capitals or not; other texts are compared exactly."""
 SIZE = 160.0
-"""Boxes are in units of so many pixels, the width of a MiniWoB page."""
+"""The unit of boxes, in pixels: the width of a MiniWoB page."""
 
 Fields = Sequence[tuple[str, str]]
 

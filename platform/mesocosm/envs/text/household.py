@@ -1,4 +1,6 @@
-"""The rules of `chores`: a household whose objects lie hidden until their place is looked into."""
+"""The rules of `chores`: a household whose objects are hidden until the agent looks into their
+place.
+"""
 
 from __future__ import annotations
 

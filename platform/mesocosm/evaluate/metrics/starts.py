@@ -31,10 +31,12 @@ NEIGHBOURS = 5
 """k of coverage: equal distributions have about 1 - 2**-k of it."""
 FOLDS = 5
 MARGIN = 0.1
-"""How far beyond the range of the real starts a number may lie, as a share of the range..."""
+"""How far a number may be outside the range of the real starts, as a share of the range. `LEEWAY`
+applies instead where it is more.
+"""
 LEEWAY = 0.01
-"""... or of its deviation over all observations, whichever is more. It is the least radius of a
-neighbourhood, too.
+"""The least such distance, as a share of the number's standard deviation over all observations. It
+is also the least radius of a neighbourhood.
 """
 TRAINING = 10_000
 """Training starts that are searched for the nearest, at most. Copies are searched among all."""

@@ -58,14 +58,14 @@ class StepPrediction:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of some steps or episodes."""
+    """A part of some steps or episodes: `count` out of `of`."""
 
     count: int
     of: int
 
     @property
     def value(self) -> float | None:
-        """None where there are none."""
+        """The share, or None where `of` is 0."""
         return self.count / self.of if self.of else None
 
     def __str__(self) -> str:
@@ -78,40 +78,40 @@ class TextFidelity:
 
     exact: Share
     determined: Share
-    """Exact, of the steps whose text follows from what was shown before."""
+    """Share predicted exactly, of the steps whose text follows from what was shown before."""
     revealed: Share
-    """Exact, of the steps whose text shows something for the first time, by chance."""
+    """Share predicted exactly, of the steps whose text shows something new, drawn at random."""
     wrong_by_changes: dict[int, Share]
-    """Wrong, of the determined steps in which so many fields change."""
+    """By number of changed fields: the share predicted wrong, of the determined steps."""
     reward_events: Share
-    """Right after the true text, of the steps with a reward other than 0."""
+    """Share with the right reward after the true text, of the steps with a reward other than 0."""
     reward_events_generated: Share
-    """The same after the generated text."""
+    """The same share after the generated text."""
     false_rewards: Share
-    """A reward other than 0 after the true text, of the steps without one."""
+    """Share with a predicted reward after the true text, of the steps without one."""
     terminations: Share
-    """Found after the true text, of the terminal steps."""
+    """Share predicted as terminal after the true text, of the terminal steps."""
     terminations_generated: Share
     false_terminations: Share
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Whole imagined episodes by the true rules."""
+    """Whole imagined episodes, judged by the true rules."""
 
     valid_starts: Share
     agreeing_steps: Share
     unbroken: dict[int, Share]
-    """By step k: no contradiction up to k, of the episodes with a valid start."""
+    """By step k: the share without a contradiction up to k, of the episodes with a valid start."""
     rewards: Share
-    """Right, of the steps before the first contradiction."""
+    """Share with the right reward, of the steps before the first contradiction."""
     successes: Share
-    """With a true return of the target, too, of the episodes whose imagined one reaches it."""
+    """Share of episodes with an imagined return at the target whose true return reaches it too."""
 
 
 @dataclass(frozen=True)
 class StartNovelty:
-    """Starts that equal one of training: a world that repeats its data draws more than reality."""
+    """Starts that equal a training start. A world that repeats its data has more than reality."""
 
     copies: Share
     """The share of the world's starts."""

@@ -38,7 +38,7 @@ class About:
     done_only: bool = False
     """The logs do not say whether a time limit ended an episode."""
     marks_success: bool = False
-    """`success` is a flag of each step rather than of the episode."""
+    """True if `success` is a flag of each step rather than of the episode."""
     spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]] | None = None
     """(observation space, action space) that the logs state."""
     files: list[str] | None = None
@@ -47,7 +47,7 @@ class About:
 
 @dataclass(frozen=True)
 class LogPiece:
-    """A part of a source that is read by itself."""
+    """A part of a source that can be read separately."""
 
     format: str
     source: int

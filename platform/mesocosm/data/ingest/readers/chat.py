@@ -76,7 +76,7 @@ def content(value: Any, where: str) -> str:
         where: The message, for errors.
 
     Raises:
-        TraceError: A part is no text.
+        TraceError: A part is not text.
     """
     if value is None or isinstance(value, str):
         return value or ""
@@ -87,6 +87,6 @@ def content(value: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise TraceError(f"{where} holds a part of type {kind!r}, which is no text; remove it")
+            raise TraceError(f"{where} has a part of type {kind!r}, which must be text; remove it")
         texts.append(text)
     return joined(texts)

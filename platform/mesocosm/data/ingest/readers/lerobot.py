@@ -1,4 +1,4 @@
-"""LeRobot folders of versions 2 and 3: `meta/info.json` beside the Parquet files below `data/`.
+"""LeRobot folders of versions 2 and 3: `meta/info.json`, and Parquet files below `data/`.
 
 `observation.state`, `observation.environment_state` and `action` are read, `episode_index` and
 `frame_index` number them. `next.reward`, `next.done`, `next.truncated` and `next.success` are read

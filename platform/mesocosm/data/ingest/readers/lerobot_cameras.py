@@ -37,7 +37,7 @@ class Place:
     begin: float
     """Seconds."""
     end: float | None
-    """None: it is the whole video."""
+    """The end in the video; None if the episode is the whole video."""
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Cameras:
         return table, pa.array(problems, pa.string())
 
     def files(self) -> list[str]:
-        """The files that say what the videos of the data file show: they are part of its id."""
+        """The files that describe the videos of the data file. They are part of the data's id."""
         shown = [place.path for each in self._places.values() for place in each.values()]
         videos = [path for path in sorted_naturally(set(shown)) if Path(path).exists()]
         return [str(self.folder / INFO), *map(str, self._tables), *videos]

@@ -82,7 +82,7 @@ def _fetch(id: str, root: Path) -> None:
             os.environ.pop("MINARI_DATASETS_PATH")
             if before is not None:
                 os.environ["MINARI_DATASETS_PATH"] = before
-        # A combined dataset brings its parts, too.
+        # A combined dataset includes its parts.
         for metadata in sorted(Path(download).rglob("data/metadata.json")):
             source = metadata.parents[1]
             target = root / source.relative_to(download)

@@ -110,7 +110,7 @@ def _trace(group: Sequence[Span], options: TraceOptions) -> Trace:
             if parts is not None:
                 system = [{"role": "system", "parts": _json(parts, where)}]
                 messages += _messages(system, f"{where}: gen_ai.system_instructions")
-            # An example in the prompt is no action of this episode.
+            # An example in the prompt is not an action of this episode.
             before = [m if m.role in SYSTEM else Message("user", m.text) for m in before]
         else:
             last = max((j for j, m in enumerate(before) if m.role == "assistant"), default=-1)
@@ -152,7 +152,7 @@ def _messages(value: Any, where: str) -> list[Message]:
 
 
 def _part(part: Any, where: str) -> str | None:
-    """The text of a part of a message; None where it is not read."""
+    """The text of a part of a message; None if the part is not read."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("content"), str):
         return str(part["content"])
@@ -163,7 +163,7 @@ def _part(part: Any, where: str) -> str | None:
         return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
     if kind == "reasoning":
         return None
-    raise TraceError(f"{where} holds a part of type {kind!r}, which is no text; remove it")
+    raise TraceError(f"{where} has a part of type {kind!r}, which must be text; remove it")
 
 
 def _json(value: Any, where: str) -> Any:

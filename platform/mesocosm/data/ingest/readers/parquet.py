@@ -70,7 +70,8 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
     """
     try:
         with open_file(path) as raw:
-            # First, as it says what is wrong with a file that is cut or of another format.
+            # This comes first, because it explains the fault of a file that is cut or has another
+            # format.
             schema = pq.read_schema(raw)
             raw.seek(-8, os.SEEK_END)
             size = int.from_bytes(raw.read(4), "little")

@@ -29,7 +29,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
 OBSERVATION = "observation"
 IMAGE = "image"
-"""The key of the frames of the episode's own folder, beside other observations."""
+"""The key of the frames in the episode's own folder, if there are other observations."""
 
 
 def holds(folder: str) -> bool:
@@ -52,12 +52,12 @@ def episodes(folder: str) -> list[str]:
     for path in folders:
         if len(with_tables[path]) > 1:
             raise UsageError(
-                f"{path!r} must have one table of its steps beside its pictures, got"
+                f"{path!r} must have one table of its steps next to its pictures, got"
                 f" {', '.join(sorted(with_tables[path]))}; leave one"
             )
     if not folders:
         raise UsageError(
-            f"{folder!r} has pictures and no table of steps beside them; put one that ends in"
+            f"{folder!r} has pictures but no table of steps next to them; put one that ends in"
             f" {', '.join(TABLES)} into each episode's folder (docs/import.md)"
         )
     return folders
@@ -93,7 +93,7 @@ def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _rows(path: str, options: TraceOptions) -> tuple[pa.Table, str | None]:
-    """(the rows of an episode with its frames, why it cannot be read)."""
+    """(the rows of an episode with its frames, the reason why it cannot be read)."""
     table = _read_table(_table_of(path))
     names = {name: options.name(name) for name in ("episode", "step", "action", OBSERVATION)}
     seen = _columns_of(table, names[OBSERVATION])

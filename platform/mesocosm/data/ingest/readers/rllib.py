@@ -59,7 +59,7 @@ def _table(item: bytes, done: int) -> pa.Table | None:
     """One row per step. None for an episode without steps."""
     try:
         state = msgpack.unpackb(item, object_hook=_decoded, strict_map_key=False)
-        # A buffer begins with items of the part before (`lookback`).
+        # A buffer begins with items of the previous part (`lookback`).
         buffers = [state[name] for name in ("observations", "actions", "rewards")]
         observations, actions, rewards = (
             _unstacked(buffer["data"])[int(buffer["lookback"]) :] for buffer in buffers

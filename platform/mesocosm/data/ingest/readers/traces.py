@@ -65,7 +65,7 @@ class TraceOptions:
         return self.fields.get(standard, standard)
 
     def get(self, record: Mapping[str, Any], standard: str) -> Any:
-        """The field of a record by its name or dotted path. None where there is none."""
+        """The field of a record by its name or dotted path, or None."""
         name = self.name(standard)
         if name in record:
             return record[name]
@@ -78,7 +78,7 @@ class TraceOptions:
 
 
 class TraceError(Exception):
-    """Why a trace is no episode, and the fix."""
+    """The reason why a trace is not an episode, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Trace:
     success: bool | None = None
     behaviour: str | None = None
     problem: str | None = None
-    """Why it is no episode; then it has no observations."""
+    """The reason why it is not an episode; then it has no observations."""
 
 
 def joined(texts: Sequence[str]) -> str:
@@ -137,7 +137,7 @@ def call_line(name: Any, arguments: Any, where: str) -> str:
 
 
 def number(value: Any, name: str) -> float | None:
-    """A reward as a float; None where there is none. Raises TraceError where it is no number."""
+    """A reward as a float, or None without a reward. Raises TraceError if it is not a number."""
     if value is None:
         return None
     if not isinstance(value, bool | int | float):
