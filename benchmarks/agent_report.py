@@ -128,7 +128,7 @@ def _steps(run: dict[str, Any]) -> str:
 
 def _of_curves(name: str, seeds: list[list[tuple[int, float]]]) -> list[str]:
     """The cells of a published method's row: its first point at the target, of each seed. Its price
-    is that of so many decisions and of a reset every 1000 environment steps.
+    is that of its decisions and of a reset every 1000 environment steps.
     """
     task, runs = TASKS[name], []
     for points in seeds:
@@ -144,7 +144,7 @@ def _of_curves(name: str, seeds: list[list[tuple[int, float]]]) -> list[str]:
 
 def _at(runs: list[dict[str, Any]], steps: int) -> str:
     """The return at the last measurement within the steps; a run that reached its target earlier
-    counts with that measurement. "-" where no run has so many steps.
+    counts with that measurement. "-" if no run has that many steps.
     """
     values = []
     for run in runs:

@@ -6,20 +6,21 @@ model-free training on reality and against published curves.
 
 A cell is one training run. A world's is the loop of agent_tasks.py's config, a model-free one the
 job `baseline` or SB3's SAC (peers.py), on the same metered reality; each stops at its target, or is
-censored at its last step. Cells lie in benchmarks/results/bench_agents.json with commit and
+censored at its last step. Cells are stored in benchmarks/results/bench_agents.json with commit and
 command, and a finished one is never run again. A cell that takes longer than --minutes, which is 20
-by default, is interrupted and goes on when the command is run again: `make bench-agents` as often
+by default, is interrupted and continues when the command is run again: `make bench-agents` as often
 as it says so. --ablation adds one of agent_tasks.ABLATIONS to the world's settings. --dry-run lists
 the cells, their states and the minutes that are left by the cells measured so far. Otherwise the
 end prints the tables of docs/benchmarks.md and draws docs/plots/bench_agents.svg.
 
 What counts: every real step that a policy, or the world it was trained in, was trained on. Policies
 are measured by 10 greedy episodes (Reacher-v5's world by 100), a world's after each round, a
-model-free one's every so many steps. `reached` is the first measurement at the target; measuring
-steps are apart (`judged`). The price is the config's declared one, of the steps and resets that
-count. On a DMC task a decision is two environment steps. The ledger and the price count decisions,
-the tables environment steps, as the published curves do. Those are read from --dmc (default: the
-environment variable MESOCOSM_DMC, or else ../shared/data/dmc) and left out where it has none.
+model-free one's after a fixed number of steps. `reached` is the first measurement at the target;
+measuring steps are apart (`judged`). The price is the config's declared one, of the steps and
+resets that count. On a DMC task a decision is two environment steps. The ledger and the price count
+decisions, the tables environment steps, as the published curves do. Those are read from --dmc
+(default: the environment variable MESOCOSM_DMC, or else ../shared/data/dmc) and left out where it
+has none.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PLOT = HERE.parent / "docs" / "plots" / "bench_agents.svg"
 DMC = Path(os.environ.get("MESOCOSM_DMC") or HERE.parent.parent / "shared" / "data" / "dmc")
 SEEDS = (0, 1, 2)
 PARTS = 5
-"""A world's cell is saved so many times before its last round."""
+"""The number of times that a world's cell is saved before its last round."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ of the same price?
 
     python benchmarks/bench_buy.py [--seeds N ...] [--table-only]
 
-Pendulum-v1. The rule by which a proposal shares out its budget was chosen on seeds 0 to 11
-(docs/buying.md); the default ones are others. For each seed: 1000 random real steps and a world of
+Pendulum-v1. The rule by which a proposal divides its budget was chosen on seeds 0 to 11
+(docs/buying.md). The default seeds are others. For each seed: 1000 random real steps and a world of
 them; then 1000 steps more, bought as `mesocosm propose` says (candidates: random actions, a
 controller that swings up and balances, and one that only spins, both at three levels of noise), at
 random, or evenly over the same candidates; then a world of old and new data. Worlds are ensembles

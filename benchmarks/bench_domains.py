@@ -13,7 +13,7 @@ the same metered reality, and all measurements of one seed are greedy episodes o
 Steps, seconds and money are those that a policy, or the world it was trained in, was trained on:
 the ledger's, at the config's declared durations and price. Measuring is apart (`judged`). Cells lie
 in benchmarks/results/bench_domains.json with commit and command, and a finished one is never run
-again. A cell that takes longer than --minutes, 20 by default, is interrupted and goes on when the
+again. A cell that takes longer than --minutes, 20 by default, is interrupted and continues when the
 command is run again: the world after its last finished stage, PPO from the beginning. --dry-run
 lists the cells and the minutes that are left. Otherwise the end prints the table of docs/domains.md
 and draws docs/plots/domains.svg.

@@ -5,8 +5,8 @@ policy values on every shipped task, 3 seeds.
 
 A cell is the job `evaluate` as configs/evaluate has it, on one world (that of bench_pessimism: 500
 random real steps, Reacher-v5 1000) and its agent as shipped. Goals: r >= .9, regret@1 <= 5% of the
-range, the starts' two-sample AUC <= .6. Cells lie in benchmarks/results/bench_evaluate.json with
-commit and command and are never run twice; --minutes stops after the cell in which they ran out.
+range, the starts' two-sample AUC <= .6. Cells are stored in benchmarks/results/bench_evaluate.json
+with commit and command and never run twice; --minutes stops after the cell in which they ran out.
 """
 
 from __future__ import annotations

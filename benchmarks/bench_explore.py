@@ -12,7 +12,7 @@ the same first world. `goal` is the real step at which the data first hold a rew
 task's goal; None is a run that did not find it. `return` is that of a new agent, trained in the
 last world for the reward, in 10 greedy real episodes. Cells lie in
 benchmarks/results/bench_explore.json with commit and command, and a finished one is not run again.
-A run that takes longer than --minutes is interrupted and goes on when the command is run again.
+A run that takes longer than --minutes is interrupted and continues when the command is run again.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def best(rows: list[dict[str, Any]], env: str, family: str) -> dict[int, Setting
 
 
 def frontier(rows: list[dict[str, Any]], env: str, family: str) -> list[tuple[float, float]]:
-    """(FLOPs, least loss of all settings of so many FLOPs or fewer), over all sizes, D and U."""
+    """(FLOPs, least loss of all settings with at most these FLOPs), over all sizes, D and U."""
     made: list[tuple[float, float]] = []
     for setting in sorted(settings(rows, env, family), key=lambda setting: setting.flops):
         if not made or setting.loss < made[-1][1]:

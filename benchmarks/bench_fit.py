@@ -6,11 +6,11 @@ start, in one run on one thread.
 The same table (40 cells of a law with noise), the same starts, the same objective (sum of Huber
 losses of log residuals, in units of delta), the same tolerances (FTOL, GTOL of
 mesocosm.scaling.solve). Starts are drawn evenly from the ranges of Hoffmann et al.'s grid, so that
-no two are alike. Times are of the process's CPU, the vectorised solver's and scipy's in turns. The
-solver first brings a start's E, A and B to the losses' level, and starts that meet on the way go on
-as one; `levelled` gives scipy the levelled starts. A start counts as equal or lower where the
-solver ends at most 1e-6 (relative) above scipy. Results lie in benchmarks/results/bench_fit.json
-with commit and command.
+all are different. Times are of the process's CPU, the vectorised solver's and scipy's in turns. The
+solver first brings a start's E, A and B to the losses' level, and starts that meet are merged;
+`levelled` gives scipy the levelled starts. A start counts as equal or lower where the solver ends
+at most 1e-6 (relative) above scipy. Results lie in benchmarks/results/bench_fit.json with commit
+and command.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     the pretrain job ...]
 
 A cell is bench_world's (3000 transitions, the sequence family, a plain training loop, held-out data
-of the same behaviours), with another `train.corrupt_history`; it is done once and lies in
+of the same behaviours), with another `train.corrupt_history`; it runs once and is stored in
 benchmarks/results/bench_history.json with its commit and command. Overrides hold for every cell;
 with other settings a cell is done again.
 """

@@ -3,9 +3,9 @@ restoring, and transformers' speed with the same weights.
 
     python benchmarks/bench_language.py [--size 1m] [--seconds 60] [--steps 4000] [--split words]
 
-It logs `chores` with experts of which 30% to 100% of the commands are random, trains a world for so
-many CPU seconds, and lets it play 64 sessions of ten steps with random commands. Speeds are tokens
-per CPU second of one thread; ratios are of the same run. The figures are added to
+It logs `chores` with experts of which 30% to 100% of the commands are random, trains a world for
+--seconds CPU seconds, and lets it play 64 sessions of ten steps with random commands. Speeds are
+tokens per CPU second of one thread; ratios are of the same run. The figures are added to
 benchmarks/results/bench_language.json.
 """
 

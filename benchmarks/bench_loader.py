@@ -134,7 +134,7 @@ def opened(
 
 
 def start(root: str, id: str) -> dict[str, Any]:
-    """From nothing to the loader, and to its first batch."""
+    """The time to make the loader, and to get its first batch."""
     began = time.perf_counter()
     *_, loader = opened(root, id, None)
     ready = time.perf_counter()
@@ -193,7 +193,7 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
     total, count = 0, max(1, round(STEPS / loader._at_once)) * loader._at_once
     for shard in range(
         len(dataset.shards) if block is None else 0
-    ):  # whoever comes first would pay for mapping a page
+    ):  # the first reader would pay for mapping a page
         for name in ("obs_num", "act_num", "reward", "terminated"):
             dataset.array(shard, name).sum()
     for number in range(rounds + 1):  # the first is not counted: tables

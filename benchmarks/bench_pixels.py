@@ -22,7 +22,7 @@ a clone of the better half of the first logs; and PPO in reality with the same c
 interrupted. The aim is a tenth of its real steps.
 
 Results lie in benchmarks/results/bench_pixels.json, and a finished cell is never run again. A cell
-that takes longer than --minutes is interrupted and goes on after its last finished stage when the
+that takes longer than --minutes is interrupted and continues after its last finished stage when the
 command is run again; a round that was measured is not measured again. --dry-run lists the cells;
 otherwise the end prints the tables of docs/images.md.
 """

@@ -1,4 +1,4 @@
-"""`make bench-planner`: CPU milliseconds of a planned action, beside the agent alone; and what a
+"""`make bench-planner`: CPU milliseconds of a planned action and of the agent's own; and what a
 planner earns in reality.
 
     python benchmarks/bench_planner.py                      # milliseconds, on spaces of two tasks

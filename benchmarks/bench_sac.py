@@ -5,8 +5,8 @@
 Both do the same work on the same batches of the same replay buffer (observations of 11 numbers,
 actions of 3): two critics as one batched product, Huber loss, fused Adam, Polyak averaging at each
 update, the actor and the temperature every second update. Rounds alternate between the two, so that
-a noisy machine disturbs both alike; the ratio is the median over rounds. --save keeps the table in
-benchmarks/results/bench_sac.json.
+a noisy machine disturbs both equally; the ratio is the median over rounds. --save keeps the table
+in benchmarks/results/bench_sac.json.
 """
 
 from __future__ import annotations

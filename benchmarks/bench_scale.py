@@ -74,8 +74,8 @@ RUNNERS = (1, 2, 4, 8, 16, 32)
 ENVS, REAL_ENVS = 256, 512
 SECONDS, ROUNDS = 4.0, 5
 NODES = ("127.0.0.2", "127.0.0.3")
-"""Addresses of the nodes besides the head's: of one machine, and yet not 127.0.0.1, on which other
-nodes reach no line
+"""Addresses of the nodes other than the head. They are of one machine, but not 127.0.0.1, on which
+other nodes reach no line.
 """
 
 
@@ -278,7 +278,7 @@ def stored() -> dict[str, Any]:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """Write steps a second against runners, beside the ceiling."""
+    """Plot steps a second against runners, with the ceiling."""
     rows = [cell for name, cell in results.items() if name.startswith("simulated")]
     rows.sort(key=lambda row: row["runners"])
     counts = [row["runners"] for row in rows]

@@ -4,7 +4,7 @@ families, with the disagreement of every step and of none.
     python benchmarks/bench_serve.py [--family NAME] [--envs B ...] [--rounds N] [--save]
 
 Rounds alternate between the two backends of one client in one run, so that a noisy machine disturbs
-both alike; the ratio is the median over rounds. The world is an untrained one of
+both equally; the ratio is the median over rounds. The world is an untrained one of
 InvertedPendulum-v5's spaces (4 numbers, 1 continuous action) at the default model config; weights
 do not change its speed. --save keeps the table in benchmarks/results/bench_serve.json.
 """

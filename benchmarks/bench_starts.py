@@ -53,7 +53,7 @@ def auc(real: Array, made: Array, pairs: int) -> float:
 
 
 def nearer(made: Array, real: Array, train: Array) -> float:
-    """Share of pairs in which the generated start lies nearer to a training start."""
+    """Share of pairs in which the generated start is nearer to a training start."""
     scale = np.maximum(train.std(0), 1e-9)
     of_made, of_real = (
         np.sqrt((((x[:, None] - train) / scale) ** 2).sum(-1)).min(1) for x in (made, real)

@@ -1,6 +1,6 @@
 """`python benchmarks/bench_tables.py`: real steps that weights shared over a table's slots save.
 
-Worlds of `mesocosm.envs.items:Items` learn from so many real steps of a noisy script, once with its
+Worlds of `mesocosm.envs.items:Items` learn from the real steps of a noisy script, once with its
 table and once from the same columns without one, in equal CPU seconds of training. Each keeps the
 weights that predict the validation split best. Printed for new episodes: the nats of an observation
 a transition, the share of predicted observations of which every category is right (the likeliest
@@ -50,7 +50,7 @@ validation split.
 
 
 class FlatItems(Items):
-    """The same environment whose table has another name for `present`, and is none."""
+    """The same environment with another name for `present`, so that it has no table."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ def scripted(observation: Any, rng: np.random.Generator) -> Any:
 
 
 def episodes(env: Items, steps: int, first: int) -> list[Episode]:
-    """At least `steps` transitions of a script with a third of random actions."""
+    """Collect at least `steps` transitions of a script with a third of random actions."""
     act = NoisyActions(scripted, env.action_space, 1 / 3)
     done: list[Episode] = []
     while sum(map(len, done)) < steps:

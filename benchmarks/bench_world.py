@@ -6,8 +6,8 @@ measured before the design.
 
 A cell is (environment, family, seed, settings): 3000 transitions of random and noisy behaviour
 through the ordinary collect job, a world trained by a plain loop over the network (no Ray, no
-DeepSpeed), and its open-loop table on 10000 other transitions of the same behaviours. A cell is
-done once: its result lies in benchmarks/results/bench_world.json with the commit and the command
+DeepSpeed), and its open-loop table on 10000 other transitions of the same behaviours. A cell runs
+once: its result is stored in benchmarks/results/bench_world.json with the commit and the command
 that made it. With overrides a cell is printed and, with --keep, stored under that name.
 
 How the data was collected moves these numbers. Here: CartPole-v1, 3/4 of the episodes random, 1/4 a
@@ -65,14 +65,14 @@ ENVIRONMENTS = ("CartPole-v1", "InvertedPendulum-v5")
 FAMILIES = ("sequence", "ensemble")
 SEEDS = (0, 1, 2)
 SETTINGS = ("train.steps=400", "train.lr=3e-3")
-"""Beside the pretrain job's defaults. At its lr of 6e-3 no ratio of seed 0 was worse by more than a
-tenth.
+"""Settings that differ from the pretrain job's defaults. At its lr of 6e-3 no ratio of seed 0 was
+worse by more than a tenth.
 """
 
 HORIZON = {"CartPole-v1": None, "InvertedPendulum-v5": 100}
 """With a controller that lets the cart drift to the end of the rail, only the held-out data held
 that collision (12 of 10000 transitions), and it alone made the ratio at 5 steps 0.67 and at 50
-steps 64, against 0.0003 at one step: what was never seen cannot be known.
+steps 64, against 0.0003 at one step. A world cannot know a collision that is not in its data.
 """
 
 BEST: dict[str, dict[str, tuple[float, ...]]] = {

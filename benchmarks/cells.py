@@ -46,7 +46,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def save_result(path: Path, name: str, values: dict[str, Any]) -> None:
-    """Save the result of a cell beside the others, which other processes may be saving too."""
+    """Save the result of a cell in the file of all cells, which other processes may also write."""
     path.parent.mkdir(exist_ok=True)
     by_name = dict(sorted({**read_results(path), name: values}.items()))
     part = path.with_suffix(f".{os.getpid()}")
@@ -72,7 +72,7 @@ def run_cells(
                 with interrupted_after(max(1.0, end - time.monotonic())):
                     run(cell)
             except KeyboardInterrupt:
-                print(f"{cell.name} is not finished; run the same command again to go on")
+                print(f"{cell.name} is not finished; run the same command again to continue")
                 return 1
     finally:
         ray_session.shutdown()

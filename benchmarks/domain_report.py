@@ -18,7 +18,7 @@ def runs_of(results: dict[str, Any], domain: str, method: str) -> list[dict[str,
 
 def table(results: dict[str, Any]) -> None:
     """Print the Markdown table of docs/domains.md: medians over the seeds, and each seed's steps
-    and return. A run that missed the target stands for more than it spent.
+    and return. A run that missed the target counts as more than its steps.
     """
     head = ("domain", "method", "seeds at the target", "real steps", "seconds", "USD")
     head = (*head, "last return", "wall s")

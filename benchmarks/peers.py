@@ -67,8 +67,9 @@ def sac(
 ) -> None:
     """A cell of bench_agents: SAC until a measurement reaches `target` or `steps` are taken.
 
-    The model and its replay buffer are saved after each measurement. A run that is interrupted goes
-    on from there, with a new episode; steps after the last measurement are lost, and in the price.
+    The model and its replay buffer are saved after each measurement. An interrupted run continues
+    from there, with a new episode. Steps after the last measurement are lost, but are part of the
+    price.
 
     Args:
         root: The storage's root, with the ledger and the saved models.

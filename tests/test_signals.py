@@ -124,7 +124,7 @@ class Collection:
     def ends_well(self) -> None:
         """The command says that it was interrupted, and leaves nothing behind."""
         _, message = self.process.communicate(timeout=250)
-        assert "mesocosm: interrupted; run the same command again to go on" in message
+        assert "mesocosm: interrupted; run the same command again to continue" in message
         assert "Traceback" not in message and "SIGTERM" not in message, message
         self.wait(lambda: not self.alive())
         assert self.sessions() == []

@@ -73,12 +73,12 @@ def size(count: float) -> str:
 
 @contextmanager
 def results_only(*, for_good: bool) -> Iterator[None]:
-    """While the block runs, whatever else prints goes to standard error: environments, libraries
-    and child processes. `write` alone reaches standard output.
+    """While the block runs, the output of environments, libraries and child processes goes to
+    standard error. Only `write` reaches standard output.
 
     Args:
-        for_good: Leave it so after the block: the process is about to end, and what its exit prints
-            is no result.
+        for_good: Keep the redirection after the block: the process is about to end, and output at
+            exit is not a result.
     """
     global _results
     stdout = sys.stdout

@@ -87,5 +87,5 @@ def _handled(
         yield
     finally:
         for number, former in before.items():
-            # None: it was set by C code.
+            # None if the handler was set by C code.
             signal.signal(number, signal.SIG_DFL if former is None else former)

@@ -1,8 +1,8 @@
 """The version of each job's results: part of the id of what it makes.
 
-Bump a job's number by hand when the same config and inputs give another result than before: other
-digits, other bytes, another meaning. `tests/golden.json` holds the digits of tiny jobs, and their
-test fails when they change without a bump.
+Bump a job's number by hand when the same config and inputs give a different result: other digits,
+other bytes or another meaning. `tests/golden.json` holds the digits of tiny jobs, and their test
+fails when they change without a bump.
 """
 
 VERSIONS = {

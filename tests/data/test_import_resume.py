@@ -155,7 +155,7 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
         process.wait()
         assert Storage(root).list("datasets") == []
     done = subprocess.run(command(root), capture_output=True, text=True, check=True)
-    assert "goes on from there" in done.stderr
+    assert "continues from there" in done.stderr
     whole = str(tmp_path / "whole")
     subprocess.run(command(whole), capture_output=True, check=True)
     (id,) = Storage(root).list("datasets")

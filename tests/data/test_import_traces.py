@@ -179,7 +179,7 @@ def broken(change: Callable[[Record], Any]) -> Record:
         (broken(lambda t: t["messages"][1].update(role="boss")), ["message 2", "'boss'"]),
         (
             broken(lambda t: t["messages"][1].update(content=[{"type": "image_url"}])),
-            ["message 2", "'image_url'", "no text"],
+            ["message 2", "'image_url'", "must be text"],
         ),
         (broken(lambda t: t["messages"][1].update(content="\ud83d")), ["line 2", "lone surrogate"]),
         (broken(lambda t: t["messages"][3].update(reward=5)), ["its own 'reward' is 1", "to 5"]),

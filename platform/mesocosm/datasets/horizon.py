@@ -1,5 +1,4 @@
-"""The time limit of environments that register none, inferred from truncated episodes in the logs.
-"""
+"""The time limit of environments that register none, from truncated episodes in the logs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Which real steps would teach a world the most: candidates are imagined in it and scored, and a
-budget is shared out over them. docs/buying.md explains the score and compares the shares.
+"""Finds the real steps that would teach a world the most: candidates are imagined in the world and
+scored, and a budget of steps is divided among them. docs/buying.md explains the score and compares
+the shares.
 
 The worth of an imagined transition is log(1 + disagreement) * log(1 + gap): exploration by
 disagreement (Pathak et al. 2019, arXiv 1906.04161; Sekar et al. 2020, Plan2Explore, arXiv
@@ -78,7 +79,7 @@ class Bought:
     """Steps of each candidate; they sum to the budget"""
     scores: list[Score]
     left: float
-    """Worth of all candidates' steps once all is bought, as a share of the worth before"""
+    """Worth of all candidates' steps after the purchase, as a share of the worth before it"""
 
 
 def imagine(
@@ -172,7 +173,7 @@ def buy(
     seed: int,
     even: float = 0.5,
 ) -> Bought:
-    """Share `steps` out over the candidates, as the module says.
+    """Divide `steps` among the candidates, as the module's docstring explains.
 
     Args:
         candidates: At least one.
@@ -207,8 +208,8 @@ def buy(
         return sum(float((w * np.log1p(g)).mean()) for w, g in zip(weights, gap, strict=True))
 
     def joined(number: int, points: int) -> list[Array]:
-        """The gaps once that many of a candidate's points have joined the logs, or half of them: a
-        budget may be larger than what was imagined.
+        """The gaps after `points` of a candidate's points have joined the logs. At most half of the
+        points join, because the budget may exceed the number of imagined steps.
         """
         pool = pools[number]
         order = rng.permutation(len(pool))  # also for no points: later draws do not depend on them

@@ -42,7 +42,7 @@ class ProposeConfig(JobConfig):
     level of `noises`.
     """
     noises: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.6])
-    """As a behaviour's `noise`."""
+    """The noise of the candidates, like a behaviour's `noise`."""
     behaviours: list[BehaviourConfig] = field(default_factory=list)
     """More candidates, such as scripted ones (`weight` is not used). Random actions are always one.
     """
@@ -74,7 +74,7 @@ class CheckedProposal:
     """A checked proposal, before anything is imagined."""
 
     cfg: ProposeConfig
-    """With `reality` completed, and full names of agents"""
+    """The config with `reality` completed and the full names of agents."""
     world: Artifact
     datasets: list[Artifact]
     facts: EnvFacts
@@ -87,8 +87,8 @@ class CheckedProposal:
         return [candidate.behaviour for candidate in self.candidates]
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
-        """The collection's config. Its seed differs from that of the world's data, whose episodes
-        would begin alike.
+        """The collection's config. Its seed differs from that of the world's data: with the same
+        seed, episodes would have the same starts.
         """
         seeds = [int(artifact.meta.get("config", {}).get("seed", -1)) for artifact in self.datasets]
         seed, cfg = max(seeds, default=-1) + 1, self.cfg
@@ -112,7 +112,7 @@ def check(cfg: ProposeConfig) -> None:
 
 
 def _noisy(cfg: ProposeConfig) -> list[BehaviourConfig]:
-    """Each agent with each level of noise."""
+    """One candidate for each agent and level of noise."""
     pairs = itertools.product(cfg.agents, cfg.noises)
     return [BehaviourConfig(kind="noisy", policy=agent, noise=noise) for agent, noise in pairs]
 

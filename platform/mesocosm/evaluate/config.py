@@ -30,8 +30,8 @@ class EvaluateConfig(JobConfig):
     world: str = ""
     """`worlds/ID`, or a unique prefix of the id."""
     agent: str | None = None
-    """`agents/ID` to judge in reality and in the world. None evaluates the world alone and takes
-    no real step.
+    """`agents/ID` to judge in reality and in the world. None evaluates only the world and takes no
+    real step.
     """
     datasets: list[str] = field(default_factory=list)
     """Datasets whose validation split is used. Defaults to those that trained the world."""
@@ -44,7 +44,7 @@ class EvaluateConfig(JobConfig):
     horizons: list[int] = field(default_factory=lambda: [h for h in HORIZONS if isinstance(h, int)])
     """Steps ahead, for the open-loop error."""
     full: bool = True
-    """Roll out whole validation episodes, too."""
+    """Also roll out whole validation episodes."""
     starts: int = 128
     """Logged states to start from, for each horizon."""
     samples: int = 19
@@ -122,8 +122,8 @@ def reality_of(reality: RealityConfig, known: Mapping[str, Any]) -> RealityConfi
         known: `manifest.Environment` as JSON.
 
     Raises:
-        UsageError: That environment is a program. A world or dataset may be a stranger's, and runs
-            no program that its user did not name.
+        UsageError: That environment is a program. A world or dataset may come from a stranger, so
+            only programs that its user names are run.
     """
     if reality.env:
         return reality

@@ -28,7 +28,7 @@ class PairedGain:
 
     mean: float
     interval: stats.Interval | None
-    """90% bootstrap interval over the pairs; None for a single one."""
+    """90% bootstrap interval over the pairs; None for a single pair."""
     start: float
     """Mean return of the policy that training began with."""
     pairs: int
@@ -94,8 +94,7 @@ def gain(
     both = sorted(agent.keys() & before.keys())
     if not both:
         raise MesocosmError(
-            f"gain: of each judged episode the agent's or that of {start} was dropped; raise"
-            " episodes"
+            f"gain: no judged episode was finished by both the agent and {start}; raise episodes"
         )
     pairs = [agent[k] for k in both], [before[k] for k in both]
     return Gain(start, _paired(*imagined), _paired(*pairs))
@@ -109,7 +108,7 @@ def _paired(agent: ArrayLike, start: ArrayLike) -> PairedGain:
 
 
 def sentence(values: Mapping[str, Any]) -> str:
-    """The gain `values`, those of `Gain.to_json`, in words."""
+    """The values of `Gain.to_json` as a sentence."""
     text = (
         f"over {values['start']}, with which its training began, it gains"
         f" {words(values['world'])} in the world and {words(values['real'])} in reality"
@@ -127,5 +126,5 @@ def words(values: Mapping[str, Any]) -> str:
 
 
 def figures(values: Mapping[str, Any] | None) -> dict[str, float]:
-    """The figures to log of `Gain.to_json`; none without a gain."""
+    """The figures of `Gain.to_json` to log; empty without a gain."""
     return {} if values is None else {f"gain/{k}": values[k]["mean"] for k in ("world", "real")}

@@ -77,7 +77,8 @@ def side_by_side(
     count: int = 3,
     samples: int = 4,
 ) -> list[dict[str, Any]]:
-    """The first `count` judged episodes beside the same policy imagined from their first states.
+    """The first `count` judged episodes, each with imagined episodes of the same policy from the
+    same first state.
 
     Returns:
         `report.trajectories`; rollouts are as long as the real episode at most. Empty in a world of

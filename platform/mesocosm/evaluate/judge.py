@@ -54,7 +54,7 @@ class JudgeResult:
 
     episodes: tuple[Episode, ...]
     steps: int
-    """Real steps that the ledger was charged, those of dropped episodes included."""
+    """Real steps charged to the ledger, including those of dropped episodes."""
     dropped: tuple[str, ...]
     """Why episodes were dropped: the environment crashed, hung or gave NaN."""
 
@@ -64,7 +64,7 @@ class JudgeResult:
 
     @property
     def successes(self) -> int | None:
-        """Episodes that met `reality.success`; None where it is not set."""
+        """Episodes that met `reality.success`; None if it is not set."""
         flags = [episode.success for episode in self.episodes if episode.success is not None]
         return sum(flags) if flags else None
 

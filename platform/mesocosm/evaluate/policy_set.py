@@ -35,7 +35,7 @@ from mesocosm.policies.stored import policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"
-"""Name of the judged agent beside other policies; the lineage has its id."""
+"""Name of the judged agent among other policies. The lineage has its id."""
 MOST_NOISE = 2.0
 """The most noise on a Box, in halves of its range: little better than random. Other spaces: 1."""
 FINEST = 2e-3
@@ -55,7 +55,8 @@ class ComparedPolicy:
     noise: float | None = None
     """Noise of a graded policy"""
     held_out: bool = True
-    """None of its episodes trained the world. Otherwise its value is shown and not counted."""
+    """True if none of its episodes trained the world. Otherwise its value is shown but not counted.
+    """
 
 
 class Noisy:

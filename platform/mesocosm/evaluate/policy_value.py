@@ -77,7 +77,7 @@ class PolicyValue:
 
     @property
     def steps(self) -> int:
-        """Real steps that it took, without those of episodes judged before."""
+        """Real steps of this evaluation, without those of episodes that were judged before."""
         return sum(value.judged.steps for value in self.values)
 
     def to_json(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def policy_value(
         if agent is not None and candidate.name == AGENT and len(agent.episodes) >= episodes:
             result = replace(agent, episodes=agent.episodes[:episodes], steps=0)
         else:
-            # Labels may repeat. The order of judging is the same when an evaluation goes on.
+            # Labels may repeat. The order of judging is the same when an evaluation continues.
             name, policy = f"{len(judged)}: {candidate.name}", candidate.policy
             segments = store.segments(name, policy, seed=seed, limit=horizon)
             limits: dict[str, Any] = {"episodes": episodes, "max_episode_steps": horizon}

@@ -34,7 +34,7 @@ from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs.tracking import Run
 
 STARTS = 512
-"""Starts that the world draws, beside the logged ones."""
+"""Starts that the world draws, in addition to the logged ones."""
 
 
 def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:

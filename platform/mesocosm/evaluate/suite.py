@@ -59,7 +59,7 @@ class Prepared:
     """An evaluation in reality, checked before the first real step."""
 
     cfg: EvaluateConfig
-    """With the full names of its policies"""
+    """The config with the full names of its policies."""
     facts: EnvFacts
     horizon: Horizon
     """Steps of an episode at most, real or imagined."""
@@ -333,7 +333,7 @@ def with_adversary(
 ) -> Prepared:
     """Add a policy that `train`, the job train-agent, trains in the world to seek disagreement.
 
-    It learns to avoid an early end, too, and takes no real step.
+    It also learns to avoid an early end, and takes no real step.
     """
     cfg = plan.cfg
     common = {key: getattr(cfg, key) for key in ("seed", "storage", "tracking", "ray")}
@@ -357,7 +357,7 @@ def _grading(
     cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World
 ) -> Callable[[Sequence[tuple[ComparedPolicy, float]]], ComparedPolicy | None]:
     def more(judged: Sequence[tuple[ComparedPolicy, float]]) -> ComparedPolicy | None:
-        """The next noisy version of the agent to judge; None: there are enough."""
+        """The next noisy version of the agent to judge; None if there are enough."""
         noises = {c.noise: mean for c, mean in judged if c.noise is not None}
         if agent is None or len(noises) >= cfg.graded:
             return None

@@ -202,7 +202,7 @@ def _rules(
 
 
 def _random(candidates: Callable[[str, str], list[str]], seed: int, number: int) -> Act:
-    """A policy that draws one of the candidates; `look` where a text gives none."""
+    """A policy that draws one of the candidates, or `look` if a text has none."""
     generator = np.random.default_rng((seed, number))
     first: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The job `baseline`: model-free training in reality, which a world must beat.
+"""The job `baseline`: model-free training in reality, with which a world's agent is compared.
 
 The ledger counts every step. The curve's real steps are those of training and of the episodes that
 confirm the target, not those of judging.

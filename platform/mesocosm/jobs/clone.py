@@ -51,7 +51,7 @@ class ClonePlan(Plan[CloneConfig]):
 
     dataset: Dataset
     candidates: Candidates | None
-    """None where the logs hold no texts."""
+    """None if the logs hold no texts."""
     encoder: ImageEncoder | None
     """How the agent sees images."""
 
@@ -75,8 +75,8 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
         without, versions = ["datasets", "tokenizer"], list[str]()
         if config.episodes:
             known = dataset.environment.model_dump()
-            # A chat's system prompt, say, is no option of the environment, and the agent does not
-            # see tasks that no text tells.
+            # A task such as a chat's system prompt is not an option of the environment, and the
+            # agent does not see tasks that are in no text.
             options = {option.name for option in dataset.options}
             known["task"] = [name for name in known["task"] if name not in options]
             config = replace(config, reality=reality_of(config.reality, known))
@@ -150,8 +150,8 @@ class CloneJob(Job[CloneConfig, ClonePlan]):
 def _candidates(
     config: CloneConfig, dataset: Dataset, encoder: ImageEncoder | None
 ) -> Candidates | None:
-    """How texts list their commands; None for other logs. Raises UsageError where `candidates`
-    does not fit the logs.
+    """The source of commands for logs of texts; None for other logs. Raises UsageError if
+    `candidates` does not fit the logs.
     """
     spaces = dataset.observation_space, dataset.action_space
     if config.candidates is None:

@@ -230,7 +230,7 @@ def _warnings(table: EpisodeTable, operations: list[Named]) -> list[str]:
     first = names[: names.index("hold_out")] if "hold_out" in names else None
     if first is not None and not {"exact_duplicates", "near_duplicates"} & set(first):
         warnings.append(
-            "hold_out comes before any duplicates are removed, so copies may lie in both splits;"
+            "hold_out comes before any duplicates are removed, so copies may be in both splits;"
             " put exact_duplicates first"
         )
     if not table.sizes()["valid"]["episodes"]:

@@ -61,8 +61,8 @@ class ImportConfig(JobConfig):
     per_file: bool = False
     """Each file numbers its own episodes. Without an episode column each file is one."""
     traces: TraceConfig = field(default_factory=TraceConfig)
-    """The rules for chats, OpenTelemetry spans and AgentWorldBench (docs/text.md).
-    `columns.reward=NAME` and the like name the fields of a trace or a message.
+    """The rules for chats, OpenTelemetry spans and AgentWorldBench (docs/text.md). Keys such as
+    `columns.reward=NAME` name the fields of a trace or a message.
     """
     bad: str = "refuse"
     """At a faulty episode: refuse (the import, naming file and row), or drop (the episode)."""
@@ -160,7 +160,7 @@ class ImportLogs(Job[ImportConfig, Import]):
         workers = worker_count(cfg.workers, sum(size for size, _ in plan.stamps), cfg.ray)
         tally = progress.tally()
         if tally is not None:
-            run.say("an earlier run has checked the logs: goes on from there")
+            run.say("an earlier run has checked the logs: continues from there")
         with run.progress("check the logs") as update:
 
             def checked(rows: int) -> None:

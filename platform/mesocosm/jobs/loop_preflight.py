@@ -49,7 +49,7 @@ class Ready:
     """The datasets that the loop begins with."""
     facts: EnvFacts
     horizon: Horizon | None
-    """None if only the loop's data can show it."""
+    """None if it is known only from the loop's data."""
     known: known.Functions = field(default_factory=dict)
 
     @property
@@ -140,7 +140,7 @@ def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
 
 
 def _check_datasets(cfg: LoopConfig, datasets: list[Artifact], facts: EnvFacts) -> None:
-    """Check that the datasets are alike, and like the environment if the loop collects more."""
+    """Check that the datasets match each other, and the environment if the loop collects more."""
     if not datasets:
         return
     data, first = Dataset([artifact.path for artifact in datasets]), datasets[0].name

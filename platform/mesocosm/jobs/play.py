@@ -33,7 +33,7 @@ class PlayPlan(Plan[PlayConfig]):
     horizon: int | None
     """Steps after which an episode is truncated; None for never."""
     ledger: str | None
-    """The ledger of the real steps; None where none are taken."""
+    """The ledger of the real steps; None if no real steps are taken."""
 
 
 class PlayJob(Job[PlayConfig, PlayPlan]):
@@ -95,7 +95,7 @@ class PlayJob(Job[PlayConfig, PlayPlan]):
             token = secrets.token_urlsafe(24)
             server.start(application(game, main.call, token))
             run.say(f"world {plan.id} is played at {server.url}; Ctrl-C ends it")
-            # Not to the run's log: whoever reads the address may play.
+            # The address is not logged, because everybody who reads it may play.
             console.print(f"Open in a browser on this machine:\n  {server.url}/#{token}")
             main.run(lambda: server.alive)
             raise MesocosmError(f"the server at {server.url} has ended; start it again")

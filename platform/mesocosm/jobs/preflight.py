@@ -115,7 +115,7 @@ def _place(url: str, key: str) -> tuple[str, int | None]:
 
 
 def _no_answer(host: str, port: int) -> str | None:
-    """Why no connection to a server can be made; None where one can."""
+    """The reason why no connection to a server can be made, or None."""
     try:
         socket.create_connection((host, port), ANSWER_S).close()
     except OSError as error:

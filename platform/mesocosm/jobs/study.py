@@ -44,7 +44,7 @@ from mesocosm.train.config import PretrainConfig
 from mesocosm.versions import VERSIONS
 
 AGENT = agents.TrainAgent(gated=False)
-"""Agents train in worlds that the gate refuses, too: the study is of the gate."""
+"""Agents also train in worlds that the gate refuses, because the study is about the gate."""
 FEWEST = 2
 """Worlds that can be compared."""
 FILLED = {"agent": ("world", "rival"), "evaluate": ("world", "agent", "ledger", "gain")}

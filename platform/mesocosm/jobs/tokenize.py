@@ -2,8 +2,8 @@
 
 A dictionary of patches is fitted to the training split without a gradient step, fsq is trained
 (`kind`). Each shard's counts and codes are stored as they are made (`runs/tokens/ID`), so that a
-job that was killed goes on after them when it is run again. With `tokenizer`, new codes are
-appended to an earlier one's, whose codes keep their meaning: worlds of it stay valid.
+killed job continues after them when it is run again. With `tokenizer`, new codes are appended to an
+earlier one's, whose codes keep their meaning: worlds of it stay valid.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class TokenizeConfig(JobConfig):
     steps: int = 4000
     """Training steps of fsq, of 256 patches each."""
     patch: int | None = None
-    """Pixels of a patch's side, which divides height and width of every image. Defaults to that of
-    `tokenizer`, or to 8.
+    """Side of a patch in pixels. It must divide the height and width of every image. Defaults to
+    that of `tokenizer`, or to 8.
     """
     codes: int = 4096
     """The most codes of an image's dictionary: the most frequent patches of the training split
@@ -87,7 +87,7 @@ class Tokenize(Job[TokenizeConfig, Tokenization]):
 
     Raises:
         UsageError: A dataset or tokenizer is unknown, there is no image, the patch does not fit,
-            the dictionary is too large, a learned tokenizer is to grow, or all frames are alike.
+            the dictionary is too large, a learned tokenizer is to grow, or all frames are equal.
     """
 
     name, kind, config = "tokenize", "tokenizers", TokenizeConfig

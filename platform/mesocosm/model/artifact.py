@@ -22,7 +22,7 @@ def described(folder: Path, schema: int, *, texts: bool = False) -> Iterator[dic
     """Read a world's folder inside this context, which gives what world.json says.
 
     Args:
-        folder: Of the world.
+        folder: The world's folder.
         schema: The schema that this version reads.
         texts: The world must be one of texts; otherwise it must not.
 

@@ -42,14 +42,14 @@ RIDGE = 1e-7
 """Ridge penalty a transition; features are normalised."""
 JUDGED = 2048
 """The most held-out rows of a member, spread evenly, that an evaluation reads."""
-CHUNK = 8192  # rows evaluated at once: the hidden layers of all rows would take a gigabyte
+CHUNK = 8192  # rows evaluated at once, because the hidden layers of all rows would take a gigabyte
 
 Transitions = tuple[Parts, Parts, Parts, Parts, Tensor]
 """Observation, action, task, next observation ([N, ...] each) and the episode hash [N] int64."""
 
 
 PARTS = ("base", "reward", "termination")
-"""The fits of a base, as `Base.fits` lists them; "base" is that of the numbers' change."""
+"""The fits of a base, in the order of `Base.fits`. "base" is the fit of the numbers' change."""
 
 
 class Base(nn.Module):
@@ -74,7 +74,7 @@ class Base(nn.Module):
         self.members = config.members
         table = spec.observation.table
         self.enabled = config.base and spec.observation.numbers > 0 and table is None
-        """False with a table, whose slots the base's networks would tell apart."""
+        """False with a table, because the base's networks would treat its slots differently."""
         n, k, hidden = spec.observation.numbers, config.members, config.base_hidden
         self.start = StartModel(spec)
         self.register_buffer("residual_scale", torch.ones(n))
@@ -268,7 +268,7 @@ def _fit_mlp(
 
 
 def _rows(mask: Tensor) -> list[Tensor]:
-    """bool [K, N] -> the numbers of each member's rows."""
+    """The numbers of each member's rows, from bool [K, N]."""
     return [m.nonzero().squeeze(1) for m in mask]
 
 

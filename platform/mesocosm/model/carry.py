@@ -17,7 +17,7 @@ from mesocosm.model.tensors import Parts
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that the future of a session depends on, beside its keys: pure data, float32 and
+    """Everything that the future of a session depends on, except its keys: pure data, float32 and
     int64, on the CPU or the world's device.
     """
 
@@ -101,8 +101,8 @@ class StepOut:
     p_terminated: Tensor  # [B] float32
     duration: Tensor  # [B] float32, raw units; zeros without durations
     disagreement: Tensor | None
-    """[B] float32: how far the members' expectations lie apart (`net.spread`); a tenth of held-out
-    transitions exceed 1. 0 for one member; None where it was not asked for.
+    """[B] float32: the distance between the members' expectations (`net.spread`). A tenth of
+    held-out transitions exceed 1. 0 for one member; None if it was not requested.
     """
     diverged: Tensor
     """[B] bool: the draw was not finite, as happens with unstable dynamics far from the data. The
@@ -118,7 +118,7 @@ class Prediction:
     reward: Tensor  # [B] raw units, of that o_{t+1}
     p_terminated: Tensor  # [B] of that o_{t+1}; 0 or 1, without gradient, where it is known
     duration: Tensor  # [B] raw units, >= 0; zeros without durations
-    disagreement: Tensor | None  # [B] as `StepOut.disagreement`; None where it was not asked for
+    disagreement: Tensor | None  # [B] as in `StepOut.disagreement`; None if it was not requested
 
 
 def prefixed(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:

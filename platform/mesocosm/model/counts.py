@@ -3,7 +3,7 @@
 Attention counts the full square of scores, the masked half too, as `torch.utils.flop_counter`
 counts it under `sdpa_kernel(SDPBackend.MATH)`; the fused CPU kernel would count as 0. A
 multiplication and its addition are 2 FLOPs; elementwise work, norms, look-ups and activations that
-checkpointing recomputes are none.
+checkpointing recomputes do not count.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def blank_windows(spec: Spec, batch: int, window: int) -> Windows:
 
 
 def _shape(config: ModelConfig) -> Shape | None:
-    """The shape of a text world's network; None for another architecture than ours."""
+    """The shape of a text world's network; None for an architecture other than ours."""
     if config.pretrained is None:
         return rung_shape(config.size, config.vocabulary)
     return pretrained_shape(config.pretrained, config.context)

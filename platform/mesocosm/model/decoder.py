@@ -52,7 +52,7 @@ def slot_groups(part: PartSpec, order: Order, group: int) -> list[slice]:
 
     Args:
         part: The slots, whose images may have groups.
-        order: As `slot_order` gives it.
+        order: The result of `slot_order`.
         group: Positions of an image.
     """
     ends = {
@@ -133,7 +133,8 @@ class Decoder(nn.Module):
             weight = nn.Parameter(torch.zeros(*shape, stack.d))
             return tag(weight, "embedding", fan_in=fan_in)
 
-        # A ZeRO engine cannot partition a zero-sized parameter: what has nothing to hold is None.
+        # A ZeRO engine cannot partition a zero-sized parameter: a parameter without elements is
+        # None.
         self.value = self.table = self.density = self.logits = None
         self.density_bias = self.logits_bias = None
         width = rung.backbone.width
@@ -166,15 +167,15 @@ class Decoder(nn.Module):
         number = [i for i, group in enumerate(self.groups) for _ in range(group.start, group.stop)]
         numbers_of = torch.tensor(number)
         self.mask = Constant(numbers_of <= numbers_of.unsqueeze(1))
-        # The slot of the next group that reads each slot's value: that of the same place, or the
-        # last one.
+        # The slot of the next group that reads each slot's value: the slot at the same place, or
+        # the last one.
         readers = [
             min(slot - group.start + following.start, following.stop - 1)
             for group, following in itertools.pairwise(self.groups)
             for slot in range(group.start, group.stop)
         ]
         self.readers = Constant(torch.tensor(readers, dtype=torch.int64))
-        # The column of each slot's value when (numbers, categories) lie side by side.
+        # The column of each slot's value in the concatenation of (numbers, categories).
         columns = [j if kind == "number" else numbers + j for kind, j in order]
         self.columns = Constant(torch.tensor(columns, dtype=torch.int64))
         self.uniforms = Constant(torch.arange(2 * self.slots) + rng.OBSERVATION)

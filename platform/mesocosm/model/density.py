@@ -32,8 +32,8 @@ class Mixture(NamedTuple):
 
 
 def mixture(params: Tensor, bin: Tensor, widening: Tensor | None = None) -> Mixture:
-    """From a network's output [..., 3 M], and bins and factors (by default 1) that broadcast with
-    [...]: scale = widening * exp(raw) + FLOOR * bin.
+    """Make the density from a network's output [..., 3 M], and bins and factors (by default 1) that
+    broadcast with [...]: scale = widening * exp(raw) + FLOOR * bin.
     """
     logits, mu, raw = params.float().chunk(PARAMS, -1)
     bin, scale = bin.unsqueeze(-1), raw.exp()

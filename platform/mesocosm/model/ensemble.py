@@ -58,8 +58,8 @@ class Ensemble(WorldNet):
             sizes: Any = {"hidden": hidden, "members": members, "width": width}
             self.outputs = TableOutputs(o, int(spec.durations), **sizes)
         self.bins = Constant(torch.tensor(o.bins + (spec.duration_bin,) * spec.durations))
-        # All logits lie side by side; `columns` spreads them over [m, most]. The column after the
-        # last stands for "no such category".
+        # All logits are concatenated; `columns` spreads them over [m, most]. The column after the
+        # last means "no such category".
         columns = torch.full((len(o.categories), self.most), total, dtype=torch.int64)
         for slot, cardinality in enumerate(o.categories):
             columns[slot, :cardinality] = sum(o.categories[:slot]) + torch.arange(cardinality)

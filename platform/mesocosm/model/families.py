@@ -20,8 +20,8 @@ from mesocosm.model.spec import Spec
 
 
 def new_text_net(spec: Spec, config: ModelConfig) -> TextNet:
-    """A network of the ladder with zeros (`mup.init_` fills them), or one that begins with the
-    weights of `model.pretrained`. With adapters, the pretrained weights stay as they are.
+    """Make a network of the ladder with zeros (`mup.init_` fills them), or one with the weights of
+    `model.pretrained`. With adapters, the pretrained weights stay frozen.
 
     Raises:
         UsageError, ArtifactError: The checkpoint cannot be loaded.

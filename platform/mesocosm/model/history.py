@@ -22,7 +22,7 @@ class History:
         self.clock = 0
 
     def begin(self, task: Parts, observation: Parts, action: PartSpec) -> None:
-        """As `World.begin`; task and observation [B, ...]."""
+        """Like `World.begin`, with task and observation [B, ...]."""
         batch = len(observation.numbers)
         self.clock = 0
         self._no_action = Parts.empty(action, batch)
@@ -34,7 +34,7 @@ class History:
     def step(
         self, action: Parts, observation: Parts, task: Parts, restarted: NDArray[np.bool_]
     ) -> None:
-        """As `World.step`, then `World.reset` where `restarted` [B]."""
+        """Like `World.step`, then like `World.reset` where `restarted` [B]."""
         if self.memory:
             if len(self._steps) == self.memory:
                 dropped = self.memory - self.memory // 2

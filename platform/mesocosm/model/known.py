@@ -40,7 +40,7 @@ class RawLeaf:
     columns: tuple[int, ...]
     """Columns of the numbers, or with `first` of the categories."""
     task: bool = False
-    """The columns are those of the task, not of the observation."""
+    """True if the columns are those of the task rather than of the observation."""
     scale: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
     integers: bool = False
@@ -188,8 +188,8 @@ class Known:
 
         Raises:
             UsageError: A function cannot be imported.
-            ArtifactError: Its file is not, byte for byte, that of the world's training: a world
-                may be a stranger's, and runs nothing else than what its user has.
+            ArtifactError: Its file is not, byte for byte, that of the world's training: a world may
+                come from a stranger, so it runs only code that its user already has.
         """
         observation, action = (
             RawSpace([RawLeaf.from_json(leaf) for leaf in data[name]])

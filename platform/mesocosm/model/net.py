@@ -44,7 +44,7 @@ class BaseOut:
     widening: Tensor
     """[n], and one for the duration if there is one: the factors of the densities' scales"""
     heads: HeadOut | None = None
-    """None where the next observation is not known."""
+    """None if the next observation is not known."""
     log_start: Tensor | None = None
     """[B]: log-likelihood of (task, o_0), 0 for windows that do not start an episode; None: not
     asked for
@@ -267,7 +267,7 @@ def apply_base(base: Base, windows: Windows) -> BaseOut:
 
 
 def spread(numbers: Tensor, probabilities: Tensor | None) -> Tensor:
-    """[B] float32: how far the expectations of K members for a step lie apart; 0 for one member.
+    """[B] float32: the distance between the expectations of K members for a step; 0 for one member.
 
     The root of the mean over slots of the members' variance: of a number's expected change in units
     of the base's residual scale ([K, B, n]), of a category's probabilities summed over its values

@@ -49,7 +49,7 @@ class TableSpan:
     present: int
     """The place among a slot's q categories of the flag that says whether it holds something"""
     pointer: int | None
-    """The category of an action that is a slot's number; None where actions point to none"""
+    """The category of an action that is a slot's number; None if actions do not point to slots"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class PartSpec:
     categories: tuple[int, ...] = ()  # cardinality of each category slot
     texts: tuple[TextSpan, ...] = ()
     grid: tuple[float | None, ...] = ()
-    """The normalised position of zero for each integer number, whose values lie whole bins from
-    there; None for another number; empty if no number is an integer.
+    """The normalised position of zero for each integer number, whose values are whole bins away
+    from it; None for another number; empty if no number is an integer.
     """
     table: TableSpan | None = None
     """Columns whose slots share their weights."""
@@ -88,7 +88,7 @@ class Spec:
     """
     reward_far: tuple[float, float] | None = None
     """(middle, distance), raw: a reward farther than this from the middle is a rare large one. None
-    where none is, and in worlds older than this field.
+    if no reward is, and in worlds older than this field.
     """
     durations: bool = False
     duration_mean: float = 0.0

@@ -1,5 +1,5 @@
-"""The start model p(task, o_0), which all families share. It is fitted to the logged starts, a few
-dozen as a rule, and frozen before pretraining.
+"""The start model p(task, o_0), which all families share. It is fitted to the logged starts
+(usually a few dozen) and frozen before pretraining.
 
 The slots are drawn one after another: categories, then numbers. A number x_j is drawn as
 

@@ -1,4 +1,4 @@
-"""Which numbers of a start determine which: sparse polynomials and ellipses, found in float64."""
+"""Finds which numbers of a start determine others: sparse polynomials and ellipses, in float64."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 MAX_TERMS = 10
 """Terms of a polynomial, at most."""
 PRODUCTS = 32
-"""With more numbers than this, polynomials have squares and no products of two numbers."""
+"""The most numbers with which polynomials have products of two numbers. With more they have only
+squares.
+"""
 POLYNOMIALS = 128
-"""With more numbers than this, there are no polynomials."""
+"""The most numbers with which there are polynomials."""
 EXACT, USEFUL, ON_ELLIPSE = 0.02, 0.5, 0.05
 """Largest residuals of a polynomial that counts as exact, of one that is of use, and of an ellipse,
 in standard deviations of the number."""

@@ -1,5 +1,5 @@
-"""The structure of the start model's numbers and categories, and how it is found: by the likelihood
-of each logged start given the others, in float64.
+"""The structure of the start model's numbers and categories. It is chosen by the likelihood of each
+logged start given the others, in float64.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class StartNumbers:
     residuals: Tensor  # [N, n]
     width: Tensor  # [n]: half the width of the uniform
     spread: Tensor  # [n]: scale of the logistic that smooths it
-    near: Tensor  # [n, n]: what a distance of 1 in another number takes from a weight, times 2
-    mismatch: Tensor  # [n]: what a different category takes from a log weight
+    near: Tensor  # [n, n]: log weight lost at a distance of 1 in another number, times 2
+    mismatch: Tensor  # [n]: log weight lost at a different category
 
     @staticmethod
     def names() -> list[str]:
@@ -79,7 +79,7 @@ class StartNumbers:
         return numbers
 
     def centres(self, j: int, z: Tensor) -> Tensor:
-        """[B, N]: where the anchors of number j lie, given the earlier numbers of z [B, n]."""
+        """[B, N]: the anchors of number j, given the earlier numbers of z [B, n]."""
         with_one = torch.cat((z, torch.ones_like(z[:, :1])), 1)
         p, q = self.terms[j].unbind(1)
         curve = (with_one[:, p] * with_one[:, q]) @ self.coefficients[j]
@@ -87,7 +87,7 @@ class StartNumbers:
         return curve.unsqueeze(1) + self.residuals[:, j] + self.signs[:, j] * root.unsqueeze(1)
 
     def root(self, j: int, z: Tensor) -> Tensor:
-        """[B]: g_j."""
+        """[B]: the root g_j of each start."""
         x, (a, b, c) = z[:, int(self.partner[j])], self.ellipse[j]
         return (a + b * x + c * x * x).clamp(min=0).sqrt()
 
@@ -152,7 +152,7 @@ class _Slot:
         self.result, self.j, self.z, self.half = result, j, z, half
         self.different = different
         self.starts = len(z)
-        at_zero = result.centres(j, z)  # residuals are still 0: [N, N], of each by each one's sign
+        at_zero = result.centres(j, z)  # [N, N] for each start and sign; residuals are still 0
         apart = z[:, j, None] - at_zero
         self.residual = apart.diagonal().clone()  # a view would hold all of `apart` until `choose`
         self.root = int(result.partner[j]) >= 0

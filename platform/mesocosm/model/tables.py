@@ -94,7 +94,7 @@ class TableView:
 
 
 class TableMixer(nn.Module):
-    """The first layer of rows: of the rest, of each slot, and of what all rows learn of all."""
+    """The first layer: features of the rest, of each slot, and pooled over all slots."""
 
     def __init__(
         self,

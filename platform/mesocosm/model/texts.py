@@ -1,4 +1,4 @@
-"""The categories that each slot may take: a text goes on until its end, then it is padded."""
+"""The categories that each slot may take: a text continues until its end, then it is padded."""
 
 from __future__ import annotations
 

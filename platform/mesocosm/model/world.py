@@ -165,7 +165,7 @@ class World:
             observation: [B, ...], normalised.
             action: [B, ...], normalised.
             task: [B, ...], normalised.
-            groups: Of the members [B] that predict.
+            groups: The groups of the members [B] that predict.
             disagreement: Also ask all members what they expect, which takes more time.
 
         Raises:
@@ -267,7 +267,9 @@ class World:
         )
 
     def _columns(self, clock: int) -> tuple[int, int]:
-        """At a clock: how many columns the last rebuild filled, and how many are filled now."""
+        """The number of columns that the last rebuild filled, and the number filled now, at a
+        clock.
+        """
         window = self.net.memory
         if clock <= window or not window:
             return 0, min(clock, window)

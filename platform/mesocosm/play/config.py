@@ -16,8 +16,8 @@ class PlayConfig(JobConfig):
     port: int = 0
     """Port of the page, on this machine's loopback. 0 takes any free one."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """With a budget (`reality.budget.steps` or `money`) the real environment is stepped beside the
-    world: by default the world's own. Without one no real step is taken.
+    """The real environment, by default the world's own. With a budget (`reality.budget.steps` or
+    `money`) it is stepped together with the world. Without a budget no real step is taken.
     """
     ledger: str | None = None
     """The ledger that counts the real steps. Defaults to one of this world and this environment, so

@@ -1,4 +1,4 @@
-"""One episode of a world in a person's hands: begin, step, undo; with reality beside it where its
+"""One episode of a world, played by a person: begin, step, undo. Reality is stepped with it if its
 start is a real one.
 """
 
@@ -48,7 +48,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Moment:
-    """One moment of the imagined episode: what the world gave, and reality where it is beside."""
+    """One moment of the imagined episode: the world's outputs, and reality's where it is stepped
+    too.
+    """
 
     step: int
     action: Any
@@ -88,7 +90,7 @@ class GameStart:
 
 @dataclass(frozen=True)
 class GameState:
-    """The state after a request, with the moments that are new to whoever asked."""
+    """The state after a request, with the moments that are new to the client."""
 
     start: GameStart
     revision: int
@@ -100,7 +102,9 @@ class GameState:
     beside: bool
     """True while reality is stepped too."""
     note: str | None
-    """Why reality is not stepped; None while it is, and where the game has none."""
+    """The reason why reality is not stepped. None while it is, and if the game has no real
+    environment.
+    """
     picture_note: str | None
     bill: Bill | None
 
@@ -111,8 +115,8 @@ class Game:
     Args:
         world: The world, in this process.
         id: Its id.
-        storage: Where its data lie.
-        real: The real environment; None for none.
+        storage: The storage of its data.
+        real: The real environment, or None.
         horizon: Steps after which an episode is truncated; None for never.
     """
 
@@ -178,7 +182,7 @@ class Game:
     def _start_of(
         self, moment: RealMoment, options: Mapping[str, Any], real: RealSide
     ) -> AnyStarts:
-        """The world's start at a real first observation. Raises UsageError where it has none."""
+        """The world's start at a real first observation. Raises UsageError if there is none."""
         try:
             self._columns.stored_list([moment.observation])  # raises outside its space
             first = stack(self.codec.observation_space, [moment.observation])
@@ -214,7 +218,7 @@ class Game:
         return None
 
     def step(self, action: Any) -> GameState:
-        """Step the world, and reality where it is beside.
+        """Step the world, and reality where it is stepped too.
 
         Args:
             action: One action of the world's space, as JSON holds it.
@@ -242,7 +246,8 @@ class Game:
         return self.state(len(self._moments) - 1)
 
     def undo(self) -> GameState:
-        """Return to the moment before the last step. Reality cannot return: it is left.
+        """Return to the moment before the last step. Reality cannot return, so it is no longer
+        stepped.
 
         Raises:
             UsageError: There is no step to undo.
@@ -323,7 +328,7 @@ class Game:
         self._revision += 1
 
     def _difference(self, imagined: Any, real: Any) -> Difference | None:
-        """How far the observations differ; None where the real one is not of its space."""
+        """The difference of the observations; None if the real one is not in its space."""
         try:
             numbers, categories, texts, *images = self._columns.stored_list([imagined, real])
         except MesocosmError:
@@ -338,6 +343,6 @@ class Game:
 
 
 def _root_mean_square(arrays: list[Any]) -> float | None:
-    """Over the values of all arrays; None where there are none."""
+    """The root mean square over the values of all arrays; None without values."""
     values = np.concatenate([np.ravel(array) for array in arrays]) if arrays else np.empty(0)
     return float(np.sqrt(np.mean(values**2))) if values.size else None

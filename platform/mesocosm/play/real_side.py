@@ -1,4 +1,4 @@
-"""Reality beside a played world: the same actions in the real environment, each of them metered."""
+"""The real environment of a played world: it takes the same actions, and each step is metered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RealMoment:
     terminated: bool
     truncated: bool
     picture: str | None
-    """A `data:` address of what the environment renders; None where it renders nothing."""
+    """The rendered picture as a `data:` address; None if the environment renders nothing."""
 
     @property
     def over(self) -> bool:
@@ -64,7 +64,7 @@ class RealSide:
     """The real environment of a played world.
 
     A failure, the end of the budget or of the real episode ends its part of the episode, and `note`
-    says why. The world goes on alone.
+    says why. The world continues alone.
 
     Args:
         config: The environment, its price and its budget.
@@ -79,9 +79,9 @@ class RealSide:
             config = replace(config, bounds="ignore")
         self.config, self.ledger = config, ledger
         self.note: str | None = None
-        """Why reality is not stepped, as a sentence; None while it is."""
+        """The reason why reality is not stepped, as a sentence; None while it is."""
         self.picture_note: str | None = None
-        """Why there is no picture, as a sentence."""
+        """The reason why there is no picture, as a sentence."""
         self._env: MeteredEnv | None = self._make()
         self._total, self._stepped = 0.0, 0
 

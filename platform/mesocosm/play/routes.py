@@ -1,8 +1,8 @@
 """The HTTP routes of a played world: its page, and the requests of the page.
 
 Files of the page are public and hold nothing of the world. Every other route requires the bearer
-token, which stands in the page's address behind the #: a browser sends it to nobody by itself. An
-error is {"detail": message}.
+token, which is in the page's address after the #. Browsers do not send that part. An error is
+{"detail": message}.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PlayedWorld:
     splits: dict[str, int]
     horizon: int | None
     reality: str | None
-    """The real environment beside it."""
+    """The real environment that is stepped with the world."""
 
 
 def page_files() -> dict[str, Path]:

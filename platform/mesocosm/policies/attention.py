@@ -93,7 +93,7 @@ class TableNetwork(nn.Module):
         self.blocks = nn.ModuleList(SetBlock(width) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(width)
         self.of_slots = self.of_rest = None
-        if table.pointer:  # beside a mask: the actions have one distribution together
+        if table.pointer:  # with a mask, all actions share one distribution
             self.of_slots = nn.Linear(width, math.prod(components[:-1]))
         else:
             joined = has_mask(observation)

@@ -41,7 +41,9 @@ class BehaviourConfig:
     world that it was trained in.
     """
     weight: float = 1.0
-    """Relative share of the episodes, kept to within two episodes for any number of them."""
+    """Relative share of the episodes. For any number of episodes it is exact to within two
+    episodes.
+    """
     noise: float = 0.1
     """Noise of kind noisy. Box: the standard deviation as a fraction of half the action's range (1
     where unbounded). Other spaces: the probability of a random action, drawn from the space or by

@@ -249,8 +249,8 @@ class CandidateEpisodes:
         self._history = [list(history) for history in state["history"]]
 
     def _usable(self, listing: Sequence[str]) -> list[str]:
-        """The candidates that are actions, each once, at most K; where there is none, any action:
-        an imagined text may show nothing that can be done.
+        """The distinct candidates that are valid actions, at most K. Without any, one arbitrary
+        action: an imagined text may allow no command.
         """
         actions = [c for c in dict.fromkeys(listing) if text_problem(self.action_space, c) is None]
         if not actions:

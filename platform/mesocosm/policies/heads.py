@@ -127,7 +127,7 @@ class ActionMap:
     """
 
     counts: list[int] | None
-    """Number of values of each discrete component; None for a continuous head."""
+    """The number of values of each discrete component; None for a continuous head."""
     head: gym.Space[Any]
 
     def __init__(self, space: gym.Space[Any], masked: bool = False):

@@ -22,7 +22,7 @@ ENCODER = "image_encoder"
 
 
 class ImagePolicy:
-    """A network between images, with anything beside them, and actions.
+    """A network from images, and other observations if there are any, to actions.
 
     It remembers the last frames of each environment. Call `reset` before the first step of
     environments that step together, and `restart` where they began new episodes.

@@ -1,4 +1,4 @@
-"""How an agent sees images: as the codes of a frozen tokenizer, which its policy includes.
+"""Images as an agent sees them: the codes of a frozen tokenizer, which its policy includes.
 
 A network reads features of the codes of the last FRAMES frames, because a frame shows no
 velocities. The encoder needs no world, so that a policy acts in reality by itself. In a world it
@@ -36,7 +36,7 @@ class ImageEncoder:
     """Turns the images of observations into numbers.
 
     Args:
-        observation_space: With as many images as there are tokenizers.
+        observation_space: A space with one image for each tokenizer.
         tokenizers: One for each image, in order.
     """
 

@@ -30,7 +30,8 @@ from mesocosm.policies.possible import PossibleActions
 from mesocosm.policies.value import ValueFunction
 
 BETA = 2.0
-"""Exponent of the noise's power spectrum f^-beta along a plan: successive actions are alike."""
+"""Exponent of the noise's power spectrum f^-beta along a plan. It makes successive actions similar.
+"""
 DEVIATION = 0.5
 """Initial standard deviation of a plan's actions, in halves of the action's range; where an action
 is unbounded, twice this in standard deviations of the data's actions.
@@ -38,7 +39,7 @@ is unbounded, twice this in standard deviations of the data's actions.
 MOMENTUM = 0.1
 """Weight of the former distribution when it is fitted to the best plans."""
 FRESH = 0.5
-"""Weight of the uniform distribution over categories, beside the former best plans'."""
+"""Weight of the uniform distribution over categories against that of the former best plans."""
 GAMMA = 0.99
 """Discount of a step without an agent."""
 
@@ -230,8 +231,8 @@ class Planner:
         return Parts(numbers, torch.minimum(below, self._cards - 1))
 
     def _proposals(self, origin: Carry, key: int, generator: np.random.Generator) -> Parts:
-        """Plans [B, proposals, H, ...] of the agent: what it does in the world, greedily in the
-        first one. Members take turns.
+        """Plans [B, proposals, H, ...] of the agent: its actions in the world, greedy in the first
+        plan. Members take turns.
         """
         assert self.agent is not None
         policy, count, batch = self.agent[0], self.size.proposals, len(origin.member)
@@ -300,7 +301,7 @@ class _Imagined:
         self.observation, self.task = origin.observation[rows], origin.task[rows]
         self.total = torch.zeros(len(rows), device=rows.device)
         self.weight = torch.ones_like(self.total)
-        """Discount times the probability that the episode goes on"""
+        """Discount times the probability that the episode continues"""
 
     def step(self, action: Parts) -> None:
         """Take actions [N, ...]. One that is not possible is drawn again: the first of a plan is

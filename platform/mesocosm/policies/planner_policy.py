@@ -178,7 +178,7 @@ class PlannerPolicy:
 
 
 def within_bounds(space: spaces.Space[Any], batch: Any) -> Any:
-    """Clip a batch of actions to the bounds of Boxes: a float32 may lie one digit beyond them."""
+    """Clip a batch of actions to the bounds of Boxes: a float32 may be one digit outside."""
     if isinstance(space, spaces.Dict):
         return {key: within_bounds(part, batch[key]) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):

@@ -63,7 +63,7 @@ class RemembersEpisodes(Protocol):
 
 
 def begin_episodes(policy: Acts, num_envs: int, seed: int) -> None:
-    """Reset a policy that remembers; others need nothing.
+    """Reset a policy that remembers. Other policies are not changed.
 
     Args:
         policy: It acts in `num_envs` environments from here on.
@@ -84,7 +84,9 @@ class Layout:
     trunk: list[dict[str, Any]]
     """Layers from the flat observation to the outputs; with `value`, the shared encoder."""
     advantage: list[dict[str, Any]] = field(default_factory=list)
-    """With `value`: the dueling network's advantage stream (Wang et al., arXiv 1511.06581)."""
+    """The advantage stream of a dueling network, whose value stream is `value` (Wang et al., arXiv
+    1511.06581).
+    """
     value: list[dict[str, Any]] = field(default_factory=list)
     free_log_std: int = 0
     """Size of a log std that is a parameter rather than an output; 0 for none."""
@@ -161,8 +163,8 @@ def save_weights(network: nn.Module, file: Path) -> None:
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """policy.json and the weights beside it. Raises ArtifactError where one is missing or has
-    another schema.
+    """The contents of policy.json, and the weights next to it. Raises ArtifactError if one is
+    missing or has another schema.
     """
     try:
         data = json.loads((folder / POLICY_JSON).read_text())

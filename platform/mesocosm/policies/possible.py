@@ -10,7 +10,8 @@ from mesocosm.model import density
 from mesocosm.model.tensors import Parts
 
 LEAST_CHANCE = 1e-6
-"""The least chance of a possible action, of which the best plans of earlier steps had none."""
+"""The least probability of a possible action that was in none of the best plans of earlier steps.
+"""
 
 
 class PossibleActions:

@@ -130,7 +130,7 @@ class CandidatePolicy:
 
     @property
     def identity(self) -> list[Any]:
-        """The facts beside the weights that decide its actions: the function that lists the
+        """The facts, apart from the weights, that decide its actions: the function that lists the
         candidates, a hash of its code, the layout of the rows and the noise.
         """
         return [*self.source.identity, self.shape.to_json(), self.noise]

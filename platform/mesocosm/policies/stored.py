@@ -36,8 +36,8 @@ def policy_of(storage: Storage, ref: str) -> StoredPolicy:
 
 def candidates_of(storage: Storage, refs: Iterable[str | None]) -> list[Any]:
     """The identities of the policies among `refs` that choose among candidates
-    (`CandidatePolicy.identity`), sorted by reference: the code that lists them runs as it is now,
-    so that it is no part of the policy's own id.
+    (`CandidatePolicy.identity`), sorted by reference. The code that lists candidates runs in its
+    present version, so it is not part of the policy's own id.
 
     Args:
         storage: The storage.

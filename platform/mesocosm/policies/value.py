@@ -17,8 +17,8 @@ VALUE_JSON, VALUE_WEIGHTS = "value.json", "value.safetensors"
 SCHEMA = 1
 ValueKind = Literal["state", "state_action", "actions", "policy", "table"]
 """The inputs and outputs of the networks: V(o); Q(o, a) of a head action in [-1, 1]; Q(o, .) of all
-discrete actions; or none, as the policy's own outputs are action values, or its network over a
-table gives V(o), too.
+discrete actions; or none, if the policy's own outputs are action values or its network over a table
+also gives V(o).
 """
 
 

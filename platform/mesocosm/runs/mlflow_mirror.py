@@ -84,7 +84,7 @@ class Mirror:
                 self._warned = True
                 reason = f"{type(error).__name__}: {faults.first_line(error)}"
                 problem = f"MLflow at {uri_of(self._config)} is away ({reason})"
-                with suppress(OSError, StorageError):  # log.txt may be what cannot be written
+                with suppress(OSError, StorageError):  # log.txt may be the unwritable file
                     self._note(f"{problem}; metrics.jsonl is kept and replayed later")
 
 
@@ -124,7 +124,7 @@ def deliver(folder: Path, config: JobConfig) -> None:
 
 
 def _read_memo(folder: Path, config: JobConfig) -> dict[str, Any]:
-    """The delivered part of a run. A memo that is torn, or of another MLflow, counts as none."""
+    """The delivered part of a run. A memo that is torn, or of another MLflow, is ignored."""
     uri = redact(uri_of(config))
     memo = read_json(folder / _MEMO)
     if memo and memo.get("uri") == uri:

@@ -163,8 +163,9 @@ class Run:
 
     @contextmanager
     def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
-        """Yield the finished artifact, unless `config.force`; or None, while this process alone
-        may make it. Raises Held where another makes it and `config.wait` is False.
+        """Yield the finished artifact unless `config.force` is set. Otherwise yield None while this
+        process alone may make it. Raises Held if another process makes it and `config.wait` is
+        False.
         """
         force = config.force
         if not force and (artifact := self.storage.find(kind, id)) is not None:
@@ -210,7 +211,9 @@ class Run:
                 self._write_status()
 
     def _end_after(self, state: str, error: str, trace: str = "") -> None:
-        """End the run after an error. A failure to record the end is reported and hides nothing."""
+        """End the run after an error. A failure to record the end is reported and does not hide
+        that error.
+        """
         try:
             with ExitStack() as closing:
                 closing.callback(self._end, state, error)
@@ -306,5 +309,5 @@ def _alive(status: Mapping[str, Any]) -> bool:
     """True if the process of a run whose status is "running" still runs."""
     owner = status.get("owner")
     alive = Owner(**owner).alive() if owner else None
-    # On another host only the heartbeat tells; hosts' clocks differ.
+    # On another host only the heartbeat shows it, because hosts' clocks differ.
     return time.time() - status["updated"] < SILENT_S if alive is None else alive

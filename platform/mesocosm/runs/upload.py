@@ -35,7 +35,7 @@ class Uploader:
         self._storage, self._folder, self._prefix, self._beat = storage, folder, prefix, beat
         self._submitted = folder.name == os.environ.get(JOB)
         self._sent: dict[str, tuple[int, float]] = {}
-        """By name: bytes, and when it was uploaded."""
+        """The size in bytes and the time of the upload of each file, by name."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
         self._thread.start()

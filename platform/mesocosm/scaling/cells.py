@@ -59,7 +59,9 @@ class CellRecord:
     parts: dict[str, float]
     """Nats a transition by part; they sum to `loss`, unless that is bits per byte."""
     seconds: float
-    """Time to train and validate what it does not share with the cell before it on its trunk."""
+    """Time to train and validate the part that the cell does not share with the previous cell of
+    its trunk.
+    """
     ran: int
     """Steps in that time."""
     world: str | None

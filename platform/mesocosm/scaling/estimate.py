@@ -88,7 +88,7 @@ def starts_of(form: Form) -> Array:
 
 
 def resample_starts(form: Form) -> Array:
-    """The starts of the resamples, beside the whole table's optimum."""
+    """The starts of the resamples, in addition to the whole table's optimum."""
     if form.name == "chinchilla":
         return starts_of(form)
     return np.array([(0, 0, 0, x, x, np.log(10), np.log(10)) for x in COARSE])

@@ -32,11 +32,11 @@ from mesocosm.scaling.law import (
 from mesocosm.scaling.table import CellTable, Notes
 
 LEAST_TRUNKS = 3
-"""With fewer trunks, cells are resampled instead."""
+"""The least number of trunks to resample. With fewer, cells are resampled instead."""
 FEW_GROUPS = 10
 HELD_OUT_FACTOR = 4.0
 HELD_OUT_SHARE = 0.1
-"""At most this share of the cells, and at least one, is held out."""
+"""The largest share of the cells that is held out. At least one cell is."""
 NO_E = 0.01
 """An interval of E that begins below this share of the least loss touches 0."""
 FLOPS_OFF = 1.0

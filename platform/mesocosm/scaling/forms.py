@@ -75,7 +75,7 @@ class DataConstrained:
     params = ("E", "A", "B", "alpha", "beta", "r_n", "r_d")
 
     def powers(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
-        # N' depends on A and B through N_opt, so that N stands for it.
+        # N' depends on A and B through N_opt, so N replaces it.
         d_eff, _, _ = _effective(cells.data, cells.unique, theta[:, 6, None])
         return -theta[:, 3, None] * cells.params, -theta[:, 4, None] * d_eff
 

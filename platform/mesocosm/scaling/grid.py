@@ -45,7 +45,7 @@ class Cell:
 
     id: str
     trunk: str
-    """Hash of what it shares with the cells of its trunk."""
+    """Hash of the part that it shares with the cells of its trunk."""
     size: str
     seed: int
     target: float

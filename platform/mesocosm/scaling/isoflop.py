@@ -23,10 +23,10 @@ from mesocosm.scaling.table import CellTable, Notes
 TOLERANCE = 0.1
 """Cells whose FLOPs differ by at most a tenth share a budget."""
 SIZES = 4
-"""Distinct sizes that a parabola needs. Any three lie on one."""
+"""Fewest distinct sizes for a parabola. Any three points are on a parabola."""
 NEAREST = 7
-"""A parabola is fitted to this many sizes, nearest to the best one: losses are no parabola far from
-their minimum.
+"""A parabola is fitted to this many sizes, nearest to the best one, because losses are a parabola
+only near their minimum.
 """
 BUDGETS = 8
 """Interpolated budgets."""
@@ -66,7 +66,7 @@ class Points:
             value = f"params={np.exp(min(least, 700.0)):.3g}"
             return None, f"{at} the minimum would be at {value}, outside {trained}"
         means = np.bincount(index, self.weight * self.loss) / np.bincount(index, self.weight)
-        if means.argmin() in (0, len(sizes) - 1):  # nothing shows that the loss rises beyond
+        if means.argmin() in (0, len(sizes) - 1):  # no data show that the loss rises beyond
             return None, f"{at} the loss is least at an end of {trained}"
         return least, ""
 

@@ -23,7 +23,7 @@ from mesocosm.scaling.forms import FORMS, Array, Cells
 from mesocosm.scaling.law import Flops, Law, theta_of
 
 SIZES, LOGITS = (3.0, 40.0), (-30.0, 30.0)
-"""Default bounds of log N, and those of log(share / (1 - share)) for a share of the money."""
+"""Default bounds of log N, and of log(share / (1 - share)) for a share of the money."""
 POINTS, KEEP, ZOOMS = 41, 2, 9
 """A grid of POINTS points is narrowed ZOOMS times to KEEP cells around its best point. log N and
 the share's logit end within 1e-7 of the optimum.

@@ -20,7 +20,7 @@ from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.table import Notes
 
 FAR = 10.0
-"""A plan this many times beyond what was swept is a guess."""
+"""A plan this many times larger than the largest swept cell is a guess."""
 NEAR = 10.0
 """Rungs within this factor of the best N are compared."""
 LADDER = 0.01
@@ -143,7 +143,7 @@ def _notes(
     elif factors:
         notes["beyond"] = f"The plan is {text}"
     if best.params > 0.99 * budget.most:
-        text = "The best size is the ladder's last: compute is nearly free beside reality"
+        text = "The best size is the ladder's last: compute is nearly free compared with reality"
         notes["ladder_end"] = f"{text}, and larger models would have less loss."
     if budget.step_price is None and not budget.unlimited and best.unique > 0.999 * budget.owned:
         text = f"All {budget.owned:,.0f} owned transitions are used"

@@ -20,8 +20,8 @@ from mesocosm.scaling.table import Notes
 from mesocosm.train.config import PretrainConfig
 
 LARGEST = max(dims(size).params for size in RUNGS)
-"""The parameters of the ladder's last rung. Where compute is nearly free beside reality, money
-would otherwise buy models that nobody can train.
+"""The parameters of the ladder's last rung. If compute is nearly free compared with reality, money
+would otherwise buy models that are too large to train.
 """
 NOT_COMPARED = ("size", "warmup", "decay", "precision", "validate_windows")
 """Keys in which a plan's model and training may differ from the sweep's."""
@@ -30,7 +30,7 @@ NOT_COMPARED = ("size", "warmup", "decay", "precision", "validate_windows")
 @dataclass
 class PlanPrice:
     per_step: float | None = None
-    """Price of a real transition beyond the owned ones. null: none can be bought."""
+    """Price of a real transition in addition to the owned ones. null: none can be bought."""
     per_exaflop: float | None = None
     """Price of 1e18 counted FLOPs. null: computed from `cluster`."""
     currency: str = "USD"

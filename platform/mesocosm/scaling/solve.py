@@ -1,5 +1,5 @@
-"""Every start of every resample of a fit at once: batched steps of iteratively reweighted least
-squares on the Huber loss of log residuals.
+"""Solves all starts of all resamples of a fit at once: batched steps of iteratively reweighted
+least squares on the Huber loss of log residuals.
 
 A problem is one start under one row of weights (a bootstrap resample is a row: how often each cell
 was drawn). It minimises

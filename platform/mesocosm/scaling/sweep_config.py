@@ -155,7 +155,7 @@ class SweepConfig(JobConfig):
         return length(self.train.decay, steps)
 
     def table_identity(self) -> dict[str, Any]:
-        """The keys that determine the table, beside the datasets."""
+        """The keys that determine the table together with the datasets."""
         facts = identity(self, without=("large", "workers", "concurrent", "cluster", "data"))
         tokenizer = self.data.tokenizer
         return facts if tokenizer is None else facts | {"data": {"tokenizer": tokenizer}}

@@ -65,10 +65,10 @@ class TrunkTrial(tune.Trainable):  # type: ignore[misc]
         return {"outcome": asdict(outcome), "done": not self._left}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: storage has the finished cells."""
+        """Save nothing: storage has the finished cells."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing."""
+        """Load nothing."""
 
 
 def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]]) -> Callable[[dict[str, Any]], None]:

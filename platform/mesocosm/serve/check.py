@@ -139,7 +139,7 @@ def check_array(
 
 
 def invalid(request: Message, name: str, expected: str, value: Any = None) -> UsageError:
-    """The error of a field that is not what it must be."""
+    """The error of an invalid field."""
     value = request.get(name) if value is None else value
     return UsageError(f"request {request['op']!r}: {name} must be {expected}, got {shown(value)}")
 

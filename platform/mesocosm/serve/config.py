@@ -46,8 +46,8 @@ class ServeConfig(JobConfig):
     max_worlds: int = 3
     """Loaded world versions per replica."""
     http: int | None = None
-    """Port of an HTTP ingress to the default world, on this machine's loopback, behind a bearer
-    token. 0 takes any free port; null opens none.
+    """Port of an HTTP ingress to the default world, on this machine's loopback address, with a
+    bearer token. 0 takes any free port. null opens no port.
     """
 
 

@@ -1,4 +1,6 @@
-"""The part that sessions of worlds of all kinds share: how their episodes end and begin again."""
+"""The part that sessions of all kinds of worlds share: the end of an episode and the start of the
+next.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Guard:
             self._running[kind] -= 1
 
     def _refusal(self, scope: Scope, limit: int) -> Response | None:
-        """The reply to a request without the token, beyond the limits, or None."""
+        """The reply that refuses a request without the token or beyond the limits, or None."""
         if not hmac.compare_digest(_secret(_headers(scope, b"authorization")), self._token):
             fix = "send the header 'Authorization: Bearer TOKEN'"
             detail = f"this route requires the world's token; {fix}"

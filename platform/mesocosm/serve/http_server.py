@@ -22,7 +22,7 @@ PING_S = 20.0
 
 
 class LoopbackServer:
-    """A bound port of loopback, which answers nobody until `start`.
+    """A bound port of the loopback address. It answers no requests until `start`.
 
     Args:
         port: 0 for any free one.

@@ -194,7 +194,7 @@ class HttpSessions:
             raise
 
     def open(self, num_envs: int = 1, horizon: int | None = None) -> str:
-        """Make a session, whose episodes `begin` begins.
+        """Make a session. `begin` begins its episodes.
 
         Args:
             num_envs: Its environments.

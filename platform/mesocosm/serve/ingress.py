@@ -74,8 +74,8 @@ class WorldInfo(Model):
 
 
 class ResetRequest(Model):
-    """Without a session a new one begins; with one, its episodes begin again. Without a seed a new
-    session has 0, and an existing one has new episodes.
+    """Without a session a new one begins. With a session its episodes begin again. Without a seed,
+    a new session has seed 0, and an existing session has new episodes.
     """
 
     session: Token | None = None
@@ -252,7 +252,7 @@ def validation_message(error: RequestValidationError) -> str:
 
 
 class Listener(LoopbackServer):
-    """The ingress of a world, which answers nobody until `serve`.
+    """The ingress of a world. It answers no requests until `serve`.
 
     Raises:
         UsageError: The port is not available, or the token is not secret.
@@ -270,7 +270,7 @@ class Listener(LoopbackServer):
         Args:
             app: Name of the application.
             world: The world, as the application's replicas look it up.
-            storage: Where the world's data lie, whose starts clients may ask for; None for none.
+            storage: The storage of the world's data, whose starts clients may request, or None.
         """
         self.sessions = HttpSessions(app, world, storage)
         self.start(Guard(routes(self.sessions), self._token))

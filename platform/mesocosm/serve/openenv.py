@@ -1,9 +1,9 @@
 """OpenEnv's wire protocol (of openenv 0.10) at the HTTP ingress: trainers of language models, such
 as TRL, verifiers and SkyRL, use a served world as they use any OpenEnv server.
 
-`GET /health`, `/metadata` and `/schema`, the task routes, and the WebSocket `/ws`, each of whose
-connections is one session (`openenv_session`). OpenEnv's own POST /reset and /step keep no session
-and are left out. All but /health require the token.
+`GET /health`, `/metadata` and `/schema`, the task routes, and the WebSocket `/ws`: each connection
+is one session (`openenv_session`). OpenEnv's own POST /reset and /step keep no session and are left
+out. All but /health require the token.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class TextObservation(Model):
 class EpisodeState(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
     episode_id: str | None = None
-    """As the reset named it, or drawn; null before the first one"""
+    """The id that the reset named, or a drawn one; null before the first reset"""
     step_count: int = 0
     seed: int | None = None
     """With the same seed, split, index and actions another session has the same episode"""
@@ -250,7 +250,7 @@ class OpenEnvSession:
         return self._observed(reply, reply["reward"][0], self._over, infos)
 
     def _parse(self, data: dict[str, Any]) -> Any:
-        """The action of a step's data. Raises UsageError where it is none of the world's.
+        """The action of a step's data. Raises UsageError if it is not an action of the world.
 
         A client may have parsed a model's reply as JSON, as verifiers does: a number or a list is
         then the text that it was parsed from.

@@ -25,8 +25,8 @@ Seed: Any = integer(0, (1 << 62) - 1)
 
 
 class PlanBody(Model):
-    """Without a state new episodes begin. With the state of the last reply they go on, except where
-    `restart` is true.
+    """Without a state new episodes begin. With the state of the last reply the episodes continue,
+    except where `restart` is true.
     """
 
     state: str | None = None
@@ -77,7 +77,7 @@ class HttpPlans:
 
 
 def restore(policy: PlannerPolicy, state: str) -> None:
-    """Continue from the text of a state. Raises UsageError where it is none."""
+    """Continue from the text of a state. Raises UsageError if it is not a state."""
     try:
         policy.restored(unpack(base64.b64decode(state, validate=True)))
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError, binascii.Error) as error:

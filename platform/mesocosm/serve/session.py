@@ -36,7 +36,8 @@ from mesocosm.serve.text_session import TextSession
 from mesocosm.store.artifacts import Storage
 
 STEP_FIELDS = ("reward", "terminated", "p_terminated", "duration", "diverged")
-"""Fields of `StepOut` in a reply, beside the observation and, on request, the disagreement"""
+"""Fields of `StepOut` in a reply, in addition to the observation and, on request, the disagreement
+"""
 BLOCKS = 32
 """Blocks of starts that a session keeps; environments with long episodes still use older ones."""
 

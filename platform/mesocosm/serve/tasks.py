@@ -34,7 +34,7 @@ class Tasks:
     training episode of the world's data, which are read when they are first asked for.
 
     Args:
-        storage: Where the world's data lie; None for nowhere.
+        storage: The storage of the world's data, or None without data.
         world: The world's id.
         codec: Of the world.
     """

@@ -320,8 +320,8 @@ class Storage(Root):
 
     def discard(self, path: str) -> bool:
         """Remove an artifact `kind/id` that is unfinished or damaged, or on a remote root a folder
-        `kind/id/folder` that its COMMIT.json does not name. Returns False, and removes nothing,
-        where the artifact is whole, or the folder named, by now.
+        `kind/id/folder` that its COMMIT.json does not name. Returns False and removes nothing if
+        the artifact is whole, or the folder is named, in the meantime.
         """
         kind, id, *folder = path.split("/")
         if not self.remote:

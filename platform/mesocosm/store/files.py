@@ -93,7 +93,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def use_cache(folder: str | None) -> None:
-    """Set the parent of the cache folder (the config key `storage.cache`); None changes nothing."""
+    """Set the parent of the cache folder (the config key `storage.cache`). None keeps the present
+    one.
+    """
     if folder:
         os.environ[CACHE_VARIABLE] = os.path.abspath(os.path.expanduser(folder))
 

@@ -51,10 +51,10 @@ class Garbage:
     path: str
     bytes: int
     age_s: int
-    """Since the newest of the files changed."""
+    """Seconds since the newest of the files changed."""
     why: str
     remove: Remove = field(repr=False, compare=False)
-    """Returns False, and removes nothing, where the files are in use by now."""
+    """Remove the files. Returns False and removes nothing if they are in use in the meantime."""
 
     @staticmethod
     def of(

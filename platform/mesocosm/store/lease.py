@@ -71,7 +71,7 @@ def this_process() -> Owner:
 
 
 def _machine() -> str:
-    """Not cached: a forked child may be in another PID namespace."""
+    """The namespace is not cached, because a forked child may be in another one."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -119,7 +119,9 @@ class Claim:
 
     @staticmethod
     def parse(raw: bytes) -> Claim | None:
-        """None where the file is torn: its writer did not finish, and nobody holds it."""
+        """The lease of a file. None if the file is torn: its writer did not finish, so no process
+        holds the lease.
+        """
         try:
             values = json.loads(raw)
             return Claim(**{**values, "owner": Owner(**values["owner"])})

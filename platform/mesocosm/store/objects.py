@@ -26,7 +26,7 @@ from mesocosm.faults import CHECKSUMS
 PATIENCE = 120.0
 """Seconds that an endpoint may be away."""
 PAUSE = 1.0
-"""Seconds between two attempts, beside the client's own retries."""
+"""Seconds between two attempts, in addition to the client's own retries."""
 STREAMS = 10
 """Concurrent parts (of 50 MiB, s3fs's size) of a single file. Files in transfer share them, because
 all parts are held in memory.

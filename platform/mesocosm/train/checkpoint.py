@@ -51,7 +51,9 @@ class TrainingProgress:
     """State of `schedule.Watch`: the least loss, and the number of consecutive high losses."""
     high: int = 0
     chosen: Judgement | None = None
-    """The judgement of the weights to keep; None before the first, and without held-out data."""
+    """The evaluation of the best weights. None before the first evaluation, and without held-out
+    data.
+    """
     widening: float = 1.0  # the last judgement's factor of the densities' scales
     seconds: float = 0.0  # time spent training, over all attempts
     validations: list[dict[str, float]] = field(default_factory=list)

@@ -28,8 +28,8 @@ class DataConfig:
     cut short. Defaults to all.
     """
     weights: list[float] | None = None
-    """Share of each dataset in every batch, in the order of `datasets`, whatever its size. Defaults
-    to its share of the transitions.
+    """Share of each dataset in every batch, in the order of `datasets`, independent of its size.
+    Defaults to its share of the transitions.
     """
     block: int | None = None
     """Shuffle within blocks of this many shards (files of a dataset), so that a machine holds at

@@ -32,8 +32,8 @@ WIDEN_WINDOWS = 1024
 EXCEEDED = 0.1
 """Fraction of held-out transitions whose disagreement is above 1."""
 FEW = 100
-"""Fewest held-out transitions to measure disagreement on; below, it is measured on the training
-split: members that train on different episodes differ there too, if less.
+"""Fewest held-out transitions to measure disagreement on. With fewer it is measured on the training
+split, on which members that train on different episodes also differ, though less.
 """
 BATCH = 128
 LEAST = 0.1

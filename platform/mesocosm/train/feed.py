@@ -1,6 +1,6 @@
 """Records from rank 0 to the driver, and a request to stop in the other direction.
 
-They go through the root's storage: the next driver reads what a dead one left. Every
+They are files in the root's storage, so a new driver can read the records of a dead one. Every
 `ray.train.report` is a barrier that waits for a poll.
 """
 
@@ -23,7 +23,7 @@ class Feed:
         self._lines: list[str] = []
         self._flushed = 0.0
         self.stop_requested = False
-        """As of the last flush."""
+        """The content at the last flush."""
 
     @property
     def stopped(self) -> bool:

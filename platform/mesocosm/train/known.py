@@ -22,7 +22,7 @@ from mesocosm.model.tensors import Parts
 from mesocosm.user_code import one_line
 
 Functions = dict[str, KnownFunction]
-"""By part: `reward`, `terminated`."""
+"""The functions by part: `reward`, `terminated`."""
 SAMPLES, FEWER = 8, 3
 """Transitions of a batch on which a function is tried, and of a smaller one."""
 LOGGED, ENDS = 4096, 1024
@@ -224,7 +224,7 @@ def _logged(dataset: Dataset) -> tuple[tuple[Raw, ...], Tensor, Tensor]:
 
 
 def _raw(codec: SpaceCodec, numbers: NDArray[Any], categories: NDArray[Any]) -> Raw:
-    """Raw columns -> what a known function receives."""
+    """Convert raw columns to the arguments of a known function."""
     parts = Parts(
         torch.from_numpy(numbers.astype(np.float64)), torch.from_numpy(categories.astype(np.int64))
     )

@@ -68,9 +68,9 @@ class TrainingData:
     """The datasets and the tokenizer of a job, open and checked."""
 
     dataset: Dataset
-    """With images as the codes of the tokenizer, where there is one."""
+    """The datasets, in which images are the codes of the tokenizer, if there is one."""
     config: DataConfig
-    """With the tokenizer's whole id."""
+    """The config with the tokenizer's whole id."""
     inputs: dict[str, list[str]]
     """Ids of the datasets and of the tokenizer, by kind."""
 

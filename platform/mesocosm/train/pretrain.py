@@ -105,7 +105,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         functions = known.load(config.known)
         known.check_spaces(functions, dataset.observation_space, dataset.action_space)
         facts, ids = world_identity(config), dataset.ids
-        if config.model.pretrained is not None:  # wherever its files lie
+        if config.model.pretrained is not None:  # independent of its folder
             facts["model"]["pretrained"] = pretrained_identity(config.model.pretrained)
         if functions:
             facts["known"] = {part: function.identity for part, function in functions.items()}

@@ -14,7 +14,7 @@ InvertedPendulum no step came near: at most 0.7 of it.
 PATIENCE = 5
 """Consecutive high losses that count as divergence (1 at the last step)."""
 GRACE = 8
-"""Steps at the beginning in which nothing counts as divergence."""
+"""First steps, in which no loss counts as divergence."""
 
 JUDGED_RATIO = 1.5
 """The ratio of successive steps after which held-out data judge the weights."""
@@ -47,7 +47,7 @@ class Judgement(NamedTuple):
 
 
 def overtrained(now: Judgement, best: Judgement) -> bool:
-    """Decide whether training ends now, because the best weights lie behind."""
+    """Decide whether training ends now, because the best weights are well behind."""
     worse = now.held_out > best.held_out + RISE * abs(best.held_out)
     return now.step >= OVER * best.step and worse and now.trained < best.trained
 

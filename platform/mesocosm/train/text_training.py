@@ -20,7 +20,7 @@ from mesocosm.train.training import RankTrainer
 
 @dataclass
 class TextTrainer(RankTrainer):
-    """As `RankTrainer`, on rows of tokens and without a base."""
+    """Like `RankTrainer`, on rows of tokens and without a base."""
 
     _validated: dict[str, float] | None = None
     """The validation since the last step."""
@@ -36,12 +36,12 @@ class TextTrainer(RankTrainer):
     def step(
         self, number: int, factor: float, *, last: bool, stop: bool = False
     ) -> dict[str, float] | None:
-        """As `RankTrainer.step`."""
+        """Like `RankTrainer.step`."""
         self._validated = None
         return super().step(number, factor, last=last, stop=stop)
 
     def validate(self) -> dict[str, float]:
-        """As `RankTrainer.validate`, with bits per byte."""
+        """Like `RankTrainer.validate`, with bits per byte."""
         if self._validated is None:
             self._validated = super().validate()
         return self._validated

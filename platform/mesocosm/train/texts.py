@@ -23,7 +23,7 @@ from mesocosm.model.spec import Spec
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """A codec with a tokenizer, and what they make of the data."""
+    """A codec with a tokenizer, and the data that they encoded."""
 
     codec: TextCodec
     tokenizer: TextTokenizer

@@ -136,7 +136,7 @@ class RankTrainer:
             `gradient_norm`. None after a stop, which leaves the state as it was.
 
         Raises:
-            Diverged: On every rank alike.
+            Diverged: The loss diverged. Raised on every rank.
         """
         options, rank, position = self.options, self.rank, number - 1
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
@@ -199,8 +199,8 @@ class RankTrainer:
         return {f"valid/{name}": value for name, value in totals.items() if name not in hidden}
 
     def held_out_loss(self, widening: float) -> tuple[float, float] | None:
-        """The loss on at most JUDGED_WINDOWS that a member was not trained on: of the episodes that
-        it leaves out, and of the validation split.
+        """The loss on at most JUDGED_WINDOWS windows that a member was not trained on: from the
+        episodes that it leaves out, and from the validation split.
 
         The densities of all numbers are as many times as wide as predicts these windows best, to a
         factor of WIDENING_STEP: new weights are judged by what they predict, not by how narrow
@@ -256,7 +256,7 @@ class RankTrainer:
         return torch.stack(sums).double().sum(0)
 
     def _evaluated(self, loader: AnyLoader, most: int) -> Iterator[Any]:
-        """This rank's share of at most so many windows, evenly spaced."""
+        """This rank's share of at most `most` windows, evenly spaced."""
         batch, rank = self.options.batch, self.rank
         for windows in loader.eval_batches(batch, rank.rank, rank.world_size, most):
             yield windows.to(rank.device)
@@ -279,9 +279,9 @@ class RankTrainer:
 
     @contextmanager
     def fork(self) -> Iterator[None]:
-        """Undo at the end what is trained inside, to the last bit: weights, the optimiser's state,
-        torch's random state and the watch. The copies are in memory. For a group of one rank, ZeRO
-        stage 0 to 2.
+        """Restore at the end of the block, to the last bit: weights, the optimiser's state, torch's
+        random state and the watch. The copies are in memory. For a group of one rank, ZeRO stage 0
+        to 2.
         """
         assert self.rank.world_size == 1
         module, optimizer = self.engine.module, self.engine.optimizer

@@ -116,7 +116,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
             if rank.rank == 0:
                 feed.fail(_divergence(str(problem), saved, options))
             return
-        if losses is None:  # stop, and keep what was trained
+        if losses is None:  # stop, and keep the trained weights
             if progress.step > saved:
                 _report(
                     checkpoint.save_running(training.engine, progress, rank.rank, chosen), progress
@@ -153,7 +153,7 @@ def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
         if done:
             rates.read()
             progress = replace(progress, measured=rates.overall())
-            if progress.chosen is None:  # nothing is held out: the last weights
+            if progress.chosen is None:  # without held-out data, the last weights
                 chosen = engine.weights(training.engine, rank)
             part = checkpoint.save_final(chosen, progress, rank.rank)
         elif due(step, saved, options.checkpoint_every, watch.high):

@@ -51,7 +51,7 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     if compared:
         train_gaps = own_gaps(train.values, train.episodes, seed=seed)
         valid_gaps = gaps(train.values, valid.values) if len(valid) else valid_gaps
-    spoken = bool(codec.text_leaves)  # random characters are no actions
+    spoken = bool(codec.text_leaves)  # random characters are not actions
     if compared and not spoken:
         free = train.values.copy()
         free[:, features.action] = features.actions(*any_action(train, codec, seed=seed))
@@ -69,7 +69,7 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         )
     if len(names) == 1:
         notes.append(
-            "one behaviour made all of it: what it never does, no world learns from this data"
+            "all of it is by one behaviour: a world cannot learn what this behaviour never does"
         )
     missing = None
     if len(valid) and threshold is not None:
@@ -119,11 +119,11 @@ def unseen(leaf: Leaf, compared: bool = True) -> str:
 
 
 def compare(a: Dataset, b: Dataset, *, seed: int = 0) -> dict[str, Any] | None:
-    """The distance of each one's training transitions from the other's, by a's standard deviations:
-    {"a_lacks": ..., "b_lacks": ...}; None where only images are observed.
+    """The distance of each dataset's training transitions from the other's, in units of a's
+    standard deviations: {"a_lacks": ..., "b_lacks": ...}; None where only images are observed.
 
     `beyond` is the share of the other's transitions whose gap exceeds the BEYOND quantile of one's
-    own gaps to other episodes; it is .01 if the data are alike.
+    own gaps to other episodes; it is .01 for data of the same distribution.
     """
     features = Features(a)
     if not features.state.stop:

@@ -39,7 +39,7 @@ class OneStep:
     precision: float | None
     """Precision of `p_terminated > 1/2`, p the members' mean; None where none was predicted"""
     recall: float | None
-    """None where nothing terminated"""
+    """None if nothing terminated"""
     recall_interval: stats.Interval | None
     auc: float | None
     """AUC of p_terminated, terminal transitions against the others; None for one kind only"""
@@ -146,7 +146,8 @@ def losses(
 def one_step(
     world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, fallback: bool = False
 ) -> OneStep:
-    """Every transition of the split, or a draw of ONE_STEP_TRANSITIONS, by each member once.
+    """Measure every transition of the split, or a draw of ONE_STEP_TRANSITIONS, once with each
+    member.
 
     With `fallback`, the notes say that validation was too small.
     """
@@ -222,8 +223,8 @@ def _rare(far: tuple[float, float], reward: Array, drawn: Array) -> str:
 def time_to_end(
     world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0
 ) -> TimeToEnd:
-    """Time to the end of at most ENDED terminated episodes of the split, from AHEAD steps before
-    their end (or their first state), each member once.
+    """Predict the time to the end of at most ENDED terminated episodes of the split, from AHEAD
+    steps before their end (or their first state), once with each member.
     """
     log = Log(dataset, codec_of(world), split)
     every = np.arange(len(log.lengths))
@@ -243,8 +244,8 @@ def time_to_end(
         ends = out.p_terminated.cpu().double().numpy().reshape(-1, members)
         expected += np.where(alive, going, 0.0)
         going = np.where(alive, going * (1.0 - ends), going)
-    # The end falls on step t with the probability of going on until then; what goes on for longer
-    # ends one step late at least.
+    # The end is at step t with the probability of continuing until then. Episodes that continue for
+    # longer end at least one step late.
     late = expected + going - ahead[:, None]
     errors = np.abs(late).mean(1)
     return TimeToEnd(

@@ -1,4 +1,4 @@
-"""How well a world of images predicts frames: references for its nats of codes, and errors of
+"""The accuracy of a world's predicted frames: references for its nats of codes, and errors of
 imagined pixels over the horizon.
 
 A reference is a distribution of the next codes that is counted on the training split: `unigram`,
@@ -68,7 +68,7 @@ class ImageFidelity:
     """Nats of a transition's codes, held out"""
     copy_or_unigram: float
     nats: float | None
-    """The world's own; None where other parts of the observation are predicted, too"""
+    """The world's own nats; None if other parts of the observation are also predicted."""
     images: tuple[tuple[str, tuple[FrameRow, ...], tuple[FrameStrip, ...]], ...]
     """(leaf, rows by horizon, strips) of each image"""
     notes: tuple[str, ...]

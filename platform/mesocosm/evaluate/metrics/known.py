@@ -34,10 +34,8 @@ class RewardErrors:
 
 @dataclass(frozen=True)
 class TerminationErrors:
-    """Recall and precision of a known termination, and of p > 1/2 of the learned one, from the true
-    (o, a, o').
-
-    A recall without terminals is None, and so is a precision without predicted ones.
+    """Recall and precision of a known termination, and of the learned one at p > 1/2, from the true
+    (o, a, o'). The recall is None without terminals, the precision without predicted ones.
     """
 
     function: str

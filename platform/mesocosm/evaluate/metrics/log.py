@@ -133,7 +133,8 @@ def play(
     seed: int,
     warmup: int,
 ) -> Iterator[StepOut]:
-    """Play logged actions in the world from logged states; past an episode's end, its last action.
+    """Play logged actions in the world from logged states. After an episode's end its last action
+    repeats.
 
     Args:
         world: Its members play the samples in turn.

@@ -74,7 +74,7 @@ class BehaviourErrors:
     large: float
     """Share of transitions with a larger error than nine tenths of validation's"""
     auroc: float | None
-    """AUROC of disagreement for those against the others; None where there is only one kind"""
+    """AUROC of disagreement for those against the others; None if there is only one kind"""
     auroc_interval: stats.Interval | None
     logged: bool = False
     """Some of the world's data are of this behaviour"""
@@ -89,7 +89,7 @@ class OffPolicy:
     logs: float | None
     """Divergence of the held-out logs themselves"""
     auroc: float | None
-    """Over validation and all behaviours' transitions together"""
+    """The value over validation and all behaviours' transitions together"""
     auroc_interval: stats.Interval | None
     notes: tuple[str, ...]
 
@@ -97,8 +97,8 @@ class OffPolicy:
 def one_step_errors(
     world: World, dataset: Dataset, split: Split, *, seed: int = 0
 ) -> OneStepErrors:
-    """Errors on a uniform draw of at most TRANSITIONS transitions of the split. A member's draw
-    stands for its expectation: over K members it averages out.
+    """Measure errors on a uniform draw of at most TRANSITIONS transitions of the split. One draw of
+    each member replaces its expectation: the noise averages out over K members.
     """
     log = Log(dataset, codec_of(world), split)
     episode, step = log.starts(1, TRANSITIONS, np.random.default_rng([seed, 5]))
@@ -247,7 +247,9 @@ class Clone(nn.Module):
 
     @staticmethod
     def fit(dataset: Dataset, codec: Codec, seed: int) -> Clone:
-        """On the training split, by Adam for CLONE_STEPS steps; the same for the same seed."""
+        """Fit the clone on the training split, with CLONE_STEPS steps of Adam. Deterministic in the
+        seed.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             clone = Clone(codec)

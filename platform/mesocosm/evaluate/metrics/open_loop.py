@@ -35,7 +35,7 @@ FULL_EPISODES = 16
 
 @dataclass(frozen=True)
 class Row:
-    """One horizon. None where the data cannot answer."""
+    """The figures of one horizon. None if the data cannot answer."""
 
     horizon: str
     steps: float
@@ -165,7 +165,7 @@ class _Measure:
             true = truth.numbers.double().numpy()
             still = ((first.numbers.double().numpy() - true) ** 2).mean(-1)
             if self.samples > 1:
-                # A logged number stands for its whole bin, which sampled ones fill.
+                # A logged number represents its whole bin, and sampled numbers fill the bin.
                 noise = np.random.default_rng([seed, 1]).random(true.shape) - 0.5
                 spread = true + noise * np.array(self.world.spec.observation.bins)
                 inside = ((numbers.min(1) <= spread) & (spread <= numbers.max(1))).mean(-1)

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 LEAST, PER_FIFTH = POLICIES, 3
 """Policies, and policies in each fifth of the range of real returns, that a firm ranking needs."""
 FEWEST = 3
-"""Policies that a correlation needs: that of two points is always 1 or -1."""
+"""Fewest policies for a correlation: that of two points is always 1 or -1."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Ranking:
 
 
 def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
-    """How many lie in each fifth of their range, from below. They are not all equal."""
+    """The number of values in each fifth of their range, lowest first. The values are not all
+    equal.
+    """
     values = np.asarray(returns, dtype=np.float64)
     fifth = 5 * (values - values.min()) / np.ptp(values)
     return tuple(np.bincount(np.minimum(fifth.astype(int), 4), minlength=5).tolist())

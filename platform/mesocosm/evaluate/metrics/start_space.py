@@ -1,7 +1,5 @@
-"""Starts (task, o_0) as rows, the spaces that they may lie in, and the distances between them.
-
-Numbers are normalised and rounded to the codec's precision on one grid, so that no digit below the
-precision tells starts apart.
+"""Starts (task, o_0) as rows, their spaces, and the distances between them. Numbers are normalised
+and rounded to the codec's precision on one grid, so that starts never differ below the precision.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ class StartSpace:
 
     @staticmethod
     def _bound(codec: Codec, side: str) -> NDArray[np.float64]:
-        """The Boxes' `side`, normalised; a reset option's number has none."""
+        """The bound `side` of the Boxes, normalised. A reset option's number has no bound."""
         space = codec.observation_codec
         numbers = np.zeros((1, space.numbers))
         categories = np.zeros((1, space.categories), np.int64)
@@ -94,7 +92,7 @@ class StartSpace:
         return bound
 
     def holds(self, starts: StartRows) -> NDArray[np.bool_]:
-        """[n]: whether each lies in the spaces."""
+        """[n] bool: the starts that are in the spaces."""
         x, codes = starts.numbers, starts.categories
         with np.errstate(invalid="ignore"):
             inside = np.isfinite(x) & (x >= self.low) & (x <= self.high)

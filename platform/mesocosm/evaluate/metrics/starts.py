@@ -24,8 +24,8 @@ STARTS = 512
 LEAST = 20
 """Starts that each side of a comparison needs."""
 POWER = 100
-"""Pairs below which the two-sample test is weak: it tells a uniform from a normal of the same
-deviation in six independent numbers by an AUC of .60 with 50 pairs, .71 with 150, .81 with 500.
+"""Pairs below which the two-sample test is weak. It separates a uniform from a normal of the same
+deviation in six independent numbers with an AUC of .60 at 50 pairs, .71 at 150 and .81 at 500.
 """
 NEIGHBOURS = 5
 """k of coverage: equal distributions have about 1 - 2**-k of it."""
@@ -110,10 +110,9 @@ def task_distribution(
     starts: int = STARTS,
     more: tuple[Parts, Parts] | None = None,
 ) -> TaskDistribution:
-    """Generated starts against those of the validation split.
-
-    Falls back on the training split, with a note, where validation holds fewer than LEAST episodes;
-    there a start's nearest is that among the others.
+    """Compare generated starts with those of the validation split. If validation has fewer than
+    LEAST episodes, the training split replaces it, with a note. A start's nearest is then searched
+    among the other starts.
 
     Args:
         world: Generates `starts` starts.

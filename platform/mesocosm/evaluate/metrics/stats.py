@@ -1,4 +1,4 @@
-"""Statistics with bootstrap intervals. None stands for what the data cannot answer: nothing here
+"""Statistics with bootstrap intervals. A statistic is None if the data cannot answer. No function
 returns nan or infinity.
 """
 
@@ -139,7 +139,7 @@ def auc(truth: ArrayLike, score: ArrayLike, group: Array) -> tuple[float | None,
 
 
 def interval_note(values: Sequence[float]) -> str | None:
-    """Why the interval of the mean says nothing; None where it says something."""
+    """The reason why the interval of the mean is uninformative, or None."""
     if len(values) < 2:
         return "one value: no interval"
     if len(set(values)) == 1:

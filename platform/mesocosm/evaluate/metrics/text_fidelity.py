@@ -1,7 +1,6 @@
-"""How true a text world is: step by step on logged episodes, and over whole imagined ones.
-
-An environment with a checker (`Chores.check_episode`) tells which texts were determined by what was
-shown before and which were revealed by chance, and judges imagined episodes by the true rules.
+"""The accuracy of a text world: step by step on logged episodes, and over whole imagined ones. An
+environment with a checker (`Chores.check_episode`) separates texts that follow from earlier ones
+from texts that reveal something random, and judges imagined episodes by the true rules.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class StepPrediction:
     exact: bool
     """The text is the true one, character by character."""
     revealed: bool | None
-    """The true text shows what no earlier text showed; None without a checker."""
+    """True if the true text shows something that no earlier text showed; None without a checker."""
     changed: int | None
     """Fields in which the true text differs from the one before it; None without a checker."""
     reward: float

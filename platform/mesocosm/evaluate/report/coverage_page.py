@@ -26,7 +26,7 @@ DENSITY = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 200)
 
 
 def write(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write the page, and the summary beside it."""
+    """Write the page, and the summary next to it."""
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, allow_nan=False))
     (folder / PAGE).write_text(render(summary))
 

@@ -123,8 +123,8 @@ def losses(summary: Mapping[str, Any]) -> str | None:
 
 
 def open_loop(summary: Mapping[str, Any]) -> str | None:
-    """RMSE over that of persistence by horizon, one line a round; 1 is no better than predicting
-    no change. Whole episodes stand apart.
+    """Plot the RMSE over that of persistence by horizon, one line a round. 1 is no better than
+    predicting no change. Whole episodes are drawn apart.
     """
     tables = [(entry["round"], entry["table"]["rows"]) for entry in summary["open_loop"]]
     tables = [(round, rows) for round, rows in tables if any(row["ratio"] for row in rows)]

@@ -1,6 +1,6 @@
 """The report: one self-contained `report.html`, drawn from the summary alone, and `summary.json`.
 
-No statistic is nan: a value that the data cannot answer is null, with the reason beside it.
+No statistic is nan: a value that the data cannot answer is null, and the reason is given with it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Point:
     returns: tuple[float, ...] = ()
     round: int | None = None
     wall_seconds: float | None = None
-    """Since the run began."""
+    """Seconds since the run began."""
 
     @staticmethod
     def of(real_steps: int, returns: Sequence[float], **about: Any) -> Point:
@@ -60,10 +60,10 @@ class Curve:
     censored: bool = False
     """The budget stopped the run before the target; it needs more than it spent."""
     steps: int | None = None
-    """All real steps of the run. None: those of its last point."""
+    """All real steps of the run. None takes the steps of the last point."""
     wall_seconds: float | None = None
     settings: str = ""
-    """In words: algorithm, how it was tuned, at what cost in real steps."""
+    """A description: the algorithm, how it was tuned, and the cost of that in real steps."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class ReportInput:
     """The agent trained in the world: a curve a seed."""
     model_free: Sequence[Curve] = ()
     purposes: Sequence[Mapping[str, Any]] = ()
-    """As `purpose_rows` makes them"""
+    """Rows of `purpose_rows`"""
     currency: str = "USD"
     budget: int | None = None
     remaining: int | None = None
     money_budget: float | None = None
     money_remaining: float | None = None
     imagined: Sequence[Mapping[str, Any]] = ()
-    """As `imagined_row` makes them"""
+    """Rows of `imagined_row`"""
     losses: Sequence[Mapping[str, Any]] = ()
     """{"round": int | None, "parts": {part: nats a transition on validation}}"""
     open_loop: Sequence[Mapping[str, Any]] = ()
@@ -112,7 +112,7 @@ class ReportInput:
     checks: Sequence[Mapping[str, Any]] = ()
     """{"round": int | None, **an `OneStep` as a dict}: reward and termination on validation"""
     trajectories: Sequence[Mapping[str, Any]] = ()
-    """As `trajectories` makes them, or as another summary holds them"""
+    """Entries of `trajectories`, or of another summary"""
     stages: Sequence[Stage] = ()
     wall_seconds: float | None = None
     lineage: Sequence[tuple[str, str]] = ()
@@ -344,7 +344,9 @@ def trajectories(
 
 
 def curves_table(summary: Mapping[str, Any]) -> Table:
-    """Return in reality against real steps spent, the world's agent beside model-free training."""
+    """Plot the return in reality against real steps, of the world's agent and of model-free
+    training.
+    """
     head = ("", "real steps", "return in reality", "90% interval", "wall so far")
     table = Table(*head, box=None, header_style="dim", pad_edge=False)
     rows = [("in the world", p) for c in summary["curves"]["world"] for p in c["points"]]

@@ -1,5 +1,5 @@
-"""The page of a tokenizer: its reconstruction errors, and frames beside their reconstructions. One
-HTML file with its pictures inside, nothing loaded from elsewhere.
+"""The page of a tokenizer: its reconstruction errors, and frames next to their reconstructions. One
+HTML file that contains its pictures and loads nothing.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class TransferPoint:
     """Correlation of its policy values with reality's; None where no policies were compared."""
     regret: float | None
     passes: bool | None
-    """Does it pass the gate of `train-agent`? None where no policies were compared."""
+    """True if it passes the gate of `train-agent`. None if no policies were compared."""
     imagined: float
     """Mean return of the agent in the world."""
     real: float

@@ -1,6 +1,4 @@
-"""The verdicts of an evaluation, a line a question: what the world may be trusted with, and where
-not.
-"""
+"""The verdicts of an evaluation, one line a question: for which uses the world is trustworthy."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ GAP = 0.1
 policies' returns (of the agent's return, where no policies were compared).
 """
 STARTS, STARTS_PARTLY = 0.6, 0.75
-"""Greatest AUC of a classifier that tells generated starts from real ones."""
+"""Greatest allowed AUC of a classifier of generated against real starts."""
 COPIES, NEAREST = 0.1, 0.5
 """A memory of training starts: the share of generated starts that equal one exceeds the share of
 held-out starts by more than this, or the ratio of their distances to the nearest one is below this.
@@ -38,7 +36,7 @@ FREE = 0.2
 does.
 """
 KNOWS = 0.75
-"""Least AUROC of a disagreement that tells where the world is wrong."""
+"""Least AUROC at which disagreement shows where the world is wrong."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _horizon(table: Mapping[str, Any]) -> tuple[Answer, str]:
 
 
 def _failure(row: Mapping[str, Any]) -> str | None:
-    """Why a horizon is beyond the world; None where it is not."""
+    """The reason why the world's predictions fail at a horizon, or None."""
     if not row["starts"]:
         return "no held-out episode is that long"
     if row["ratio"] is None and row["accuracy"] is not None and row["persistence"] is None:
@@ -205,7 +203,7 @@ def _starts(starts: Mapping[str, Any] | None) -> tuple[Answer, str]:
 
 
 def _memory(starts: Mapping[str, Any]) -> str | None:
-    """The evidence that generated starts are those of training; None where there is none."""
+    """The evidence that generated starts repeat those of training; None without evidence."""
     copies, real = starts["copies"], starts["copies_real"]
     if copies is not None and copies > real + COPIES:
         return f"{copies:.0%} of them equal a training start, and {real:.0%} of held-out real ones"

@@ -150,7 +150,7 @@ class KeyCache:
                 tensors[layer] = torch.cat((tensor, tensor.new_zeros(extra)), dim)
 
     def _move_to_front(self, rows: Tensor) -> None:
-        """Exchange slots so that those of `rows` are the first."""
+        """Exchange slots so that the slots of `rows` come first."""
         slots = self._slot[rows]
         outside = rows[slots >= len(rows)]
         if not len(outside):

@@ -38,12 +38,13 @@ def refusal(config: Mapping[str, Any], context: int = 0) -> str | None:
 
     Args:
         config: The checkpoint's config.json.
-        context: The tokens that will be read: a sliding window of at least as many is no window.
+        context: The tokens that will be read: a sliding window of at least this length has no
+            effect.
     """
     kind, rope = config.get("model_type"), _rope(config)
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if kind not in CLASSES:
-        return f"model_type {kind!r} is none of {', '.join(CLASSES)}"
+        return f"model_type must be one of {', '.join(CLASSES)}, got {kind!r}"
     if rope.get("rope_type", "default") != "default":
         return f"rope_type {rope['rope_type']!r} is not 'default'"
     if config.get("hidden_act", "silu") != "silu":

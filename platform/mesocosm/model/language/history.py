@@ -39,7 +39,7 @@ class TextHistory:
     clock = 0
 
     def begin(self, task: Texts, observation: Texts, action: Any = None) -> None:
-        """As `TextWorld.begin`; `action` is not used."""
+        """Like `TextWorld.begin`. `action` is not used."""
         self.clock = 0
         self._task, self._start = task, observation
         self._steps: list[list[tuple[str, str]]] = [[] for _ in observation]
@@ -47,7 +47,7 @@ class TextHistory:
     def step(
         self, action: Sequence[str], observation: Texts, task: Texts, restarted: NDArray[np.bool_]
     ) -> None:
-        """As `TextWorld.step`, then `TextWorld.reset` where `restarted` [B]."""
+        """Like `TextWorld.step`, then like `TextWorld.reset` where `restarted` [B]."""
         starts = list(self._start)
         for row, (text, seen) in enumerate(zip(action, observation, strict=True)):
             if restarted[row]:

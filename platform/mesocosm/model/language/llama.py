@@ -58,7 +58,7 @@ class TokenNorm(nn.Module):
 class LlamaBlock(nn.Module):
     """Attention and SwiGLU, each added to its input."""
 
-    dropout: float = 0.0  # of what is added, in training
+    dropout: float = 0.0  # of the outputs that are added to the input, in training
 
     def __init__(self, shape: Shape, members: int, rank: int):
         super().__init__()
@@ -92,8 +92,8 @@ class LlamaBlock(nn.Module):
         self.up_adapter, self.down_adapter = adapter(d, 2 * ff), adapter(ff, d)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Mask, by: Selection) -> Tensor:
-        """Rows [B, T, d] -> the same. `mask` [B, 1, T, T] bool; a list: of the lengths of segments,
-        negative for padding, through all rows; None: causal.
+        """Rows [B, T, d] -> the same. `mask` [B, 1, T, T] bool; a list: of the lengths of segments
+        through all rows, negative for padding; None: causal.
         """
         parts = self.project(x, rotation, by)
         if isinstance(mask, list):

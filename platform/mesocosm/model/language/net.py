@@ -74,16 +74,16 @@ class TextLosses(WindowLosses):
     bytes: Tensor
     """float32 scalar: UTF-8 bytes of the scored observations, and 1 a text for its mark; the starts
     are not among them."""
-    tokens: Tensor  # float32 scalar: those that are no padding
+    tokens: Tensor  # float32 scalar: tokens that are not padding
 
     @property
     def bits_per_byte(self) -> Tensor:
-        """As the function of this name."""
+        """Like the function of this name."""
         return bits_per_byte(self.nats["dynamics"], self.bytes)
 
     @property
     def counts(self) -> dict[str, Tensor]:
-        """As `WindowLosses.counts`, with the bytes and the tokens."""
+        """Like `WindowLosses.counts`, with the bytes and the tokens."""
         return {"transitions": self.transitions, "bytes": self.bytes, "tokens": self.tokens}
 
 
@@ -141,7 +141,7 @@ class TextNet(nn.Module):
         return cast(Backbone, self.backbone)
 
     def drop(self, rate: float) -> None:
-        """As `Llama.drop`. Other backbones drop nothing."""
+        """Like `Llama.drop`. Other backbones drop nothing."""
         if isinstance(self.backbone, Llama):
             self.backbone.drop(rate)
 

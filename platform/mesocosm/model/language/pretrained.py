@@ -79,7 +79,9 @@ def locate(source: str) -> Path:
 
 
 def pretrained_identity(source: str) -> str:
-    """The sha256 of the files that decide the network and its tokenizer, wherever they lie."""
+    """The sha256 of the files that decide the network and its tokenizer, independent of their
+    folder.
+    """
     path, digest = locate(source), hashlib.sha256()
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
     for file in files:
@@ -181,7 +183,7 @@ class OtherBackbone(nn.Module):
 
     @property
     def token_bytes(self) -> int:
-        """As `llama.Llama.token_bytes`."""
+        """Like `llama.Llama.token_bytes`."""
         config = self.model.config
         heads = getattr(config, "num_attention_heads", 1)
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -207,7 +209,7 @@ class OtherBackbone(nn.Module):
         segment: Tensor | None = None,
         member: Tensor | None = None,
     ) -> Tensor:
-        """As `llama.Llama.hidden`."""
+        """Like `llama.Llama.hidden`."""
         mask = None if segment is None else self._bias(segment_mask(segment))
         out = self.model.base_model(
             input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False
@@ -216,19 +218,19 @@ class OtherBackbone(nn.Module):
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """As `llama.Llama.logits`."""
+        """Like `llama.Llama.logits`."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
     def new_cache(self, batch: int, window: int) -> OtherCache:
-        """As `llama.Llama.new_cache`."""
+        """Like `llama.Llama.new_cache`."""
         return OtherCache(batch, window, next(self.parameters()).device)
 
     @torch.no_grad()
     def feed(
         self, cache: OtherCache, ids: Tensor, count: Tensor, member: Tensor | None = None
     ) -> Tensor:
-        """As `llama.Llama.feed`."""
+        """Like `llama.Llama.feed`."""
         longest = int((cache.length + count).max())
         if longest > cache.window:
             raise UsageError(f"model.context must be >= {longest} tokens, got {cache.window}")
@@ -304,7 +306,7 @@ def _download(source: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UsageError(
-            f"model.pretrained={source!r} is no folder, and a hub id needs huggingface_hub;"
+            f"model.pretrained={source!r} must be a folder, as a hub id needs huggingface_hub;"
             f" {INSTALL}"
         ) from error
     patterns = ["*.json", "*.safetensors"]

@@ -29,7 +29,7 @@ class Drawn:
         """[B, d]: the states at the marks"""
 
     def add(self, rows: Tensor, index: int, token: Tensor, nats: Tensor, cut: Tensor) -> None:
-        """Append a token to `rows`; where `cut`, the mark that ends a text too long to go on."""
+        """Append a token to `rows`; where `cut`, the mark that ends a text that is too long."""
         self.tokens[rows, index] = token
         self.count[rows] = index + 1
         self.cut[rows] = cut

@@ -35,8 +35,8 @@ class Texts(tuple[str, ...]):
 
 @dataclass(frozen=True)
 class TextContext:
-    """Everything that the future of a session depends on, beside its keys: the texts that lie in
-    each environment's window. `TextWorld.restore` continues from them with the same bits.
+    """Everything that the future of a session depends on, except its keys: the texts in each
+    environment's window. `TextWorld.restore` continues from them with the same bits.
     """
 
     task: list[str]  # B
@@ -176,7 +176,7 @@ class TextStep:
     """[B] float32: the nats of the observation's least likely token, at temperature 1."""
     disagreement: Tensor | None
     """[B] float32: the standard deviation over members of log p(o_{t+1}) in nats a token; with one
-    member the surprise. Divided by the world's scale. None where it was not asked for."""
+    member the surprise. Divided by the world's scale. None if it was not requested."""
     cut: Tensor  # [B] bool: the text reached the longest of the data without an end
     tokens: Tensor  # [B] int64: generated tokens, the mark included
 

@@ -66,10 +66,10 @@ class Segment:
     part: NDArray[np.int64]  # READ, TASK or DYNAMICS
     mark: NDArray[np.bool_]  # the `<eoo>` of a scored text
     reward: NDArray[np.float32]
-    """At the mark of a step: normalised as in Spec, or the index of the value."""
+    """The reward at the mark of a step: normalised as in Spec, or the index of the value."""
     ended: NDArray[np.bool_]  # at the mark of a step that terminates
     bytes: NDArray[np.int64]
-    """At a mark: the UTF-8 bytes of the text, and 1 for the mark."""
+    """The bytes at a mark: the UTF-8 bytes of the text, and 1 for the mark."""
     episode: int
 
     def __len__(self) -> int:

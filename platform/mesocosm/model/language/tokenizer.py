@@ -37,7 +37,7 @@ PROBES = (
     "".join(map(chr, range(0x80, 0x800, 0x3F))) + "".join(map(chr, range(0x80, 0x100))),
     "".join(chr(c) for c in range(0x800, 0x10000, 0x3FF) if not 0xD800 <= c < 0xE000),
     "".join(map(chr, range(0x10000, 0x110000, 0xFFFF))),
-    # What a normalizer or a prefix would change.
+    # Texts that a normalizer or a prefix would change.
     "",
     " two  spaces ",
     "\r\n\ttab\n\n",
@@ -166,7 +166,7 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens. Bytes that are no valid UTF-8 become U+FFFD; marks are left out."""
+        """The text of tokens. Bytes that are not valid UTF-8 become U+FFFD. Marks are left out."""
         if self._bytes is None:
             return str(self._library.decode(list(ids)))
         return b"".join(self._bytes.get(i, b"") for i in ids).decode(errors="replace")

@@ -219,8 +219,8 @@ class TextWorld:
         return carry, step
 
     def observe(self, carry: TextCarry, observation: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Put other observations, cut at the longest of the data, in place of those of the last
-        step; `carry` is changed in place.
+        """Replace the observations of the last step by others, cut at the longest of the data.
+        `carry` is changed in place.
 
         Returns:
             (the most likely or expected reward, the probability of termination) [B] after them.
@@ -335,7 +335,7 @@ class TextWorld:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint of Hugging Face's format (config.json, model.safetensors,
-        tokenizer.json), which other engines read, and beside it heads.safetensors (heads and
+        tokenizer.json), which other engines read. Next to it are heads.safetensors (heads and
         adapters), world.json and codec.json.
         """
         network, tokenizer = self.net.backbone, self.tokenizer

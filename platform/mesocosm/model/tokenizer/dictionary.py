@@ -1,8 +1,8 @@
 """A dictionary of patches: the code of a patch is its place in a table, or that of the nearest one.
 
-Exact, without any training, wherever frames are put together from few patches: sprites, tiles and
-screens (nearest neighbours as a tokenizer: Dedieu et al. 2025, arXiv 2502.01591). Codes are only
-ever appended, so that the codes of a dictionary keep their meaning in all that grow from it.
+It is exact, without any training, if frames are composed of few patches: sprites, tiles and screens
+(nearest neighbours as a tokenizer: Dedieu et al. 2025, arXiv 2502.01591). Codes are only ever
+appended, so that the codes of a dictionary keep their meaning in all that grow from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PatchDictionary:
     Args:
         shape: [height, width, channels] of a frame.
         patch: Pixels of a patch's side, which divides height and width.
-        table: uint8 [V, patch * patch * channels], no two alike.
+        table: uint8 [V, patch * patch * channels], all different.
     """
 
     kind = "dictionary"
