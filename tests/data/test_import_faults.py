@@ -49,7 +49,7 @@ BAD: dict[str, tuple[Rows, str]] = {
         ("duplicate", 6, {"step": 0}, "row 7: step 0 of episode 1 comes twice"),
         ("gap", 6, {"step": 3}, "row 7: episode 1 goes from step 0 to step 3"),
         ("unsorted", 7, {"step": 0}, "row 8: step 0 of episode 1 comes after its step 1; sort"),
-        ("goes on", 6, {"truncated": True}, "row 8: episode 1 ended at step 1"),
+        ("goes on", 6, {"truncated": True}, "row 8: episode 1 has ended at step 1"),
         (
             "no action",
             6,

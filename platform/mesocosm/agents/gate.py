@@ -1,4 +1,5 @@
 """The gate before text worlds: an agent trains only in a world that ranks policies as reality does.
+
 A half-trained text world gives its agents too high returns, and its losses do not show it.
 """
 

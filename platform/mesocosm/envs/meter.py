@@ -215,7 +215,7 @@ class Meter:
                     holder=self.holder,
                     confirming=usage,
                 )
-                # This comes before a signal can arrive: `close` would confirm the same usage again.
+                # Before a signal can arrive: `close` would confirm the same usage again.
                 if not self.deferred:
                     self._used = NOTHING
         except BudgetSpent:

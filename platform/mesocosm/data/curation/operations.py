@@ -79,8 +79,10 @@ def parse(operations: Sequence[Mapping[str, Any]]) -> list[Named]:
 def work(
     table: EpisodeTable, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Run the operations in order, and return each one's part of the report. Raises: UsageError: an
-    operation leaves nothing to train on.
+    """Run the operations in order, and return each one's part of the report.
+
+    Raises:
+        UsageError: An operation leaves nothing to train on.
     """
     report = []
     for number, named in enumerate(operations):

@@ -35,7 +35,9 @@ class RewardErrors:
 @dataclass(frozen=True)
 class TerminationErrors:
     """Recall and precision of a known termination, and of the learned one at p > 1/2, from the true
-    (o, a, o'). The recall is None without terminals, the precision without predicted ones.
+    (o, a, o').
+
+    The recall is None without terminals, the precision without predicted ones.
     """
 
     function: str

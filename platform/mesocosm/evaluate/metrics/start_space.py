@@ -1,5 +1,7 @@
-"""Starts (task, o_0) as rows, their spaces, and the distances between them. Numbers are normalised
-and rounded to the codec's precision on one grid, so that starts never differ below the precision.
+"""Starts (task, o_0) as rows, their spaces, and the distances between them.
+
+Numbers are normalised and rounded to the codec's precision on one grid, so that starts never differ
+below the precision.
 """
 
 from __future__ import annotations

@@ -110,9 +110,10 @@ def task_distribution(
     starts: int = STARTS,
     more: tuple[Parts, Parts] | None = None,
 ) -> TaskDistribution:
-    """Compare generated starts with those of the validation split. If validation has fewer than
-    LEAST episodes, the training split replaces it, with a note. A start's nearest is then searched
-    among the other starts.
+    """Compare generated starts with those of the validation split.
+
+    If validation has fewer than LEAST episodes, the training split replaces it, with a note. A
+    start's nearest is then searched among the other starts.
 
     Args:
         world: Generates `starts` starts.

@@ -1,5 +1,6 @@
-"""The accuracy of a text world: step by step on logged episodes, and over whole imagined ones. An
-environment with a checker (`Chores.check_episode`) separates texts that follow from earlier ones
+"""The accuracy of a text world: step by step on logged episodes, and over whole imagined ones.
+
+An environment with a checker (`Chores.check_episode`) separates texts that follow from earlier ones
 from texts that reveal something random, and judges imagined episodes by the true rules.
 """
 
