@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mesocosm.serve.world_env import WorldVectorEnv
     from mesocosm.store.artifacts import Storage
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Dataset",
