@@ -98,7 +98,10 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     )
     assert main(["data", "diff", "cart", curated, at]) == 0
     text = capsys.readouterr().out
-    assert f"{report['episodes']['both']} episodes are in both" in text and "data alike: 1%" in text
+    assert (
+        f"{report['episodes']['both']} episodes are in both" in text
+        and "1% for equal distributions" in text
+    )
 
 
 def test_datasets_without_a_fact_that_differs(

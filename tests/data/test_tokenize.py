@@ -221,7 +221,7 @@ def test_more_codes_than_memory_are_refused(
         JOB.plan(configured(root, codes=101))
 
 
-@pytest.mark.parametrize(("level", "words"), [(0, "are black"), (9, "are alike")])
+@pytest.mark.parametrize(("level", "words"), [(0, "are black"), (9, "are equal")])
 def test_frames_that_are_all_alike_are_refused(
     write_walks: Callable[..., str], tokenize: Tokenize, level: int, words: str
 ) -> None:

@@ -104,7 +104,10 @@ def test_members_are_merged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        (
+            {"model_type": "gpt2"},
+            "model_type must be one of llama, mistral, qwen2, qwen3, granite, got 'gpt2'",
+        ),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
