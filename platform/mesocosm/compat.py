@@ -1,7 +1,15 @@
-"""Changes to Ray's internals, each with its reason and the tested versions of Ray."""
+"""Patches of Ray, each with its reason, its version check and its reference upstream.
+
+A patch depends on internals, so it is written for one minor version of its library (`TESTED`). On
+another version a patch that saves time is left out, and one that a result or a secret depends on
+raises UsageError. `tests/test_compat.py` shows what each library does with and without its patch.
+
+Importing this module imports no library, so the objects of libraries are Any here.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +17,36 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-TESTED_RAY = "2.60."
+from mesocosm.errors import UsageError
+
+TESTED = {"ray": "2.60"}
+"""The minor version that the patches of a library are written for, as in constraints.txt."""
+
+
+def is_tested(library: str) -> bool:
+    """True if the installed version of `library` is one of its `TESTED` minor version."""
+    return _installed(library).startswith(f"{TESTED[library]}.")
+
+
+def untested(library: str, feature: str) -> UsageError:
+    """The error of a `feature` that needs internals of the `TESTED` version of `library`."""
+    tested = TESTED[library]
+    return UsageError(
+        f"{library} must be version {tested}, got {_installed(library)}: {feature} uses its"
+        f" internals; run: pip install '{library}=={tested}.*'"
+    )
+
+
+def require_tested(library: str, feature: str) -> None:
+    """Raise UsageError where the installed version of `library` is not the `TESTED` one."""
+    if not is_tested(library):
+        raise untested(library, feature)
+
+
+def _installed(library: str) -> str:
+    from importlib.metadata import version  # takes 0.1 s, which commands without Ray do not need
+
+    return version(library)
 
 
 @contextmanager
@@ -24,15 +61,29 @@ def private_start() -> Iterator[None]:
     Half of the CPU seconds of a start are spared: no cluster autoscaler, no process for a dashboard
     that is off, no forwarding of logs that nobody reads, an agent without metrics, and workers
     start when something runs on them.
+
+    With another version of Ray nothing is changed: Ray starts more slowly, and a signal to the
+    group ends its daemons first.
+
+    Upstream (ray 2.60.0, modules of `ray._private`):
+        - `services.start_ray_process` passes no process group to `ConsolePopen`. No issue found.
+        - `worker.init` installs a handler of SIGTERM: ray-project/ray#17308 (closed).
+        - `node.Node.start_head_processes` always starts the autoscaler's monitor, intentionally:
+          ray-project/ray#12629. `ray start` has --no-monitor (#13505), and `ray.init` has not.
+        - `node.Node.start_api_server` starts a process without a dashboard, too, intentionally (see
+          its docstring).
+        - `node.Node.start_ray_processes` starts the log monitor whatever `log_to_driver` is. The
+          option of ray-project/ray#48891 is of `ray start` alone.
+        - `services.start_raylet` gives the agent metrics if they are installed. No issue found.
+        - Ray starts workers ahead: ray-project/ray#40131 (open). Its own setting turns this off.
     """
-    from unittest.mock import patch  # takes 60 ms, which commands without Ray do not need
-
-    import ray
-    from ray._private import node, services, utils
-
-    if not ray.__version__.startswith(TESTED_RAY) or sys.platform == "win32":
+    if not is_tested("ray") or sys.platform == "win32":
         yield
         return
+
+    from unittest.mock import patch  # takes 60 ms, which commands without Ray do not need
+
+    from ray._private import node, services, utils
 
     def left_out(self: Any, **options: Any) -> None:
         self._webui_url = None
@@ -51,12 +102,59 @@ def private_start() -> Iterator[None]:
         yield
 
 
+def loopback_only() -> None:
+    """Let Ray keep the address 127.0.0.1, in this process from now on.
+
+    On Linux Ray replaces 127.0.0.1 with the machine's own address, so that a private Ray would
+    listen on the network. It keeps 127.0.0.1 where it cannot form a cluster, as on macOS.
+
+    Raises:
+        UsageError: The version of Ray is another one, which may listen on the network.
+
+    Upstream (ray 2.60.0):
+        `ray._private.services.get_node_ip_address`, intentionally: ray-project/ray#26293 (closed),
+        ray-project/ray#59110 (open). RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 does the same, but only
+        before Ray is imported.
+    """
+    require_tested("ray", "a Ray on loopback")
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def send_token_of_home() -> None:
+    """Let `ray.init` send the token in ~/.ray to an explicit address, without its warning.
+
+    A private Ray wants that token. `ray.init` looks for it only where it is given no address.
+
+    Raises:
+        UsageError: The version of Ray is another one.
+
+    Upstream (ray 2.60.0):
+        `ray._private.worker.init` intentionally does not call
+        `maybe_enable_token_auth_if_token_available` for an explicit address: ray-project/ray#64755.
+    """
+    require_tested("ray", "a connection to a private Ray")
+    from ray._private.authentication import authentication_token_setup as setup
+
+    setup.logger.setLevel(logging.ERROR)
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def job_config_of_command_line() -> Any:
     """A JobConfig with which Ray's workers do not put the driver's folder first in `sys.path`.
 
     With Ray's default a file `http.py` beside the user replaces Python's own module in every
     worker. `mesocosm.user_code.import_module` appends the folder instead.
+
+    Raises:
+        UsageError: The version of Ray is another one, which may not call the method.
+
+    Upstream (ray 2.60.0):
+        `ray._private.worker.connect` adds the folder unless
+        `JobConfig._runtime_env_has_working_dir`: ray-project/ray#43182 (open).
     """
+    require_tested("ray", "the import path of workers")
     from ray.job_config import JobConfig
 
     class CommandLineJobConfig(JobConfig):

@@ -108,17 +108,12 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
 
 def _connect(address: str) -> None:
     import ray
-    from ray._private import ray_constants
-    from ray._private.authentication import authentication_token_setup
     from ray.exceptions import RayError
 
     if address.startswith(("127.0.0.1:", "localhost:")):
         # A private Ray of this machine (see `_start`): else Ray asks at the machine's own address.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        # Such a Ray wants the token in ~/.ray, which Ray does not send to an explicit address.
-        setup = authentication_token_setup
-        setup.logger.setLevel(logging.ERROR)
-        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        compat.loopback_only()
+        compat.send_token_of_home()
     job_config: Any = compat.job_config_of_command_line() if IMPORTS in os.environ else None
     env = worker_env() | _inherited(IMPORTS)
     for local in ("PATH", "TORCH_EXTENSIONS_DIR"):
@@ -159,18 +154,15 @@ def _is_about_token(error: BaseException | None) -> bool:
 
 
 def _start(config: RayConfig, temp_dir: str | None) -> None:
-    """Start a private Ray on loopback: on Linux Ray turns 127.0.0.1 into the machine's own address
-    and listens on every interface, unless it believes that it cannot form a cluster.
-    """
+    """Start a private Ray on loopback."""
     global _folder
     import ray
-    from ray._private import ray_constants
 
+    compat.loopback_only()
     _protect_token()
     if temp_dir is None:
         _folder = SessionFolder()
         temp_dir = _folder.path
-    ray_constants.ENABLE_RAY_CLUSTER = False
     job_config: Any = compat.job_config_of_command_line() if IMPORTS in os.environ else None
     for attempt in range(1, STARTS + 1):
         try:

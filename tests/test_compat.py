@@ -1,0 +1,172 @@
+"""Each patch of a library: what the library does, what the patch makes of it, and what happens on
+another version.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mesocosm import compat
+from mesocosm.errors import UsageError
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+MACHINE = "192.0.2.1"
+PRESTART = "RAY_prestart_worker_first_driver"
+
+
+@pytest.fixture
+def another_version(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A version that every installed library has: of no library's tested minor version."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.1")
+    return "9.9.1"
+
+
+def test_the_tested_versions_are_those_of_constraints() -> None:
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
+    assert {name: pins[name].rpartition(".")[0] for name in compat.TESTED} == compat.TESTED
+    assert all(compat.is_tested(name) for name in compat.TESTED)
+
+
+@pytest.mark.parametrize(
+    "patch", [compat.loopback_only, compat.send_token_of_home, compat.job_config_of_command_line]
+)
+def test_what_a_result_or_secret_depends_on_needs_the_tested_version(
+    patch: Callable[[], Any], another_version: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        patch()
+    assert f"ray must be version {compat.TESTED['ray']}, got {another_version}" in str(error.value)
+
+
+def test_what_saves_time_is_left_out_on_another_version(another_version: str) -> None:
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    with compat.private_start():
+        assert services.ConsolePopen is popen
+
+
+def test_the_daemons_of_a_private_ray_have_process_groups_of_their_own() -> None:
+    from ray._private import services
+
+    def group_is_own() -> bool:
+        with services.ConsolePopen(["cat"], stdin=subprocess.PIPE) as daemon:
+            return os.getpgid(daemon.pid) == daemon.pid
+
+    assert not group_is_own()
+    with compat.private_start():
+        assert group_is_own()
+    assert not group_is_own()
+
+
+def test_the_start_of_a_private_ray_leaves_sigterm_alone() -> None:
+    from ray._private import utils
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with compat.private_start():
+            utils.set_sigterm_handler(signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGTERM) is before
+        utils.set_sigterm_handler(signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("start", ["start_monitor", "start_log_monitor", "start_api_server"])
+def test_a_private_ray_starts_no_needless_daemon(start: str) -> None:
+    from ray._private import node
+
+    class Started(Exception):
+        """Ray opens a daemon's log before it starts the daemon."""
+
+    class Node(node.Node):  # type: ignore[misc]
+        def __init__(self) -> None:
+            """No Ray is started."""
+
+        def get_log_file_names(self, *args: Any, **options: Any) -> Any:
+            raise Started
+
+    arguments = {"include_dashboard": False, "raise_on_failure": False}
+    options = arguments if start == "start_api_server" else {}
+    with pytest.raises(Started):
+        getattr(Node(), start)(**options)
+    with compat.private_start():
+        getattr(Node(), start)(**options)
+
+
+def test_the_agent_and_the_workers_of_a_private_ray_are_minimal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray._private import utils
+
+    monkeypatch.delenv(PRESTART, raising=False)
+    assert utils.get_dashboard_dependency_error() is None
+    with compat.private_start():
+        assert isinstance(utils.get_dashboard_dependency_error(), ImportError)
+        assert os.environ[PRESTART] == "0"
+    assert utils.get_dashboard_dependency_error() is None
+    assert PRESTART not in os.environ
+
+
+def test_the_processes_of_a_private_ray(ray_local: None) -> None:
+    commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    scripts = {Path(word).name for command in commands for word in command if word.endswith(".py")}
+    assert not scripts & {"monitor.py", "log_monitor.py", "dashboard.py"}
+    (raylet,) = (command for command in commands if Path(command[0]).name == "raylet")
+    assert any("agent.py" in word and "--minimal" in word for word in raylet)
+
+
+def test_loopback_stays_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants, services, worker
+
+    monkeypatch.setattr(worker, "_global_node", None)
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda address: MACHINE)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    assert services.resolve_ip_for_localhost("127.0.0.1") == MACHINE
+    compat.loopback_only()
+    assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+    assert services.get_node_ip_address() == "127.0.0.1"
+
+
+TOKEN = """
+from ray._raylet import AuthenticationMode, get_authentication_mode
+from mesocosm import compat
+assert get_authentication_mode() != AuthenticationMode.TOKEN
+compat.send_token_of_home()
+assert get_authentication_mode() == AuthenticationMode.TOKEN
+"""
+
+
+@pytest.mark.integration
+def test_the_token_of_home_is_sent_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    assert run(TOKEN, HOME=str(tmp_path)) == ""
+
+
+def run(code: str, **changes: str) -> str:
+    """Run Python code with an environment without settings of Ray; return what it printed."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | changes, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_workers_do_not_search_the_drivers_folder_first() -> None:
+    """`ray._private.worker.connect` adds the folder unless the job has a folder of its own."""
+    from ray.job_config import JobConfig
+
+    assert not JobConfig()._runtime_env_has_working_dir()
+    assert compat.job_config_of_command_line()._runtime_env_has_working_dir()
