@@ -37,7 +37,13 @@ def test_the_tested_versions_are_those_of_constraints() -> None:
 
 
 @pytest.mark.parametrize(
-    "patch", [compat.loopback_only, compat.send_token_of_home, compat.job_config_of_command_line]
+    "patch",
+    [
+        compat.loopback_only,
+        compat.send_token_of_home,
+        compat.job_config_of_command_line,
+        compat.keep_aws_keys_from_trials,
+    ],
 )
 def test_what_a_result_or_secret_depends_on_needs_the_tested_version(
     patch: Callable[[], Any], another_version: str
@@ -170,3 +176,25 @@ def test_workers_do_not_search_the_drivers_folder_first() -> None:
 
     assert not JobConfig()._runtime_env_has_working_dir()
     assert compat.job_config_of_command_line()._runtime_env_has_working_dir()
+
+
+def test_trials_get_no_aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import tune
+    from ray.tune.execution import class_cache
+
+    def environment() -> dict[str, str]:
+        class Trial(tune.Trainable):  # type: ignore[misc]
+            """A class that the cache has not seen."""
+
+        actor = class_cache._ActorClassCache().get(Trial)
+        variables: dict[str, str] = actor._default_options["runtime_env"]["env_vars"]
+        return variables
+
+    names = {*class_cache.ENV_VARS_TO_PROPAGATE, "AWS_SECRET_ACCESS_KEY"}
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", names)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    assert environment()["AWS_SECRET_ACCESS_KEY"] == "secret"
+    compat.keep_aws_keys_from_trials()
+    assert "secret" not in environment().values()
+    assert environment()["RAY_CHDIR_TO_TRIAL_DIR"] == "0"

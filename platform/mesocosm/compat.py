@@ -162,3 +162,22 @@ def job_config_of_command_line() -> Any:
             return True
 
     return CommandLineJobConfig()
+
+
+def keep_aws_keys_from_trials() -> None:
+    """Leave the driver's AWS keys out of the runtime environment of Ray Tune's trials.
+
+    Tune copies them there, and Ray logs runtime environments. Nodes have their own credentials.
+
+    Raises:
+        UsageError: The version of Ray is another one, which may log the keys.
+
+    Upstream (ray 2.60.0):
+        `ray.tune.execution.class_cache._ActorClassCache.get` copies them. No issue found.
+        Ray logs runtime environments: ray-project/ray#28276 (open).
+    """
+    require_tested("ray", "a sweep on Ray Tune")
+    from ray.tune.execution import class_cache
+
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    names.difference_update([name for name in names if name.startswith("AWS_")])

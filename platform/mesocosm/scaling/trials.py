@@ -11,8 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ray import tune
-from ray.tune.execution import class_cache
 
+from mesocosm import compat
 from mesocosm.cluster import ray_session
 from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
@@ -139,10 +139,7 @@ def run_trials(
     """
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    # Tune (2.60) copies these of the driver's environment into its trials' runtime environment,
-    # which Ray logs. Nodes have their own credentials.
-    secret = [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(secret)
+    compat.keep_aws_keys_from_trials()
     filesystem, base = run.storage.arrow()
     folder = f"{run.id}-{name}"
     tuner = tune.Tuner(
