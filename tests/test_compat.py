@@ -8,10 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -43,6 +47,9 @@ def test_the_tested_versions_are_those_of_constraints() -> None:
         compat.send_token_of_home,
         compat.job_config_of_command_line,
         compat.keep_aws_keys_from_trials,
+        partial(compat.algorithm_in_folder, object, "PPO", Path()),
+        partial(compat.wait_for_weights, SimpleNamespace(sync_weights=None)),
+        partial(compat.sample_infos, SimpleNamespace(sample=None)),
     ],
 )
 def test_what_a_result_or_secret_depends_on_needs_the_tested_version(
@@ -198,3 +205,87 @@ def test_trials_get_no_aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.keep_aws_keys_from_trials()
     assert "secret" not in environment().values()
     assert environment()["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+
+
+def test_an_algorithm_has_its_files_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+    from ray.tune.trainable import trainable
+
+    results, folder = tmp_path / "ray_results", tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr(trainable, "DEFAULT_STORAGE_PATH", str(results))
+    changed = compat.algorithm_in_folder(tune.Trainable, "PPO", folder)
+    assert changed().logdir == str(folder) and changed.__name__ == "PPO"
+    assert not results.exists()
+    assert Path(tune.Trainable().logdir).parent == results
+
+
+def test_no_weights_are_dropped(ray_local: None, tmp_path: Path) -> None:
+    """See also tests/agents/test_weights.py."""
+    import ray
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
+    from ray.rllib.utils.actor_manager import FaultAwareApply, FaultTolerantActorManager
+
+    gate = tmp_path / "gate"
+
+    class Runner(FaultAwareApply):  # type: ignore[misc]
+        """An environment runner that is busy until `gate` exists."""
+
+        def set_state(self, state: dict[str, int]) -> None:
+            while not gate.exists():
+                time.sleep(0.01)
+            self.weights = state["rl_module"]
+
+        def get_weights(self) -> int:
+            return self.weights
+
+    runner = ray.remote(num_cpus=0)(Runner).remote()
+    group: Any = EnvRunnerGroup.__new__(EnvRunnerGroup)
+    group._local_env_runner = None
+    group._worker_manager = FaultTolerantActorManager(
+        [runner], max_remote_requests_in_flight_per_actor=1
+    )
+    group._remote_config = SimpleNamespace(enable_env_runner_and_connector_v2=True)
+    group._ignore_ray_errors_on_env_runners = False
+
+    def sync(weights: int) -> None:
+        state = {"rl_module": weights}
+        learner: Any = SimpleNamespace(get_state=lambda **options: state)
+        group.sync_weights(from_worker_or_learner_group=learner)
+
+    sync(1)
+    sync(2)
+    gate.touch()
+    assert ray.get(runner.get_weights.remote()) == 1, "RLlib has dropped the second weights"
+    compat.wait_for_weights(group)
+    for weights in (3, 4, 5):
+        sync(weights)
+    assert ray.get(runner.get_weights.remote()) == 5
+
+
+def test_replayed_episodes_have_infos() -> None:
+    from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+    from ray.rllib.utils.replay_buffers import PrioritizedEpisodeReplayBuffer
+
+    buffer = PrioritizedEpisodeReplayBuffer(capacity=100)
+    infos = [{"duration": 2.0}] * 9
+    buffer.add(
+        SingleAgentEpisode(
+            observations=list(np.zeros((9, 1), np.float32)),
+            actions=[0] * 8,
+            rewards=[0.0] * 8,
+            infos=infos,
+            terminated=True,
+            len_lookback_buffer=0,
+        )
+    )
+
+    def durations() -> list[Any]:
+        episodes = buffer.sample(num_items=4, sample_episodes=True)
+        return [episode.get_infos(-1).get("duration") for episode in episodes]
+
+    assert durations() == [None] * 4
+    compat.sample_infos(buffer)
+    assert durations() == [2.0] * 4

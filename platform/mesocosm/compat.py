@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import UsageError
@@ -181,3 +182,55 @@ def keep_aws_keys_from_trials() -> None:
 
     names = class_cache.ENV_VARS_TO_PROPAGATE
     names.difference_update([name for name in names if name.startswith("AWS_")])
+
+
+def algorithm_in_folder(base: type[Any], name: str, folder: Path) -> type[Any]:
+    """A subclass `name` of the RLlib algorithm `base`, whose files are in the existing `folder`.
+
+    RLlib otherwise makes a folder in ~/ray_results for an algorithm that is not a trial of Tune.
+
+    Raises:
+        UsageError: The version of Ray is another one.
+
+    Upstream (ray 2.60.0):
+        `ray.tune.Trainable._setup_logdir`: ray-project/ray#46592 (open). The argument for this,
+        `logger_creator`, was removed in ray-project/ray#61181.
+    """
+    require_tested("ray", "an agent's folder")
+
+    def _setup_logdir(self: Any) -> None:
+        self._logdir = str(folder)
+
+    return type(name, (base,), {"_setup_logdir": _setup_logdir})
+
+
+def wait_for_weights(group: Any) -> None:
+    """Let an EnvRunnerGroup's `sync_weights` wait until the runners have the previous weights.
+
+    RLlib otherwise drops weights while it has not noticed the end of the previous transfer, which
+    happens on a busy machine: the runners then act by an earlier policy.
+
+    Raises:
+        UsageError: The version of Ray is another one, which may drop weights.
+
+    Upstream (ray 2.60.0):
+        `EnvRunnerGroup.sync_weights` does not wait by default (ray-project/ray#30509), and
+        `FaultTolerantActorManager.foreach_actor_async` drops a call to a runner with one in flight,
+        as of ray-project/ray#56953 also for weights. No issue found.
+    """
+    require_tested("ray", "the transfer of an agent's weights")
+    group.sync_weights = partial(group.sync_weights, timeout_seconds=None)
+
+
+def sample_infos(buffer: Any) -> None:
+    """Let a replay buffer of RLlib sample episodes with their infos, which hold the durations.
+
+    Raises:
+        UsageError: The version of Ray is another one, which may leave the infos out.
+
+    Upstream (ray 2.60.0):
+        `DQN._training_step_new_api_stack`, which SAC shares, does not pass `include_infos` to the
+        buffer's `sample`. Batches without infos are intentional: ray-project/ray#50249.
+    """
+    require_tested("ray", "a replay buffer with durations")
+    buffer.sample = partial(buffer.sample, include_infos=True)

@@ -27,6 +27,7 @@ from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 
+from mesocosm import compat
 from mesocosm.agents.learners import on_learners
 from mesocosm.errors import MesocosmError, UsageError
 
@@ -80,7 +81,7 @@ def install(algorithm: Algorithm) -> None:
     on_learners(algorithm, _install)
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is not None:
-        buffer.sample = partial(buffer.sample, include_infos=True)
+        compat.sample_infos(buffer)
 
 
 def _install(learner: Any) -> None:

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mesocosm import checks
+from mesocosm import checks, compat
 from mesocosm.agents import durations, mbpo
 from mesocosm.agents.actor_critic import ActorCriticModule
 from mesocosm.agents.candidate_module import (
@@ -200,9 +200,8 @@ def build(
     tune.register_env(name, lambda context: make_env(context["num_envs"]))  # type: ignore[arg-type]
     base = mbpo.WorldSAC if setup.branches else get_trainable_cls(setup.algo)
     folder.mkdir(parents=True, exist_ok=True)
-    in_folder = {"_setup_logdir": lambda self: setattr(self, "_logdir", str(folder))}
     config: AlgorithmConfig = base.get_default_config()
-    config.algo_class = type(setup.algo, (base,), in_folder)
+    config.algo_class = compat.algorithm_in_folder(base, setup.algo, folder)
     try:
         # AgentEnv rescales and clips whole batches. RLlib's connector does it action by action, at
         # a fifth of all sampling time.
@@ -216,21 +215,12 @@ def build(
             algorithm = config.build_algo(use_copy=False)
     except (TypeError, ValueError) as error:
         raise _refused(setup.algo, error) from error
-    _never_drop_weights(algorithm)
+    compat.wait_for_weights(runners(algorithm))
     if setup.algo in ON_POLICY:
         _start_small(algorithm)
     if not setup.branches:
         durations.install(algorithm)
     return algorithm
-
-
-def _never_drop_weights(algorithm: Algorithm) -> None:
-    """Let `sync_weights` wait until the runners have the weights before. RLlib by itself does not
-    send weights while it has not noticed the end of the last transfer, which happens on a busy
-    machine: the runners would then act by an earlier policy.
-    """
-    group: Any = runners(algorithm)
-    group.sync_weights = partial(group.sync_weights, timeout_seconds=None)
 
 
 def gpus_per_learner(setup: Setup) -> int:
