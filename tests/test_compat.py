@@ -60,12 +60,18 @@ def test_what_a_result_or_secret_depends_on_needs_the_tested_version(
     assert f"ray must be version {compat.TESTED['ray']}, got {another_version}" in str(error.value)
 
 
-def test_what_saves_time_is_left_out_on_another_version(another_version: str) -> None:
+def test_what_saves_time_is_left_out_on_another_version(
+    another_version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray._private import services
 
-    popen = services.ConsolePopen
-    with compat.private_start():
-        assert services.ConsolePopen is popen
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    popen, ops = services.ConsolePopen, {"adam": True}
+    deepspeed = SimpleNamespace(ops=SimpleNamespace(__compatible_ops__=ops))
+    with compat.private_start(), compat.mlflow_hidden():
+        assert services.ConsolePopen is popen and "mlflow" not in sys.modules
+    compat.list_no_ops(deepspeed)
+    assert deepspeed.ops.__compatible_ops__ is ops
 
 
 def test_the_daemons_of_a_private_ray_have_process_groups_of_their_own() -> None:
@@ -289,3 +295,29 @@ def test_replayed_episodes_have_infos() -> None:
     assert durations() == [None] * 4
     compat.sample_infos(buffer)
     assert durations() == [2.0] * 4
+
+
+DEEPSPEED = """
+import importlib, sys
+from mesocosm.train import engine
+deepspeed = engine.import_deepspeed()
+from deepspeed import ops
+from deepspeed.autotuning import autotuner
+from deepspeed.comm.torch import build_shm_op
+assert "mlflow" not in sys.modules and not autotuner.has_mlflow
+assert importlib.reload(autotuner).has_mlflow
+
+probes = []
+ops._probe_compatible_ops = lambda: probes.append("probed") or {}
+assert build_shm_op() is None and probes == []
+del ops.__dict__["__compatible_ops__"]
+assert build_shm_op() is None and probes == ["probed"]
+"""
+
+
+@pytest.mark.integration
+def test_deepspeed_imports_no_mlflow_and_builds_no_op(tmp_path: Path) -> None:
+    """DeepSpeed by itself does both, as the second half of each check shows."""
+    (tmp_path / "mlflow.py").touch()  # quicker to import than MLflow
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run(DEEPSPEED, DS_ACCELERATOR="cpu", PYTHONPATH=path)

@@ -1,4 +1,4 @@
-"""Patches of Ray, each with its reason, its version check and its reference upstream.
+"""Patches of Ray and DeepSpeed, each with its reason, its version check and its reference upstream.
 
 A patch depends on internals, so it is written for one minor version of its library (`TESTED`). On
 another version a patch that saves time is left out, and one that a result or a secret depends on
@@ -20,7 +20,7 @@ from typing import Any
 
 from mesocosm.errors import UsageError
 
-TESTED = {"ray": "2.60"}
+TESTED = {"ray": "2.60", "deepspeed": "0.19"}
 """The minor version that the patches of a library are written for, as in constraints.txt."""
 
 
@@ -234,3 +234,39 @@ def sample_infos(buffer: Any) -> None:
     """
     require_tested("ray", "a replay buffer with durations")
     buffer.sample = partial(buffer.sample, include_infos=True)
+
+
+@contextmanager
+def mlflow_hidden() -> Iterator[None]:
+    """Around `import deepspeed`, which then does not import mlflow: half of its 13 s of CPU time.
+
+    With another version of DeepSpeed nothing is changed.
+
+    Upstream (deepspeed 0.19.8):
+        `deepspeed.autotuning.autotuner` imports mlflow if it is installed, since
+        deepspeedai/DeepSpeed#2495. No issue found.
+    """
+    if "mlflow" in sys.modules or not is_tested("deepspeed"):
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
+
+
+def list_no_ops(deepspeed: Any) -> None:
+    """Make `deepspeed`, the imported module, list no op as compatible with this machine.
+
+    On CPU its backend otherwise probes compilers and builds an op for inference alone (40 s, needs
+    ninja). The optimiser here is torch's own, so no op is needed.
+
+    With another version of DeepSpeed nothing is changed.
+
+    Upstream (deepspeed 0.19.8):
+        `deepspeed.comm.torch.build_shm_op`, which every `TorchBackend` calls.
+        deepspeedai/DeepSpeed#7108 (open) is a build that fails.
+    """
+    if is_tested("deepspeed"):
+        deepspeed.ops.__compatible_ops__ = {}

@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mesocosm import compat
 from mesocosm.model import mup
 from mesocosm.train import checkpoint
 from mesocosm.train.checkpoint import TrainingProgress
@@ -30,23 +30,12 @@ resident, torch 2.13, Linux).
 
 
 def import_deepspeed() -> ModuleType:
-    """`import deepspeed`, quickly and quietly, with nothing to compile.
-
-    Its autotuner imports mlflow if that is installed, which is half of the import's 13 s of CPU
-    time, so mlflow is hidden meanwhile. On CPU, `init_distributed` would probe compilers and build
-    (40 s, needs ninja) an op for inference alone if it is listed as compatible; the optimiser here
-    is torch's own, so no op is listed.
-    """
+    """`import deepspeed`, quickly and quietly, with nothing to compile (see `compat`)."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    hidden: dict[str, Any] = {"mlflow": None} if "mlflow" not in sys.modules else {}
-    sys.modules.update(hidden)
-    try:
+    with compat.mlflow_hidden():
         deepspeed = importlib.import_module("deepspeed")
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-    vars(importlib.import_module("deepspeed.ops"))["__compatible_ops__"] = {}
+    compat.list_no_ops(deepspeed)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 
