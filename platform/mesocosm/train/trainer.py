@@ -1,8 +1,12 @@
 """Ray Train's TorchTrainer without the helper processes that a run here does not need.
 
 Each helper is a Python process that imports Ray Data, and the controller torch as well: 3 to 9 s of
-CPU before the first step. Written against the internals of ray 2.60, to which the package is
-pinned. `make_trainer` also says how often lost workers are replaced (`train.max_failures`).
+CPU before the first step. `make_trainer` also says how often lost workers are replaced
+(`train.max_failures`).
+
+The classes override internals of ray 2.60.0. There is no setting for this: ray-project/ray#55556
+removed RAY_TRAIN_RUN_CONTROLLER_AS_ACTOR. With another minor version of Ray, importing this module
+raises UsageError.
 """
 
 from __future__ import annotations
@@ -14,6 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+
+from mesocosm import compat
+
+if not compat.is_tested("ray"):  # before the imports of internals, which another version may lack
+    raise compat.untested("ray", "training on Ray Train")
+
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -32,6 +42,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     """No Ray Datasets are passed, so none are managed. A private Ray ends with the driver, which
     therefore runs the controller itself. It has no autoscaler to ask for nodes, and no dashboard,
     without which the cleaner of placement groups only logs a failed query a second.
+
+    Overrides two methods of `ray.train.v2.api.data_parallel_trainer.DataParallelTrainer`.
     """
 
     def __init__(self, *args: Any, private: bool, **kwargs: Any):
@@ -59,6 +71,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 class _Workers(WorkerGroup):  # type: ignore[misc]
     """The workers of a controller that is no actor. They ask it for nothing: checkpoints are read
     from storage.
+
+    The method is that of `WorkerGroup`, with `controller_actor=None` for the current actor.
     """
 
     def _init_train_context_on_workers(
@@ -85,7 +99,7 @@ class _Controller(TrainController):  # type: ignore[misc]
 
 
 class _FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
-    """Asks no autoscaler."""
+    """Asks no autoscaler: overrides the three requests of `ScalingPolicy`."""
 
     def _maybe_send_resource_request(self) -> None:
         pass
