@@ -194,6 +194,7 @@ def test_workers_do_not_search_the_drivers_folder_first() -> None:
     assert compat.job_config_of_command_line()._runtime_env_has_working_dir()
 
 
+@pytest.mark.integration
 def test_trials_get_no_aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray import tune
     from ray.tune.execution import class_cache
@@ -231,6 +232,7 @@ def test_an_algorithm_has_its_files_in_its_folder(
     assert Path(tune.Trainable().logdir).parent == results
 
 
+@pytest.mark.integration
 def test_no_weights_are_dropped(ray_local: None, tmp_path: Path) -> None:
     """See also tests/agents/test_weights.py."""
     import ray
@@ -274,6 +276,7 @@ def test_no_weights_are_dropped(ray_local: None, tmp_path: Path) -> None:
     assert ray.get(runner.get_weights.remote()) == 5
 
 
+@pytest.mark.integration
 def test_replayed_episodes_have_infos() -> None:
     from ray.rllib.env.single_agent_episode import SingleAgentEpisode
     from ray.rllib.utils.replay_buffers import PrioritizedEpisodeReplayBuffer
@@ -318,6 +321,7 @@ assert build_shm_op() is None and probes == ["probed"]
 """
 
 
+@pytest.mark.integration
 @pytest.mark.integration
 def test_deepspeed_imports_no_mlflow_and_builds_no_op(tmp_path: Path) -> None:
     """DeepSpeed by itself does both, as the second half of each check shows."""

@@ -15,7 +15,6 @@ its probability, and a weight of dt would bias it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
