@@ -322,7 +322,6 @@ assert build_shm_op() is None and probes == ["probed"]
 
 
 @pytest.mark.integration
-@pytest.mark.integration
 def test_deepspeed_imports_no_mlflow_and_builds_no_op(tmp_path: Path) -> None:
     """DeepSpeed by itself does both, as the second half of each check shows."""
     (tmp_path / "mlflow.py").touch()  # quicker to import than MLflow
