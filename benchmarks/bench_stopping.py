@@ -27,7 +27,8 @@ from benchmarks.bench_world import train
 from mesocosm.config import StorageConfig, TrackingConfig, load
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.jobs import collect
 from mesocosm.jobs.pretrain import JOB

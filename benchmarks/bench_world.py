@@ -52,8 +52,8 @@ from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig
 from mesocosm.train.prepare import fitted_base
+from mesocosm.train.rank_trainer import corrupted
 from mesocosm.train.schedule import lr_factor
-from mesocosm.train.training import corrupted
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_world.json"

@@ -51,13 +51,13 @@ def test_the_tested_versions_are_those_of_constraints() -> None:
         partial(compat.algorithm_in_folder, object, "PPO", Path()),
         partial(compat.wait_for_weights, SimpleNamespace(sync_weights=None)),
         partial(compat.sample_infos, SimpleNamespace(sample=None)),
-        partial(importlib.import_module, "mesocosm.train.trainer"),
+        partial(importlib.import_module, "mesocosm.train.ray_train"),
     ],
 )
 def test_what_a_result_or_secret_depends_on_needs_the_tested_version(
     patch: Callable[[], Any], another_version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "mesocosm.train.trainer", raising=False)
+    monkeypatch.delitem(sys.modules, "mesocosm.train.ray_train", raising=False)
     with pytest.raises(UsageError) as error:
         patch()
     assert f"ray must be version {compat.TESTED['ray']}, got {another_version}" in str(error.value)

@@ -18,7 +18,7 @@ from mesocosm.policies.stored import load_policy as read_policy
 from mesocosm.scaling import fit
 from mesocosm.scaling.law import Law
 from mesocosm.scaling.table import CellTable
-from mesocosm.serve.session import find_world
+from mesocosm.serve.worlds import find_world
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import Partial, open_partial
 

@@ -18,7 +18,7 @@ import yaml
 from mesocosm.cli.main import main
 from mesocosm.cluster import kuberay
 from mesocosm.cluster import spec as cluster_spec
-from mesocosm.cluster.launcher import launcher_config
+from mesocosm.cluster.ec2_launcher import launcher_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Launcher = Callable[[], list[str]]

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 
 from mesocosm.cluster import spec as clusters
-from mesocosm.cluster.launcher import TOKEN, launcher_config
+from mesocosm.cluster.ec2_launcher import TOKEN, launcher_config
 from mesocosm.errors import UsageError
 
 from .conftest import KUBERAY, LAUNCHER, Reader

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from mesocosm.evaluate import policy_set
+from mesocosm.evaluate import policy_set, verdicts
 from mesocosm.evaluate.metrics.starts import POWER
 from mesocosm.evaluate.policy_set import ComparedPolicy
-from mesocosm.evaluate.report import verdicts
-from mesocosm.evaluate.report.verdicts import Verdict
 from mesocosm.evaluate.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
+from mesocosm.evaluate.verdicts import Verdict
 
 
 def answers(

@@ -20,7 +20,7 @@ from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.scaling.trunk import TrunkWork, TrunkWorker, single_rank
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.schedule import lr_factor
-from mesocosm.train.text_training import TextTrainer
+from mesocosm.train.text_rank_trainer import TextTrainer
 
 EXPERT = "mesocosm.envs.text.chores_policies:ChoresExpert"
 SMALL = ("model.family=language", "model.members=1", "model.context=768", "model.vocabulary=300")

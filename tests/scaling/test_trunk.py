@@ -17,8 +17,8 @@ from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
 from mesocosm.scaling.trunk import TrunkWork, TrunkWorker, branches, single_rank
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import prepare
+from mesocosm.train.rank_trainer import Diverged, RankTrainer
 from mesocosm.train.schedule import factor, length, lr_factor, share
-from mesocosm.train.training import Diverged, RankTrainer
 
 Make = Callable[..., Any]
 

@@ -18,8 +18,9 @@ from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
 from mesocosm.serve import session as session_module
 from mesocosm.serve.protocol import Message, pack, unpack
-from mesocosm.serve.session import Session, Sessions, Worlds
+from mesocosm.serve.session import Session, Sessions
 from mesocosm.serve.world_env import WorldVectorEnv
+from mesocosm.serve.worlds import Worlds
 
 from .worlds import DICT, bits, local, played, untrained
 

@@ -17,7 +17,8 @@ from factories import cart_in_bucket
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store import cache
 from mesocosm.store.artifacts import Storage

@@ -20,7 +20,7 @@ def after_put(
     """Call `action(feed)` in the worker after it reports `step`."""
 
     def changed(config: dict[str, Any]) -> None:
-        from mesocosm.train.feed import Feed
+        from mesocosm.train.driver_channel import Feed
 
         put = Feed.put
 

@@ -24,7 +24,7 @@ from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
-from mesocosm.train import checkpoint, prepare, training
+from mesocosm.train import checkpoint, prepare, rank_trainer
 from mesocosm.train import pretrain as driver
 from mesocosm.train.schedule import FACTOR, MARGIN, lr_factor
 
@@ -200,7 +200,7 @@ def test_corrupted_histories_of_a_single_episode_train_every_member(
     batch = Loader(dataset, Codec.from_json(world.codec), "train", 8, 8, 0).batch(0)
     first = {}
     for amount in (0.0, 5.0):
-        windows = training.corrupted(batch, world.base, amount, 0, 0)
+        windows = rank_trainer.corrupted(batch, world.base, amount, 0, 0)
         losses = fresh(windows, apply_base(world.base, windows))
         first[amount] = float(sum(losses.nats.values()) / losses.transitions)
     assert result.losses[1][0] == approx(first[5.0], abs=1e-3)

@@ -79,10 +79,10 @@ def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
     def killed_once(config: dict[str, Any]) -> None:
         import ray.train
 
-        from mesocosm.train import feed
+        from mesocosm.train import driver_channel
         from mesocosm.train.schedule import Watch
 
-        feed.FLUSH_SECONDS = 0.0  # rank 0 dies with its group: it reports every step
+        driver_channel.FLUSH_SECONDS = 0.0  # rank 0 dies with its group: it reports every step
         check = Watch.check
 
         def check_and_die(self: Watch, step: int, **values: Any) -> str | None:
@@ -139,7 +139,7 @@ def _overfitting() -> Callable[[dict[str, Any]], None]:
     """
 
     def overfitting(config: dict[str, Any]) -> None:
-        from mesocosm.train.training import RankTrainer
+        from mesocosm.train.rank_trainer import RankTrainer
 
         judge = RankTrainer.held_out_loss
 

@@ -94,7 +94,7 @@ def test_a_stopped_training_resumes_with_the_same_digits(
     shutil.copytree(logged[0] / "datasets", root / "datasets")
 
     def stopped(config: dict[str, Any]) -> None:
-        from mesocosm.train.feed import Feed
+        from mesocosm.train.driver_channel import Feed
 
         put = Feed.put
 

@@ -20,8 +20,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import unroll
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint, prepare
-from mesocosm.train.feed import Feed
-from mesocosm.train.training import corrupted
+from mesocosm.train.driver_channel import Feed
+from mesocosm.train.rank_trainer import corrupted
 
 
 def test_records_arrive_once_in_order_whoever_reads(root: str) -> None:

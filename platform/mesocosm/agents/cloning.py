@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from mesocosm import checks
 from mesocosm.config import ADDED, JobConfig
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.policies.candidates import INFOS, CandidateEpisodes, Candidates, check_spaces

@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from mesocosm.agents.candidate_module import row_space
-from mesocosm.agents.durations import Durations
+from mesocosm.agents.discounts import Durations
 from mesocosm.datasets.images import image_spaces
 from mesocosm.datasets.masks import has_mask, mask_size
 from mesocosm.errors import MesocosmError, UsageError

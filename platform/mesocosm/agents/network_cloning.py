@@ -22,8 +22,9 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.encoders import seen_spaces
 from mesocosm.agents.learners import copied_weights
 from mesocosm.agents.rllib import check_agent, export_module
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.masks import has_mask
+from mesocosm.datasets.split import Split
 from mesocosm.policies.heads import ActionMap, flatten_batch, stack
 from mesocosm.policies.images import ImageEncoder
 from mesocosm.runs.tracking import Run

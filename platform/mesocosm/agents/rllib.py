@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mesocosm import checks, compat
-from mesocosm.agents import durations, mbpo
+from mesocosm.agents import discounts, mbpo
 from mesocosm.agents.actor_critic import ActorCriticModule
 from mesocosm.agents.candidate_module import (
     ALGORITHM,
@@ -219,7 +219,7 @@ def build(
     if setup.algo in ON_POLICY:
         _start_small(algorithm)
     if not setup.branches:
-        durations.install(algorithm)
+        discounts.install(algorithm)
     return algorithm
 
 

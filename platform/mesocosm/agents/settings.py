@@ -1,4 +1,7 @@
-"""Settings of algorithms. RLlib's defaults suit long runs on Atari; a config's values win."""
+"""RLlib's parameters by algorithm: its defaults suit long runs on Atari. A config's `params` win.
+
+`config` has the keys that do not depend on the algorithm: horizon, gamma, rollout, penalty.
+"""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from mesocosm import config, output
 from mesocosm.cli import options
 from mesocosm.cli.doctor import cluster_checks, show
 from mesocosm.cluster import kuberay, spec
+from mesocosm.cluster.ec2_launcher import launcher_config
 from mesocosm.cluster.kuberay import to_yaml
-from mesocosm.cluster.launcher import launcher_config
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.jobs.registry import JOBS
 from mesocosm.serve import config as serve_config

@@ -38,15 +38,15 @@ def jobs() -> None:
 @jobs.command("list", params=[*PARAMS[1:]])
 def list_jobs(cluster: str | None, insecure: bool, as_json: bool) -> None:
     """List jobs, the latest first: state, age, progress."""
-    from mesocosm.cluster import watch
+    from mesocosm.cluster import submitted_jobs
 
-    rows = watch.list_jobs(cluster, insecure=insecure)
+    rows = submitted_jobs.list_jobs(cluster, insecure=insecure)
     if as_json:
         output.write_json(rows)
     elif rows:
         columns = ("id", "cluster", "state", "age", "progress")
         rows = [
-            row | {"age": watch.age(row["age_s"]), "progress": row["progress"] or ""}
+            row | {"age": submitted_jobs.age(row["age_s"]), "progress": row["progress"] or ""}
             for row in rows
         ]
         print(output.table([{name: row[name] for name in columns} for row in rows]))
@@ -60,21 +60,23 @@ def list_jobs(cluster: str | None, insecure: bool, as_json: bool) -> None:
 @jobs.command(params=[*PARAMS])
 def status(id: str, cluster: str | None, insecure: bool, as_json: bool) -> None:
     """Show a job's state, age, progress, artifact and MLflow run."""
-    from mesocosm.cluster import watch
+    from mesocosm.cluster import submitted_jobs
 
-    output.facts(watch.status(watch.find_job(id, cluster), insecure=insecure), as_json)
+    output.facts(
+        submitted_jobs.status(submitted_jobs.find_job(id, cluster), insecure=insecure), as_json
+    )
 
 
 @jobs.command(params=[*PARAMS])
 @click.option("--follow", is_flag=True, help="Continue until the job ends.")
 def logs(id: str, cluster: str | None, insecure: bool, as_json: bool, follow: bool) -> int:
     """Print the output of a job's driver."""
-    from mesocosm.cluster import watch
+    from mesocosm.cluster import submitted_jobs
 
-    record = watch.find_job(id, cluster)
-    remote = watch.connect(record.cluster, insecure=insecure)
+    record = submitted_jobs.find_job(id, cluster)
+    remote = submitted_jobs.connect(record.cluster, insecure=insecure)
     if isinstance(remote, str) or remote.state(record.id) is None:
-        text = watch.stored_log(record)
+        text = submitted_jobs.stored_log(record)
         if text is None:
             reason = (
                 remote if isinstance(remote, str) else f"cluster {record.cluster!r} has no such job"
@@ -93,11 +95,11 @@ def logs(id: str, cluster: str | None, insecure: bool, as_json: bool, follow: bo
 @jobs.command(params=[*PARAMS])
 def stop(id: str, cluster: str | None, insecure: bool, as_json: bool) -> None:
     """Stop a job. Training writes a checkpoint first."""
-    from mesocosm.cluster import watch
+    from mesocosm.cluster import submitted_jobs
     from mesocosm.cluster.remote import OVER
 
-    record = watch.find_job(id, cluster)
-    remote = watch.connect(record.cluster, insecure=insecure)
+    record = submitted_jobs.find_job(id, cluster)
+    remote = submitted_jobs.connect(record.cluster, insecure=insecure)
     if isinstance(remote, str):
         raise UsageError(remote)
     state = remote.state(record.id)
@@ -105,6 +107,6 @@ def stop(id: str, cluster: str | None, insecure: bool, as_json: bool) -> None:
     if state is None or state in OVER:
         message += ": there is nothing to stop"
     else:
-        state = watch.stop(record, remote)
+        state = submitted_jobs.stop(record, remote)
         message = f"{record.id} is {state.lower()}"
     output.write(json.dumps({"id": record.id, "state": state}) if as_json else message)

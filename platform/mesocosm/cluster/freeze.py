@@ -3,6 +3,9 @@
 config.yaml      as composed, for the cluster's storage and tracking
 mesocosm/        this package, which precedes an installed one on the cluster
 ...              the user's current folder, without hidden files and those that git ignores
+
+Installed packages are not sent. They are the cluster's (`clusters/Dockerfile`), and `submit`
+compares the versions of Python and Ray.
 """
 
 from __future__ import annotations

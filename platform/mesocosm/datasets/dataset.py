@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from mesocosm.datasets.places import episode_rows, grouped
 from mesocosm.datasets.shards import ShardArrays, load_array
 from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.split import Split
 from mesocosm.datasets.texts import TEXTS, stored
 from mesocosm.datasets.writer import DatasetWriter, write_dataset
 from mesocosm.errors import UsageError
@@ -40,7 +41,6 @@ from mesocosm.store.cache import Files, Partial
 __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
 
 Array = NDArray[Any]
-Split = Literal["train", "valid"]
 CHUNK_ROWS = 1 << 16
 UNUSED = 255
 """`split` of an episode that a view leaves out."""

@@ -1,17 +1,20 @@
 """Which episodes of a dataset are held out for validation: decided once, when it is written.
 
-A world never trains on held-out episodes. They stop its training, and `evaluate` measures on them.
+A world never trains on held-out episodes. They stop its training, and `evaluate` measures on them
+(`split_to_measure`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.datasets.permutation import key
 
+Split = Literal["train", "valid"]
 ENOUGH = 5
 """A dataset of this many episodes always holds one out."""
 
@@ -39,6 +42,13 @@ def choose_splits(
     if valid.all():
         valid[hashes.argmax()] = False
     return valid.astype(np.uint8)
+
+
+def split_to_measure(held_out: int, least: int) -> Split:
+    """The split on which an evaluation measures: the training split, which flatters a world, only
+    where fewer than `least` episodes or starts are held out. Reports note it.
+    """
+    return "valid" if held_out >= least else "train"
 
 
 def hashed_word(text: str) -> int:

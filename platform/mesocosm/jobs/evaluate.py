@@ -31,8 +31,8 @@ from mesocosm.evaluate.metrics.log import check_dataset
 from mesocosm.evaluate.policy_value import policy_value
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.frames import images_json
-from mesocosm.evaluate.report.verdicts import verdicts
 from mesocosm.evaluate.text_world import NOT_MEASURED, check_text_config, measure
+from mesocosm.evaluate.verdicts import verdicts
 from mesocosm.job import Job, Plan
 from mesocosm.model.any_world import AnyWorld, load_any
 from mesocosm.model.language.world import TextWorld

@@ -24,7 +24,7 @@ from mesocosm import checks
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, read_batches
 from mesocosm.data.ingest.frames import FrameDecoder, FrameStream
-from mesocosm.data.ingest.progress import ImportProgress
+from mesocosm.data.ingest.resume import ImportProgress
 from mesocosm.data.ingest.readers.files import sha256
 from mesocosm.data.ingest.readers.traces import REWARDS, TASKS, TraceConfig, TraceOptions
 from mesocosm.data.ingest.report import ImportTally, Inspection

@@ -21,7 +21,7 @@ from mesocosm.play.real_side import RealSide
 from mesocosm.play.routes import application
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.http_server import LoopbackServer
-from mesocosm.serve.session import find_world
+from mesocosm.serve.worlds import find_world
 from mesocosm.store.artifacts import Storage
 
 

@@ -13,7 +13,7 @@ from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig, check, first_replicas
 from mesocosm.serve.deployment import LISTENERS, check_world, deploy, undeploy
-from mesocosm.serve.session import find_world
+from mesocosm.serve.worlds import find_world
 from mesocosm.store.artifacts import Storage
 
 

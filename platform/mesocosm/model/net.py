@@ -1,4 +1,5 @@
-"""The network interface that all families share: the losses of all parts of a trajectory.
+"""The network interface that all families but `language` share: the losses of all parts of a
+trajectory. Losses of texts are in `language.net`.
 
 A family implements the dynamics. The base class adds the corrections of reward and termination by
 history, and the sums of nats. The start model p(task, o_0) is part of the frozen base.

@@ -1,4 +1,7 @@
-"""Fit a law of loss to a table of trained cells. Imports neither torch nor Ray."""
+"""Fit a law of loss to a table of trained cells, or refuse to. Imports neither torch nor Ray.
+
+`forms` has the forms of a law, `estimate` chooses one and resamples the table, `solve` minimises.
+"""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from mesocosm.scaling.grid import Cell, Grid, Trunk
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import engine, prepare
 from mesocosm.train.engine import Rank
+from mesocosm.train.rank_trainer import Diverged, RankTrainer
 from mesocosm.train.schedule import factor
-from mesocosm.train.text_training import trainer_of
-from mesocosm.train.training import Diverged, RankTrainer
+from mesocosm.train.text_rank_trainer import trainer_of
 
 
 @dataclass(frozen=True)

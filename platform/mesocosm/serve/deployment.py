@@ -22,7 +22,8 @@ from mesocosm.serve.connection import LOOPBACK
 from mesocosm.serve.line import LineServer, packed
 from mesocosm.serve.plans import PlanServer
 from mesocosm.serve.protocol import pack, unpack
-from mesocosm.serve.session import Sessions, Worlds, find_world
+from mesocosm.serve.session import Sessions
+from mesocosm.serve.worlds import Worlds, find_world
 from mesocosm.store.artifacts import Storage
 
 if TYPE_CHECKING:

@@ -36,7 +36,8 @@ from mesocosm.model.tensors import Parts
 from mesocosm.serve.connection import Connection, Served, reply_of
 from mesocosm.serve.infos import final_infos
 from mesocosm.serve.protocol import CONTEXT, START, Message, batch_rows, get, put
-from mesocosm.serve.session import Sessions, Worlds
+from mesocosm.serve.session import Sessions
+from mesocosm.serve.worlds import Worlds
 
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")

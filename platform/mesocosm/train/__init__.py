@@ -1,5 +1,5 @@
 """Training of a world, by DeepSpeed under Ray Train.
 
-Read `pretrain` (the driver), `worker` (the loop of every rank), `training` (one step) and `engine`
-(DeepSpeed) in this order.
+Read in this order: `pretrain` (the driver), `ray_train` (its workers), `worker` (the loop of every
+rank), `rank_trainer` (one step) and `engine` (DeepSpeed).
 """

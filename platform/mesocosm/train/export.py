@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.model import widening
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -24,7 +25,7 @@ from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
 from mesocosm.model.tensors import Transition, Windows
 from mesocosm.model.world import World
-from mesocosm.train.training import training_episodes
+from mesocosm.train.rank_trainer import training_episodes
 
 CHECK_WINDOWS = 4096
 WIDEN_WINDOWS = 1024

@@ -18,8 +18,9 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.data.tokens.reading import tokenized
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.split import Split
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts, head_fit
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions

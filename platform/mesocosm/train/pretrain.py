@@ -32,6 +32,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, known, prepare
 from mesocosm.train.checkpoint import Checkpoint
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
+from mesocosm.train.driver_channel import Feed
 from mesocosm.train.export import (
     TerminationCheck,
     calibrate,
@@ -39,7 +40,6 @@ from mesocosm.train.export import (
     load_trained,
     widen,
 )
-from mesocosm.train.feed import Feed
 from mesocosm.train.prepare import AnyCodec, AnyLoader
 from mesocosm.train.text_export import calibrate_text, check_text, load_trained_text
 from mesocosm.train.texts import TextCorpus
@@ -291,7 +291,7 @@ def _train(
     work: TrainWork, config: PretrainConfig, run: Run, dataset: Dataset, codec: AnyCodec
 ) -> None:
     """Train on the cluster and log rank 0's records; fit the base while the workers start."""
-    from mesocosm.train.trainer import make_trainer  # imports Ray Train
+    from mesocosm.train.ray_train import make_trainer  # imports Ray Train
 
     storage, folder = run.storage, checkpoint.folder_of(work.id)
     base_path = f"{folder}/{prepare.BASE}"

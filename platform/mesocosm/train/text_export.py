@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.errors import ArtifactError
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import new_text_net

@@ -12,7 +12,8 @@ from typing import Any
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.text_loader import TextLoader
 from mesocosm.data.loading.texts import TextCodec, text_episodes
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.language.pretrained import load_pretrained

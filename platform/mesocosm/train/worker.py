@@ -23,11 +23,11 @@ from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint, engine, prepare
 from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
+from mesocosm.train.driver_channel import Feed
 from mesocosm.train.engine import Rank
-from mesocosm.train.feed import Feed
+from mesocosm.train.rank_trainer import Diverged
 from mesocosm.train.schedule import Judgement, Watch, due, judged_steps, lr_factor, overtrained
-from mesocosm.train.text_training import trainer_of
-from mesocosm.train.training import Diverged
+from mesocosm.train.text_rank_trainer import trainer_of
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""

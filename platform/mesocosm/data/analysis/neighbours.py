@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from mesocosm.data.analysis.texts import bags_of_words
 from mesocosm.data.loading.normalize import Moments
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import ARRAYS, SPLITS
 from mesocosm.datasets.permutation import key, mix, permute
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.split import Split
 from mesocosm.datasets.texts import TEXTS
 
 Array = NDArray[Any]

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.permutation import key
 from mesocosm.datasets.places import episode_rows
+from mesocosm.datasets.split import Split
 from mesocosm.datasets.texts import SHOWN
 
 Array = NDArray[Any]

@@ -28,7 +28,8 @@ from mesocosm.data.ingest.leaves import (
     shown,
 )
 from mesocosm.data.ingest.readers import PROBLEM, About, lerobot
-from mesocosm.data.ingest.sources import TRACES, Source
+from mesocosm.data.ingest.readers.registry import TRACES
+from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import RowError, Stat, infer_space, take_integers
 from mesocosm.datasets.spaces import shown_space
 from mesocosm.errors import UsageError, nearest

@@ -16,39 +16,17 @@ from mesocosm.config import fingerprint
 from mesocosm.data.ingest.readers import (
     About,
     LogPiece,
-    agentworld,
-    chat,
     files,
-    jsonl,
     lerobot,
     minari,
-    otel,
     parquet,
     pictures,
     rllib,
 )
 from mesocosm.data.ingest.readers.lerobot_cameras import INFO
-from mesocosm.data.ingest.readers.traces import TraceOptions, TraceReader, documents
+from mesocosm.data.ingest.readers.registry import IN_FOLDERS, READERS, SUFFIXES, TRACES
+from mesocosm.data.ingest.readers.traces import TraceOptions, documents
 from mesocosm.errors import MesocosmError, UsageError
-
-READERS: dict[str, Any] = {
-    "jsonl": jsonl,
-    "lerobot": lerobot,
-    "minari": minari,
-    "parquet": parquet,
-    "pictures": pictures,
-    "rllib": rllib,
-    "agentworld": TraceReader(agentworld.traces, "AgentWorldBench"),
-    "chat": TraceReader(chat.traces, "a chat"),
-    "otel": TraceReader(otel.traces, "OpenTelemetry spans"),
-}
-TRACES = {"agentworld": agentworld.holds, "chat": chat.holds, "otel": otel.holds}
-"""The formats of traces of language agents, by how the first value of a file is known."""
-SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
-IN_FOLDERS = (".parquet", ".jsonl", ".ndjson")
-"""The suffixes for which a folder is searched. Files in .json are read only if there are none of
-these.
-"""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import OUTCOMES, SPLITS
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.datasets.places import grouped
+from mesocosm.datasets.split import Split
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

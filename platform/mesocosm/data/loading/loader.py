@@ -34,8 +34,9 @@ from mesocosm.data.loading.index import (
     words,
 )
 from mesocosm.data.loading.windows import batches, windows
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.split import Split
 from mesocosm.errors import UsageError
 from mesocosm.model.tensors import Events, Windows
 

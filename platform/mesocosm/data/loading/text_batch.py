@@ -11,8 +11,9 @@ from gymnasium.vector.utils import batch_space, iterate
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.texts import TextCodec
 from mesocosm.data.loading.windows import spread_episodes
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import ResetOption
+from mesocosm.datasets.split import Split
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.language.session import Texts
 from mesocosm.model.spec import Spec

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from mesocosm.data.loading.index import ORDER
 from mesocosm.data.loading.texts import TextCodec, text_episodes
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.split import Split
 from mesocosm.errors import UsageError
 from mesocosm.model.language.stream import Marked, Segment, TokenRows, collate, pack, segments
 

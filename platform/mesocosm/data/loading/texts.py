@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.normalize import statistics
 from mesocosm.datasets.bounds import outside
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.leaf import Leaf, Space
 from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.split import Split
 from mesocosm.datasets.texts import shown
 from mesocosm.errors import UsageError
 from mesocosm.model.language.stream import TextEpisode

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import Index
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.permutation import key, permute
 from mesocosm.datasets.places import grouped
 from mesocosm.datasets.slots import SlotRows
+from mesocosm.datasets.split import Split
 from mesocosm.model.tensors import Events, Parts, Windows
 
 Array = NDArray[Any]

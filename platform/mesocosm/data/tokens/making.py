@@ -19,9 +19,10 @@ from mesocosm.data.tokens.counting import PatchCounts
 from mesocosm.data.tokens.learning import fit_fsq
 from mesocosm.data.tokens.reading import Tokenizers
 from mesocosm.data.tokens.reconstruction import Reconstruction
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import SPLITS
+from mesocosm.datasets.split import Split
 from mesocosm.model.tokenizer.dictionary import PatchDictionary
 from mesocosm.model.tokenizer.frames import FrameTokenizer, as_bytes, sizes_dtype
 from mesocosm.model.tokenizer.fsq import PatchFSQ

@@ -24,9 +24,10 @@ from mesocosm.data.analysis.neighbours import (
     principal,
     tried,
 )
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.leaf import Leaf
 from mesocosm.datasets.manifest import OUTCOMES
+from mesocosm.datasets.split import Split
 
 Array = NDArray[Any]
 SCHEMA = 1

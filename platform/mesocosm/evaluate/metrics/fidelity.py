@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.evaluate.config import HORIZONS
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play, single_steps

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from mesocosm.data.tokens.making import spread
 from mesocosm.data.tokens.reconstruction import MOVING, psnr
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.images import image_names, image_values
+from mesocosm.datasets.split import Split
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play
 from mesocosm.evaluate.metrics.open_loop import Progress
 from mesocosm.model.tokenizer.frames import as_bytes

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split, split_to_measure
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import unroll
@@ -68,7 +69,7 @@ def known_parts(world: World, dataset: Dataset) -> KnownParts | None:
     known = world.known
     if known is None:
         return None
-    split: Split = "valid" if len(dataset.episodes("valid")) else "train"
+    split = split_to_measure(len(dataset.episodes("valid")), 1)
     loader = Loader(dataset, codec_of(world), split, world.config.context, BATCH, seed=0)
     columns: list[NDArray[np.float64]] = []
     for windows in itertools.islice(loader.eval_batches(), BATCHES):

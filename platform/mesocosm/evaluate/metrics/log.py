@@ -13,7 +13,8 @@ from torch import Tensor
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.text_batch import AnyBatchCodec
 from mesocosm.data.loading.windows import coded
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
 from mesocosm.model.carry import Carry, Context, StepOut

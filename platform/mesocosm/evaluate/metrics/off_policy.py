@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import coded
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import Environment
+from mesocosm.datasets.split import Split, split_to_measure
 from mesocosm.datasets.writer import write_dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
@@ -146,7 +147,7 @@ def off_policy(
     """
     codec, notes = codec_of(world), []
     logs = coded(logs, codec)
-    split: Split = "valid" if len(logs.episodes("valid")) >= 2 else "train"
+    split = split_to_measure(len(logs.episodes("valid")), 2)
     if split == "train":
         notes.append(
             "validation is too small: what a large error is, is taken from the training split."

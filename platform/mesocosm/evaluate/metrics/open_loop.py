@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split, split_to_measure
 from mesocosm.evaluate.config import HORIZONS
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import ROWS, Array, Log, codec_of, play
@@ -116,8 +117,7 @@ def open_loop(
     warmup = world.net.memory // 2
     notes: list[str] = []
     count = len(dataset.episodes("valid"))
-    if split == "valid" and count < 2:
-        split = "train"
+    if split == "valid" and (split := split_to_measure(count, 2)) == "train":
         few = f"validation holds {count} episodes, too few"
         notes.append(f"{few}: these are errors on the training split.")
     log = Log(dataset, codec, split)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.data.loading.windows import start_parts
-from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.split import Split, split_to_measure
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
 from mesocosm.evaluate.metrics.start_space import StartRows, StartSpace
@@ -135,7 +136,7 @@ def task_distribution(
         valid += StartRows.of(*more)
     keys = rng.keys(seed, torch.arange(starts, device=world.device), 0, 0)
     made = StartRows.of(*world.sample_start(keys))
-    split: Split = "valid" if len(valid) >= LEAST else "train"
+    split = split_to_measure(len(valid), LEAST)
     real, every = valid if split == "valid" else train, train + valid
     notes: list[str] = []
     facts: dict[str, Any] = {"generated": len(made), "training": len(train), "split": split}

@@ -1,4 +1,4 @@
-"""The formats of logs, one module each:
+"""The formats of logs, one module each, which registry.py lists:
 
     head(path) -> Table              the first rows, for their columns and types
     pieces(path) -> [(begin, end)]   parts that can be read separately, in order

@@ -14,8 +14,8 @@ from mesocosm.model.language.net import TextNet
 from mesocosm.model.net import WindowLosses
 from mesocosm.model.widening import FEW
 from mesocosm.train.prepare import AnyCodec
+from mesocosm.train.rank_trainer import RankTrainer
 from mesocosm.train.texts import TextCorpus
-from mesocosm.train.training import RankTrainer
 
 
 @dataclass

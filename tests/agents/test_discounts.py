@@ -15,9 +15,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from mesocosm.agents import durations, rllib, settings
+from mesocosm.agents import discounts, rllib, settings
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.durations import Durations
+from mesocosm.agents.discounts import Durations
 from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import MesocosmError, UsageError
 
@@ -174,7 +174,7 @@ def test_without_durations_nothing_changes(
     for name in ("plain", "silent", "reports"):
         with monkeypatch.context() as patch:
             if name == "plain":
-                patch.setattr(durations, "install", lambda algorithm: None)
+                patch.setattr(discounts, "install", lambda algorithm: None)
             with built(tmp_path, algo, reports=name == "reports", **early) as algorithm:
                 if algo == "DQN":  # RLlib does not seed it
                     algorithm.local_replay_buffer.rng = np.random.default_rng(0)
