@@ -29,7 +29,7 @@ URL = "http://127.0.0.1:8265"
 
 @pytest.mark.integration
 def test_it_imports_neither_ray_nor_torch() -> None:
-    modules = ("cluster.spec", "cli.cluster", "cluster.kuberay", "cluster.launcher")
+    modules = ("cluster.spec", "cli.cluster", "cluster.kuberay", "cluster.ec2_launcher")
     imports = ", ".join(f"mesocosm.{module}" for module in modules)
     check = "assert not {'ray', 'torch', 'boto3'} & set(sys.modules)"
     command = [sys.executable, "-c", f"import sys, {imports}; {check}"]

@@ -2,7 +2,7 @@
 
 Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks and
 counts every value, and the second writes. The same files and config give the same bytes for any
-number of workers. A killed import continues from its last whole shard (`ingest.progress`).
+number of workers. A killed import continues from its last whole shard (`ingest.resume`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mesocosm import checks
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, read_batches
 from mesocosm.data.ingest.frames import FrameDecoder, FrameStream
-from mesocosm.data.ingest.resume import ImportProgress
 from mesocosm.data.ingest.readers.files import sha256
 from mesocosm.data.ingest.readers.traces import REWARDS, TASKS, TraceConfig, TraceOptions
 from mesocosm.data.ingest.report import ImportTally, Inspection
+from mesocosm.data.ingest.resume import ImportProgress
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.data.parallel import ordered, resources, worker_count
