@@ -11,64 +11,13 @@ import torch
 from gymnasium import spaces
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Spec
 from mesocosm.model.tensors import Parts
 
-Write = Callable[..., Path]
-GOAL = spaces.Dict(
-    goal=spaces.Dict(at=spaces.Box(-9, 9, (1,), np.float64), name=spaces.Text(3, charset="ab")),
-    body=spaces.Box(-np.inf, np.inf, (3,), np.float64),
-    word=spaces.Text(4, min_length=2, charset="xyz"),
-    lamp=spaces.Discrete(2),
-)
-
-
-def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
-    """body = (large offset, constant, unit normal); the goal is constant in an episode."""
-    rng = np.random.default_rng(seed)
-    episodes = []
-    for k in range(count):
-        length = 20
-        goal = {"at": np.array([k / 4]), "name": "ab"[: 1 + k % 2]}
-        body = np.stack(
-            [
-                1e6 + 50 * rng.normal(size=length + 1),
-                np.full(length + 1, 7.0),
-                rng.normal(size=length + 1),
-            ],
-            1,
-        )
-        observations = [
-            {"goal": goal, "body": row, "word": "xyz"[: 2 + t % 2], "lamp": np.int64(t % 2)}
-            for t, row in enumerate(body)
-        ]
-        actions = [rng.normal(size=2).astype(np.float32) for _ in range(length)]
-        arguments: dict[str, Any] = {
-            "rewards": rng.normal(3, 2, length),
-            "outcome": "terminated" if k % 2 else "truncated",
-        } | rest
-        episodes.append(
-            Episode(
-                index=k,
-                seed=k,
-                behaviour="random",
-                observations=observations,
-                actions=actions,
-                **arguments,
-            )
-        )
-    return episodes
-
-
-def fitted(write: Write, episodes: list[Episode], **facts: Any) -> tuple[Codec, Dataset]:
-    dataset = Dataset(
-        [write(episodes, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), **facts)]
-    )
-    return Codec.fit(dataset), dataset
+from .goals import GOAL, Write, fitted, goal_episodes
 
 
 def encoded(codec: Codec, dataset: Dataset, values: list[Any]) -> Parts:
@@ -319,93 +268,6 @@ def test_durations_that_span_factors_of_a_hundred_are_learned_by_their_logarithm
     for linear in (np.linspace(0.5, 40.0, 20), np.append(0.0, durations[1:])):
         plain, _ = fitted(write, goal_episodes(durations=linear), id=f"{linear[0]}")
         assert not plain.spec.duration_log and "duration_log" not in plain.spec.to_json()
-
-
-def test_a_task_of_observation_keys_round_trips(write: Write) -> None:
-    codec, dataset = fitted(write, goal_episodes(), task=["goal"])
-    spec = codec.spec
-    assert (spec.observation.numbers, spec.observation.categories) == (3, (4, 4, 4, 4, 2))
-    assert (spec.task.numbers, spec.task.categories) == (1, (3, 3, 3))
-    (text,) = spec.observation.texts
-    assert (text.start, text.length, text.min_length) == (0, 4, 2)
-    assert [(t.start, t.length) for t in spec.task.texts] == [(0, 3)]
-    assert len(spec.task.bins) == 1
-    task, observation = start_parts(dataset, codec, "train")
-    back = codec.decode_observation(observation, task)
-    starts = [e.observations[0] for e in dataset.iter_episodes("train")]
-    np.testing.assert_allclose(
-        back["goal"]["at"], [s["goal"]["at"] for s in starts], rtol=1e-6, atol=1e-6
-    )
-    assert back["goal"]["name"] == tuple(s["goal"]["name"] for s in starts)
-    np.testing.assert_allclose(back["body"], [s["body"] for s in starts], rtol=1e-6)
-    again = codec.task(back)
-    np.testing.assert_allclose(again.numbers, task.numbers, rtol=1e-5, atol=1e-6)
-    assert torch.equal(again.categories, task.categories)
-    assert codec.task_options(task) == [{}] * len(starts)
-    nested, _ = fitted(write, goal_episodes(), id="nested", task=["goal.name"])
-    assert (nested.spec.task.numbers, nested.spec.observation.numbers) == (0, 4)
-
-
-def test_a_task_key_that_changes_is_refused(write: Write) -> None:
-    for key in ("body", "lamp"):
-        with pytest.raises(UsageError, match=f"{key}.*changes within an episode"):
-            fitted(write, goal_episodes(), id=key, task=[key])
-    with pytest.raises(UsageError, match="leave at least one"):
-        fitted(
-            write,
-            [e for e in goal_episodes() if _freeze(e)],
-            id="all",
-            task=["goal", "body", "word", "lamp"],
-        )
-
-
-def _freeze(episode: Episode) -> bool:
-    episode.observations = [episode.observations[0]] * len(episode.observations)
-    return True
-
-
-def test_a_task_of_reset_options(write: Write) -> None:
-    episodes = goal_episodes()
-    for k, episode in enumerate(episodes):
-        episode.task = {"map": ["hill", "lake", "road"][k % 3], "mass": k / 2, "level": k % 4}
-    codec, dataset = fitted(write, episodes, task=["map", "mass", "level"])
-    assert (codec.spec.task.numbers, codec.spec.task.categories) == (1, (3, 4))
-    assert codec.spec.observation.numbers == 4
-    task, _ = start_parts(dataset, codec, "train")
-    options_of_tasks = codec.task_options(task)
-    for options, episode in zip(options_of_tasks, dataset.iter_episodes("train"), strict=True):
-        assert (options["map"], options["level"]) == (episode.task["map"], episode.task["level"])
-        assert options["mass"] == pytest.approx(episode.task["mass"], abs=1e-6)
-    batch = codec.decode_observation(start_parts(dataset, codec, "train")[1], task)
-    again = codec.task(batch, options_of_tasks)
-    assert torch.equal(again.categories, task.categories)
-    np.testing.assert_allclose(again.numbers, task.numbers, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UsageError, match=r"map must be in .*hill.*got 'moon'"):
-        codec.task(batch, [{**options, "map": "moon"} for options in options_of_tasks])
-    with pytest.raises(UsageError, match=r"reset options .* got None"):
-        codec.task(batch)
-
-
-def test_a_world_refuses_data_with_an_unknown_choice(
-    write: Write, counted: Callable[..., Episode]
-) -> None:
-    old = Dataset(
-        [
-            write(
-                [counted(k, 5, task={"map": "ab"[k % 2]}) for k in range(6)], id="old", task=["map"]
-            )
-        ]
-    )
-    new = Dataset(
-        [
-            write(
-                [counted(k, 5, task={"map": "ac"[k % 2]}) for k in range(6)], id="new", task=["map"]
-            )
-        ]
-    )
-    codec = Codec.fit(old)
-    with pytest.raises(UsageError, match=r"map must be in .*got 'c'"):
-        start_parts(new, codec, "train")
 
 
 def test_the_id_is_of_the_content(write: Write) -> None:

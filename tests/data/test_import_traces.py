@@ -15,51 +15,12 @@ from mesocosm.data.ingest.readers import agentworld, otel
 from mesocosm.data.ingest.readers import chat as chat_reader
 from mesocosm.data.ingest.readers.traces import TraceConfig, TraceOptions
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.jobs.import_logs import JOB
-from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.store.artifacts import Storage
 
 from .logs import configured, report
-
-Import = Callable[..., Artifact]
-Record = dict[str, Any]
-SEARCH = {"id": "1", "type": "function", "function": {"name": "search", "arguments": '{"q": "日"}'}}
-
-
-def say(role: str, text: Any, **more: Any) -> Record:
-    return {"role": role, "content": text, **more}
-
-
-def chat(**fields: Any) -> Record:
-    """Two actions: a tool call, and the answer that ends it."""
-    messages = [
-        say("system", "You are a clerk."),
-        say("user", "Find the day 🙂"),
-        say("assistant", "I search.", tool_calls=[SEARCH]),
-        say("tool", "Sunday", tool_call_id="1"),
-        say("user", "Hurry!"),
-        say("assistant", "It is Sunday."),
-    ]
-    return {"messages": messages, "reward": 1.0} | fields
-
-
-def lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def episodes(artifact: Artifact) -> list[Episode]:
-    return list(Dataset([artifact.path]).iter_episodes())
-
-
-def refused(path: Path, **keys: Any) -> str:
-    """The one sentence that refuses an import."""
-    with pytest.raises(UsageError) as caught:
-        JOB.preview(configured(path, **keys))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+from .traces import Import, Record, chat, conversation, episodes, lines, otlp, refused, sample, say
 
 
 def test_a_chat_is_an_episode(folder: Path, import_logs: Import) -> None:
@@ -242,21 +203,6 @@ def test_a_lone_surrogate_in_rows_is_refused_with_its_row(folder: Path) -> None:
     assert "row 2" in message and "lone surrogate" in message
 
 
-# -- AgentWorldBench
-
-
-def sample(**fields: Any) -> Record:
-    return {
-        "task": "terminal",
-        "id": 7,
-        "system_str": "# Role\nYou simulate a terminal.",
-        "prompt": ["**Action:** ls", "**Action:** pwd"],
-        "response": ["a.txt", "/home"],
-        "turn_idx": 1,
-        "total_turns": 2,
-    } | fields
-
-
 def test_agentworldbench(folder: Path, import_logs: Import) -> None:
     path = lines(folder / "terminal_test.jsonl", sample(), sample(prompt="pwd", response="/"))
     assert "columns.reward=NAME, or traces.reward=zero" in refused(path).replace(
@@ -276,112 +222,6 @@ def test_agentworldbench(folder: Path, import_logs: Import) -> None:
     assert "line 1: prompt has 2 turns and response 1" in refused(uneven)
     none = lines(folder / "d.jsonl", sample(prompt=[], response=[]))
     assert "line 1: it has no action" in refused(none)
-
-
-# -- OpenTelemetry
-
-
-def part(text: str) -> Record:
-    return {"type": "text", "content": text}
-
-
-def message(role: str, *parts: Record) -> Record:
-    return {"role": role, "parts": list(parts)}
-
-
-QUESTION = message("user", part("What day?"))
-ASKED = message(
-    "assistant",
-    {"type": "reasoning", "content": "hm"},
-    {"type": "tool_call", "id": "1", "name": "day", "arguments": {"zone": "日"}},
-)
-ANSWER = message("tool", {"type": "tool_call_response", "id": "1", "response": {"day": "Sun"}})
-DONE = message("assistant", part("Sunday."))
-
-
-def span(start: int, inputs: list[Record], output: Record, **attributes: Any) -> Record:
-    facts: Record = {
-        "gen_ai.operation.name": "chat",
-        "gen_ai.request.model": "m1",
-        "gen_ai.input.messages": json.dumps(inputs),
-        "gen_ai.output.messages": [output],
-        "gen_ai.system_instructions": [part("You tell days.")],
-    } | attributes
-    return {"traceId": "t", "startTimeUnixNano": str(start), "name": "chat", "attributes": facts}
-
-
-def value(raw: Any) -> Record:
-    """A value in the form of OTLP JSON."""
-    if isinstance(raw, dict):
-        return {"kvlistValue": {"values": typed(raw)}}
-    if isinstance(raw, list):
-        return {"arrayValue": {"values": list(map(value, raw))}}
-    if isinstance(raw, int):
-        return {"intValue": str(raw)}
-    return {"doubleValue": raw} if isinstance(raw, float) else {"stringValue": raw}
-
-
-def typed(attributes: Record) -> list[Record]:
-    return [{"key": key, "value": value(raw)} for key, raw in attributes.items()]
-
-
-def otlp(*spans: Record) -> Record:
-    inside = [item | {"attributes": typed(item["attributes"])} for item in spans]
-    return {"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": inside}]}]}
-
-
-def conversation(**attributes: Any) -> list[Record]:
-    """The spans of a trace, the later one first, with a root span and another program's span."""
-    root = {"traceId": "t", "name": "invoke_agent", "attributes": {"reward": 2.5}}
-    other = {"traceId": "u", "name": "GET", "attributes": {"http.status": 200}}
-    second = span(200, [QUESTION, ASKED, ANSWER], DONE, **attributes)
-    return [second, other, root, span(100, [QUESTION], ASKED, **attributes)]
-
-
-@pytest.mark.parametrize("form", ["otlp", "lines", "spans"])
-def test_spans(folder: Path, import_logs: Import, form: str) -> None:
-    spans = conversation()
-    if form == "otlp":
-        path = folder / "a.json"
-        path.write_text(json.dumps(otlp(*spans)))
-    elif form == "lines":
-        path = lines(folder / "a.jsonl", *map(otlp, spans))
-    else:
-        path = lines(folder / "a.jsonl", *spans)
-    (episode,) = episodes(import_logs(path))
-    assert episode.observations == ["What day?", '{"day": "Sun"}', ""]
-    assert episode.actions == ['{"name": "day", "arguments": {"zone": "日"}}', "Sunday."]
-    assert episode.rewards.tolist() == [0, 2.5] and episode.outcome == "terminated"
-    assert episode.task == {"system": "You tell days."} and episode.behaviour == "m1"
-
-
-def test_spans_of_one_conversation_and_rewards_of_spans(folder: Path, import_logs: Import) -> None:
-    """Conversations may span traces. A span's event may hold the score of its action."""
-    name = "gen_ai.evaluation.score.value"
-    one, two = {"gen_ai.conversation.id": "c1"}, {"gen_ai.conversation.id": "c2"}
-    first = span(1, [QUESTION], ASKED, **one, **{name: 0.5})
-    later = span(3, [QUESTION, ASKED, ANSWER], DONE, **one) | {
-        "traceId": "later",
-        "events": [{"name": "gen_ai.evaluation.result", "attributes": {name: 1}}],
-    }
-    other = span(2, [QUESTION], DONE, **two, **{name: 4.0}) | {"traceId": "x"}
-    path = lines(folder / "a.jsonl", first, other, later)
-    both = episodes(import_logs(path, columns={"reward": name}))
-    assert [episode.rewards.tolist() for episode in both] == [[0.5, 1], [4]]
-
-
-def test_spans_that_are_no_episodes(folder: Path) -> None:
-    empty = span(1, [QUESTION], DONE)
-    del empty["attributes"]["gen_ai.output.messages"]
-    assert "CAPTURE_MESSAGE_CONTENT" in refused(lines(folder / "a.jsonl", empty))
-    other = {"traceId": "u", "name": "GET", "attributes": {"http.status": 200}}
-    assert "no span that calls a model" in refused(lines(folder / "b.jsonl", other))
-    bad = span(1, [QUESTION], DONE, **{"gen_ai.input.messages": '[{"role"'})
-    problem = refused(lines(folder / "c.jsonl", bad))
-    assert "c.jsonl" in problem and "line 1: gen_ai.input.messages is not JSON" in problem
-    image = span(1, [message("user", {"type": "blob", "content": "x"})], DONE)
-    assert "'blob', which must be text" in refused(lines(folder / "d.jsonl", image))
-    assert "no reward" in refused(lines(folder / "e.jsonl", span(1, [QUESTION], DONE)))
 
 
 def test_ids_of_other_imports_do_not_change(folder: Path, root: str) -> None:

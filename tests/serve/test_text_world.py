@@ -6,7 +6,6 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -17,43 +16,19 @@ from gymnasium import spaces
 
 pytest.importorskip("tokenizers")
 
-from model.language.nets import small
 
-from mesocosm.data.loading.text_batch import TextBatchCodec
-from mesocosm.data.loading.texts import TextCodec
-from mesocosm.datasets.manifest import ResetOption
-from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.model.language.net import TextNet
+from mesocosm.errors import UsageError
 from mesocosm.model.language.session import Texts
-from mesocosm.model.language.tokenizer import TextTokenizer
 from mesocosm.model.language.world import TextWorld
-from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.serve import session as session_module
 from mesocosm.serve import text_memory
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions
 from mesocosm.serve.text_batching import MOST, TextEngine
 from mesocosm.serve.text_memory import cache_bytes
-from mesocosm.serve.text_session import DRAWS
 from mesocosm.serve.world_env import WorldVectorEnv
 
-TEXT = spaces.Text(400, min_length=0, charset="abcdefghijklmnopqrstuvwxyz .")
-REST = {"reward_values": [0.0, 0.2, 1.0], "terminal_rate": 0.05}
-WORDS = ["you see a mug.", "you see a pen.", "take mug", "look", "go to table"]
-
-
-def text_world(
-    observation: Any = TEXT, window: int = 128, members: int = 1, options: Any = ()
-) -> TextWorld:
-    """A small world with random weights."""
-    tokenizer = TextTokenizer.train(WORDS, 300)
-    backbone = small("100k", tokenizer.size, members, 2 if members > 1 else 0)
-    environment = {"id": "mesocosm.envs.text:Chores-v0", "task": [], "max_episode_steps": 20}
-    codec = TextCodec(observation, TEXT, environment, options, {}, REST)
-    spec = Spec(PartSpec(), PartSpec(), reward_values=(0.0, 0.2, 1.0), terminal_rate=0.05)
-    net = TextNet(backbone, spec)
-    sizes: Any = {"window": window, "longest": 12, "longest_start": 16, "codec": codec.to_json()}
-    return TextWorld(net, tokenizer, **sizes)
+from .text_worlds import TEXT, WORDS, text_world
 
 
 class Wire:
@@ -233,82 +208,6 @@ def test_a_text_that_is_no_observation_ends_the_episode() -> None:
     after, _, terminated, truncated, infos = env.step(("look", "look"))
     assert truncated.all() and not terminated.any() and infos["diverged"].all()
     assert after["say"] == observation["say"], "the last observation that could be read"
-
-
-GOOD, BAD = 'you see a mug.\n{"count": 1}', 'you see a mug.\n{"count": 1'
-COUNTED = spaces.Dict({"say": TEXT, "count": spaces.Discrete(3)})
-
-
-def drawing(world: TextWorld, good: Callable[[int], bool], bad: str = BAD) -> list[int]:
-    """Let the world draw `GOOD` for the keys of `good` and `bad` for the others. The keys."""
-    keys: list[int] = []
-
-    def sample_start(drawn: torch.Tensor) -> tuple[list[str], list[str]]:
-        keys.extend(drawn.tolist())
-        return [""] * len(drawn), [GOOD if good(key) else bad for key in drawn.tolist()]
-
-    world.sample_start = sample_start  # type: ignore[method-assign]
-    return keys
-
-
-@pytest.mark.parametrize("bad", [BAD, "you see a mug.", "a\n" + "[" * 5000, 'a\n{"count": 7}'])
-def test_a_start_that_cannot_be_read_is_drawn_again(bad: str) -> None:
-    world = text_world(COUNTED)
-    keys = drawing(world, lambda key: key % 2 == 0, bad)
-    transcripts = []
-    for _ in range(2):
-        env = WorldVectorEnv(4, world, horizon=2)
-        transcripts.append((env.reset(seed=0)[0]["count"].tolist(), env.step(("look",) * 4)[0]))
-    assert transcripts[0][0] == [1] * 4 and str(transcripts[0]) == str(transcripts[1])
-    first, again = keys[: len(keys) // 2], keys[len(keys) // 2 :]
-    assert first == again, "the same keys in the same order"
-    wrong = [key for key in first[:4] if key % 2]
-    assert wrong and len(first) >= 4 + len(wrong) and len(set(first)) == len(first)
-
-
-def test_starts_that_can_never_be_read_name_the_world_and_cost_no_session() -> None:
-    """The other environments, and this one, continue where the client gives logged starts."""
-    world = text_world(COUNTED)
-    drawing(world, lambda key: True)
-    env, undisturbed = WorldVectorEnv(2, world), WorldVectorEnv(2, world)
-    for each in (env, undisturbed):
-        each.reset(seed=0)
-        assert each.step(("look", "look"))[3].all(), "a world without training writes no JSON"
-    keys = drawing(world, lambda key: False)
-    message = rf"world in-memory: none of {DRAWS} generated starts of environment 0, episode 1, can"
-    with pytest.raises(MesocosmError, match=message) as caught:
-        env.step(("look", "look"))
-    assert "logged starts" in str(caught.value) and len(keys) == 2 * DRAWS
-    logged = Texts([""]), Texts([GOOD])
-    env.starts = undisturbed.starts = logged
-    for _ in range(3):
-        one, two = env.step(("look", "look")), undisturbed.step(("look", "look"))
-        assert str(one[0]) == str(two[0]) and one[1].tolist() == two[1].tolist()
-    env.starts = Texts([""]), Texts([BAD])
-    with pytest.raises(MesocosmError, match="take starts from the world's own data"):
-        env.reset(seed=0)
-
-
-def test_a_task_that_cannot_be_read_is_drawn_again() -> None:
-    """Its reset options too: `task_options` would raise a bare error."""
-    options = [ResetOption(name="level", values=[1, 2]), ResetOption(name="speed")]
-    good = '{"level": 2, "speed": 0.5}'
-    bad = ["", "{}", "{", '{"level": 3, "speed": 0.5}', '{"level": 2, "speed": "x"}']
-    bad += ['{"level": true, "speed": 0.5}', '{"level": 2, "speed": NaN}', "[1]"]
-    for text in bad:
-        world = text_world(options=options)
-        tasks = iter([text, good, good])
-
-        def sample_start(keys: torch.Tensor, left: Any = tasks) -> tuple[list[str], list[str]]:
-            return [next(left) for _ in keys], ["you see a mug."] * len(keys)
-
-        world.sample_start = sample_start  # type: ignore[method-assign]
-        env = WorldVectorEnv(2, world)
-        env.reset(seed=0)
-        assert env.task_options == [{"level": 2, "speed": 0.5}] * 2, text
-    codec = TextBatchCodec(TextCodec.from_json(text_world(options=options).codec))
-    with pytest.raises(MesocosmError, match="a start must be a text of the world's observation"):
-        codec.task_options(Texts(["{"]))
 
 
 @pytest.mark.integration

@@ -35,8 +35,7 @@ WIDE = 16
 FOLDS = 5
 DRAW, FOLD, ACT = 0xC0FE, 0xF01D, 0xAC7
 """Salts of the seed for draws of transitions, folds of episodes, and actions."""
-NEIGHBOURS = 32
-PROBES = 4096
+NEIGHBOURS, PROBES = 32, 4096
 """Draws that estimate how near a uniform action comes to another one."""
 BINS = 16
 """Bins of a numeric action, for entropies."""
