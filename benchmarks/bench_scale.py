@@ -47,7 +47,7 @@ from matplotlib import rc_context
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentEnv, make_env
-from mesocosm.agents.learners import on_learners
+from mesocosm.agents.learner_access import on_learners
 from mesocosm.cluster import ray_session
 from mesocosm.cluster.spec import make_token
 from mesocosm.config import RayConfig, StorageConfig

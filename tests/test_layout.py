@@ -25,4 +25,7 @@ def test_a_class_name_stands_once() -> None:
 def test_a_module_has_at_most_400_lines() -> None:
     files = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
     lengths = {path: len(path.read_text().splitlines()) for path in files}
-    assert len(files) > len(FOLDERS) and {str(path): lines for path, lines in lengths.items() if lines > LINES} == {}
+    assert (
+        len(files) > len(FOLDERS)
+        and {str(path): lines for path, lines in lengths.items() if lines > LINES} == {}
+    )

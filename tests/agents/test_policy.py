@@ -18,7 +18,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGa
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 from safetensors.torch import load_file
 
-from mesocosm.agents import export, learners, rllib
+from mesocosm.agents import export, learner_access, rllib
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.export import save_agent
 from mesocosm.agents.settings import Setup
@@ -105,9 +105,11 @@ def test_export_acts_as_rllib(
         for parameter in module.parameters():  # far from their small initial outputs, to the bounds
             seed = torch.Generator().manual_seed(3)
             parameter.add_(torch.randn(parameter.shape, generator=seed) * 0.5)
-        learner_module = learners.learner_of(algorithm).module["default_policy"]
+        learner_module = learner_access.learner_of(algorithm).module["default_policy"]
         learner_module.load_state_dict(module.state_dict(), strict=False)
-        made = rllib.export(algorithm, learners.module_of(algorithm), (OBSERVATION, action_space))
+        made = rllib.export(
+            algorithm, learner_access.module_of(algorithm), (OBSERVATION, action_space)
+        )
         made.save(tmp_path)
         policy = Policy.load(tmp_path)
 
@@ -148,7 +150,7 @@ def test_an_exported_value_is_that_of_rllib(
         save_agent(algorithm, (OBSERVATION, action_space), tmp_path)
         policy, value = Policy.load(tmp_path), ValueFunction.load(tmp_path)
         observations = torch.from_numpy(batch_of(OBSERVATION, 20)).float()
-        module = learners.learner_of(algorithm).module["default_policy"]
+        module = learner_access.learner_of(algorithm).module["default_policy"]
         if algo == "DQN":
             expected = module.compute_q_values({Columns.OBS: observations})["qf_preds"].amax(-1)
         else:
@@ -258,12 +260,12 @@ def test_an_agent_is_saved_from_one_copy_of_its_module(
 ) -> None:
     """Remote learners send it whole each time."""
     with built(Bandit(OBSERVATION, DISCRETE), "PPO", tmp_path / "rllib") as algorithm:
-        module, asked = learners.module_of(algorithm), []
+        module, asked = learner_access.module_of(algorithm), []
         monkeypatch.setattr(export, "module_of", lambda each: asked.append(each) or module)
         for place in (learners, rllib):
             monkeypatch.setattr(place, "on_learners", None)
         export.save_agent(algorithm, (OBSERVATION, DISCRETE), tmp_path / "agent")
-        expected = learners.weights_of(learners.learner_of(algorithm))
+        expected = learner_access.weights_of(learner_access.learner_of(algorithm))
     assert asked == [algorithm]
     saved = load_file(tmp_path / "agent" / TRAINING_STATE)
     assert saved.keys() == expected.keys()
@@ -277,7 +279,9 @@ def test_a_folder_without_a_policy(tmp_path: Path) -> None:
 
 def test_torch_export_gives_the_networks_outputs(ray_local: None, tmp_path: Path) -> None:
     with built(Bandit(OBSERVATION, DISCRETE), "DQN", tmp_path / "rllib") as algorithm:
-        policy = rllib.export(algorithm, learners.module_of(algorithm), (OBSERVATION, DISCRETE))
+        policy = rllib.export(
+            algorithm, learner_access.module_of(algorithm), (OBSERVATION, DISCRETE)
+        )
     policy.export_torch(tmp_path / "policy.pt2")
     observations = batch_of(OBSERVATION, 5)
     network = torch.export.load(tmp_path / "policy.pt2").module()

@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.rllib.utils import actor_manager
 
-from mesocosm.agents import learners, rllib
+from mesocosm.agents import learner_access, rllib
 from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.settings import Setup
 
@@ -43,7 +43,7 @@ def test_no_weights_are_dropped_on_a_busy_machine(
         (acting,) = rllib.runners(algorithm).foreach_env_runner(
             lambda runner: runner.module.state_dict(), local_env_runner=False
         )
-        learned = learners.learner_of(algorithm).module["default_policy"].state_dict()
+        learned = learner_access.learner_of(algorithm).module["default_policy"].state_dict()
         for name, weights in acting.items():
             assert torch.equal(weights, learned[name]), f"{name} is of an earlier policy"
     finally:

@@ -13,7 +13,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import iterate
 from serve.worlds import untrained
 
-from mesocosm.agents import learners, rllib, settings
+from mesocosm.agents import learner_access, rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.data.loading.codec import Codec
@@ -162,7 +162,7 @@ def test_a_planner_chooses_what_is_possible(family: str, with_agent: bool) -> No
 def test_ppo_samples_and_exports_masked_logits(ray_local: None, tmp_path: Path) -> None:
     with built(Items(slots=5), "PPO", tmp_path) as algorithm:
         rllib.train(algorithm)
-        made: Any = rllib.export(algorithm, learners.module_of(algorithm), SPACES)
+        made: Any = rllib.export(algorithm, learner_access.module_of(algorithm), SPACES)
         batch = observations(30)
         assert allowed(batch, made.act(batch, True, np.random.default_rng(0)))
         module = algorithm.env_runner.module

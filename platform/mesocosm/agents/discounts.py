@@ -27,7 +27,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 
 from mesocosm import compat
-from mesocosm.agents.learners import on_learners
+from mesocosm.agents.learner_access import on_learners
 from mesocosm.errors import MesocosmError, UsageError
 
 DURATION = "duration"

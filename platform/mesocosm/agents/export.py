@@ -11,7 +11,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from torch import Tensor, nn
 
 from mesocosm.agents.candidate_module import CandidateModule
-from mesocosm.agents.learners import module_of
+from mesocosm.agents.learner_access import module_of
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import export, save_training
 from mesocosm.agents.sac_learner import NORM_EPS

@@ -24,7 +24,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from mesocosm.agents.learners import learner_of, on_learners
+from mesocosm.agents.learner_access import learner_of, on_learners
 from mesocosm.agents.mbpo import WorldSAC
 from mesocosm.agents.rllib import runners
 from mesocosm.config import fingerprint

@@ -20,7 +20,7 @@ from mesocosm.agents import settings
 from mesocosm.agents.cloning import BATCH, CLONED, CloneConfig, Cloned, best_episodes, fit
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.encoders import seen_spaces
-from mesocosm.agents.learners import copied_weights
+from mesocosm.agents.learner_access import copied_weights
 from mesocosm.agents.rllib import check_agent, export_module
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.masks import has_mask

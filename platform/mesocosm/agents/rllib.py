@@ -39,7 +39,7 @@ from mesocosm.agents.candidate_module import (
 )
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, AgentRunner, Statistics, head_spaces, root_error
-from mesocosm.agents.learners import copied_weights, load_weights, on_learners
+from mesocosm.agents.learner_access import copied_weights, load_weights, on_learners
 from mesocosm.agents.masked_module import MaskedPPOModule
 from mesocosm.agents.sac_learner import unnormalized
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup

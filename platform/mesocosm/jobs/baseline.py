@@ -20,7 +20,7 @@ from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.encoders import Spaces, seen_spaces, stored_encoder
 from mesocosm.agents.env import AgentEnv
-from mesocosm.agents.learners import module_of
+from mesocosm.agents.learner_access import module_of
 from mesocosm.agents.rllib import check_agent
 from mesocosm.agents.settings import Setup
 from mesocosm.cluster import ray_session
