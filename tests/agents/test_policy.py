@@ -262,7 +262,7 @@ def test_an_agent_is_saved_from_one_copy_of_its_module(
     with built(Bandit(OBSERVATION, DISCRETE), "PPO", tmp_path / "rllib") as algorithm:
         module, asked = learner_access.module_of(algorithm), []
         monkeypatch.setattr(export, "module_of", lambda each: asked.append(each) or module)
-        for place in (learners, rllib):
+        for place in (learner_access, rllib):
             monkeypatch.setattr(place, "on_learners", None)
         export.save_agent(algorithm, (OBSERVATION, DISCRETE), tmp_path / "agent")
         expected = learner_access.weights_of(learner_access.learner_of(algorithm))
