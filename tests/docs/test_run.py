@@ -38,6 +38,7 @@ AGENT = ("iterations=1", "num_envs=8", "rollout=32", "snapshots=1")
 FITS = ("model.base_steps=50", "model.head_steps=50")
 SHORT = {
     "collect": ("steps=400", "workers=0"),
+    "tokenize": ("steps=200",),
     "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20", *FITS),
     "train-agent": AGENT,
     "evaluate": (
