@@ -217,6 +217,7 @@ def test_trials_get_no_aws_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment()["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
 
 
+@pytest.mark.integration
 def test_an_algorithm_has_its_files_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

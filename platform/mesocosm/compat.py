@@ -1,8 +1,9 @@
 """Patches of Ray and DeepSpeed, each with its reason, its version check and its reference upstream.
 
 A patch depends on internals, so it is written for one minor version of its library (`TESTED`). On
-another version a patch that saves time is left out, and one that a result or a secret depends on
-raises UsageError. `tests/test_compat.py` shows what each library does with and without its patch.
+another version a patch that saves time is left out, and one on which results, secrets or the place
+of files depend raises UsageError. `tests/test_compat.py` shows what each library does with and
+without its patch.
 
 Importing this module imports no library, so the objects of libraries are Any here.
 """
@@ -63,8 +64,7 @@ def private_start() -> Iterator[None]:
     that is off, no forwarding of logs that nobody reads, an agent without metrics, and workers
     start when something runs on them.
 
-    With another version of Ray nothing is changed: Ray starts more slowly, and a signal to the
-    group ends its daemons first.
+    With another version of Ray nothing is changed here, and `loopback_only` refuses the start.
 
     Upstream (ray 2.60.0, modules of `ray._private`):
         - `services.start_ray_process` passes no process group to `ConsolePopen`. No issue found.

@@ -48,6 +48,21 @@ class Pace(gymnasium.Env[Any, Any]):
         return np.ones(1, np.float32), float(PRIZE[action]), False, self.t >= 8, info
 
 
+def test_environments_that_drop_no_step_sample_the_policy() -> None:
+    """At their own pace, unfinished steps carried over: each action's share is its probability."""
+    policy, window, rng = np.array([0.5, 0.3, 0.2]), 5.0, np.random.default_rng(0)
+    actions = rng.choice(3, 500, p=policy)
+    left, completed = DURATION[actions], []
+    for _ in range(40):
+        left = left - window
+        while (done := np.flatnonzero(left <= 0)).size:
+            completed.append(actions[done])
+            actions[done] = rng.choice(3, len(done), p=policy)
+            left[done] += DURATION[actions[done]]
+    late = np.concatenate(completed[len(completed) // 4 :])
+    np.testing.assert_allclose(np.bincount(late) / len(late), policy, atol=0.02)
+
+
 # -- RLlib
 
 

@@ -68,7 +68,8 @@ def clone_network(
     Args:
         config: The settings; `candidates` is None.
         dataset: Logs whose spaces an agent of `train-agent` takes.
-        encoder: How the network sees images. run: Receives the progress.
+        encoder: How the network sees images.
+        run: Receives the progress.
 
     Returns:
         The clone. Its metrics: `episodes`, `choices` (steps), `loss` and `valid_loss`, the mean

@@ -24,7 +24,7 @@ def load_agent(storage: Storage, ref: str) -> tuple[Policy, ValueFunction]:
 
     Raises:
         UsageError: There is no such agent or snapshot, or it sees images.
-        ArtifactError: It has no value function, because an earlier version of Mesocosm exported it.
+        ArtifactError: It has no value function: a clone, or an agent of an earlier version.
     """
     folder = policy_folder(storage, ref)
     policy = load_policy(folder)

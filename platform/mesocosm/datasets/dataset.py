@@ -38,7 +38,7 @@ from mesocosm.datasets.writer import DatasetWriter, write_dataset
 from mesocosm.errors import UsageError
 from mesocosm.store.cache import Files, Partial
 
-__all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
+__all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "write_dataset"]
 
 Array = NDArray[Any]
 CHUNK_ROWS = 1 << 16

@@ -1,7 +1,7 @@
 """Which episodes of a dataset are held out for validation: decided once, when it is written.
 
 A world never trains on held-out episodes. They stop its training, and `evaluate` measures on them
-(`split_to_measure`). Curation may choose them anew (`data.curation.choose`).
+(`split_to_measure`). Curation can choose others (`data.curation.choose`).
 """
 
 from __future__ import annotations

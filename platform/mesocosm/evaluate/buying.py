@@ -208,8 +208,8 @@ def buy(
         return sum(float((w * np.log1p(g)).mean()) for w, g in zip(weights, gap, strict=True))
 
     def joined(number: int, points: int) -> list[Array]:
-        """The gaps after `points` of a candidate's points have joined the logs. At most half of the
-        points join, because the budget may exceed the number of imagined steps.
+        """The gaps after `points` of a candidate's points have joined the logs. At most half of its
+        imagined points join, because the budget may exceed the number of imagined steps.
         """
         pool = pools[number]
         order = rng.permutation(len(pool))  # also for no points: later draws do not depend on them

@@ -160,7 +160,7 @@ class ImportLogs(Job[ImportConfig, Import]):
         workers = worker_count(cfg.workers, sum(size for size, _ in plan.stamps), cfg.ray)
         tally = progress.tally()
         if tally is not None:
-            run.say("an earlier run has checked the logs: continues from there")
+            run.say("an earlier run has checked the logs; this one continues from there")
         with run.progress("check the logs") as update:
 
             def checked(rows: int) -> None:

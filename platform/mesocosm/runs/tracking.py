@@ -163,8 +163,8 @@ class Run:
 
     @contextmanager
     def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
-        """Yield the finished artifact unless `config.force` is set. Otherwise yield None while this
-        process alone may make it. Raises Held if another process makes it and `config.wait` is
+        """Yield the finished artifact. If there is none, or `config.force` is set, yield None while
+        this process alone may make it. Raises Held if another process makes it and `config.wait` is
         False.
         """
         force = config.force
@@ -309,5 +309,5 @@ def _alive(status: Mapping[str, Any]) -> bool:
     """True if the process of a run whose status is "running" still runs."""
     owner = status.get("owner")
     alive = Owner(**owner).alive() if owner else None
-    # On another host only the heartbeat shows it, because hosts' clocks differ.
+    # A process of another host cannot be looked up: its heartbeat decides. Clocks may differ.
     return time.time() - status["updated"] < SILENT_S if alive is None else alive

@@ -20,7 +20,7 @@ from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.table import Notes
 
 FAR = 10.0
-"""A plan this many times larger than the largest swept cell is a guess."""
+"""A plan beyond the swept range by this factor, in either direction, is a guess."""
 NEAR = 10.0
 """Rungs within this factor of the best N are compared."""
 LADDER = 0.01

@@ -143,8 +143,8 @@ class Served:
         """Open the line of the replica that Serve chooses, if it can be opened.
 
         A replica that began while the cluster was one machine listens on loopback, which from
-        another node leads elsewhere. One without a free file descriptor accepts no connections: its
-        port connects and does not acknowledge the token.
+        another node leads elsewhere. One without a free file descriptor serves no
+        connection: its port accepts, and does not acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
             return None

@@ -66,7 +66,7 @@ class TextEngine:
     def step(
         self, carry: TextCarry, action: Sequence[str], keys: Tensor, *, disagreement: bool
     ) -> tuple[TextCarry, TextStep]:
-        """As `TextWorld.step`, which raises UsageError before anything changes."""
+        """`TextWorld.step`, in a batch with others. Raises UsageError before anything changes."""
         self.world.require_room(carry, action)
         job = _Job(carry, action, keys, disagreement)
         with self._lock:

@@ -321,7 +321,7 @@ class Storage(Root):
     def discard(self, path: str) -> bool:
         """Remove an artifact `kind/id` that is unfinished or damaged, or on a remote root a folder
         `kind/id/folder` that its COMMIT.json does not name. Returns False and removes nothing if
-        the artifact is whole, or the folder is named, in the meantime.
+        the artifact has become whole, or the folder named, since.
         """
         kind, id, *folder = path.split("/")
         if not self.remote:

@@ -54,7 +54,7 @@ class Garbage:
     """Seconds since the newest of the files changed."""
     why: str
     remove: Remove = field(repr=False, compare=False)
-    """Remove the files. Returns False and removes nothing if they are in use in the meantime."""
+    """Remove the files. Returns False and removes nothing if they have come into use since."""
 
     @staticmethod
     def of(

@@ -71,7 +71,10 @@ def this_process() -> Owner:
 
 
 def _machine() -> str:
-    """The namespace is not cached, because a forked child may be in another one."""
+    """The machine's boot and this process's namespace of PIDs.
+
+    They are not cached, because a forked child may be in another namespace.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"

@@ -23,7 +23,7 @@ class Feed:
         self._lines: list[str] = []
         self._flushed = 0.0
         self.stop_requested = False
-        """The content at the last flush."""
+        """True if a stop was requested by the last flush."""
 
     @property
     def stopped(self) -> bool:

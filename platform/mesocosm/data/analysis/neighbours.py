@@ -32,10 +32,10 @@ BUCKETS = 64
 """Features of a category with more values, or of a text's pairs of characters, which are hashed."""
 WIDE = 16
 """Features from which a k-d tree is slower than all distances by matrix products."""
-FOLDS = 5
+FOLDS, NEIGHBOURS = 5, 32
 DRAW, FOLD, ACT = 0xC0FE, 0xF01D, 0xAC7
 """Salts of the seed for draws of transitions, folds of episodes, and actions."""
-NEIGHBOURS, PROBES = 32, 4096
+PROBES = 4096
 """Draws that estimate how near a uniform action comes to another one."""
 BINS = 16
 """Bins of a numeric action, for entropies."""

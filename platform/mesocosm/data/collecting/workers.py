@@ -1,8 +1,8 @@
 """Lane l of L collects the episodes l, l + L, l + 2L, ... until its share of the steps is used.
 
 An episode is a function of (config, seed, k) (`envs.episode`), so any number of workers collects
-the same episodes.
-A lane writes its episodes to storage as they end. A killed collection continues after them.
+the same episodes. A lane writes its episodes to storage as they end, and a killed collection
+continues after them.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Mix(Operation):
 
     weights: list[float] = field(default_factory=list)
     transitions: int | None = None
-    """The most of them in all."""
+    """The most training transitions in all."""
 
     def check(self) -> None:
         sound = all(math.isfinite(weight) and weight >= 0 for weight in self.weights)

@@ -69,7 +69,7 @@ class Inspection:
 
     @property
     def time_limit(self) -> int | None:
-        """The number of rows of all episodes that are done and did not succeed.
+        """The common number of rows of the episodes that are done and did not succeed.
 
         None if the numbers differ, or if the logs say why an episode ended. An environment that
         ends its episodes itself does not end them all at the same step.

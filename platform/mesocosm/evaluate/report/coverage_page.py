@@ -67,7 +67,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     beyond = summary["gaps"]["any_action"]["beyond"]
     if beyond is not None:
         lines.append(
-            f"{_percent(beyond)} of uniform actions at logged states lie farther from training than"
+            f"{_percent(beyond)} of uniform actions at logged states are farther from training than"
             " 99% of its own transitions do from other episodes"
         )
     lines += map(_text_line, summary["texts"])

@@ -344,7 +344,7 @@ def trajectories(
 
 
 def curves_table(summary: Mapping[str, Any]) -> Table:
-    """Plot the return in reality against real steps, of the world's agent and of model-free
+    """A table of the return in reality by real steps, of the world's agent and of model-free
     training.
     """
     head = ("", "real steps", "return in reality", "90% interval", "wall so far")
